@@ -1,0 +1,355 @@
+"""`Communicator`: what all communicators share.
+
+A graph takes the communicator's inputs after its own. `bind` hands them to the graph wrappers, one `Rank` for each rank
+that the graph holds; `execute` adds the buffers behind them, runs, and checks the error records. Which ranks one graph
+holds is the communicator's business (`graph_ranks`): all of them for virtual ranks, one where a rank is a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import layout
+from ..config import EPConfig
+from ..errors import ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError, error_from_text
+from . import windows
+from .arguments import InputSpec, graph_specs, model_specs
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
+    from max.engine import Model
+    from max.graph import BufferValue, Graph, TensorValue, Type
+
+TABLE_NAMES = tuple(name for name, _ in windows.TABLES)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The graph values of one rank: what the ops of a graph need of the communicator.
+
+    Attributes:
+        cfg: The config.
+        index: Which of the graph's ranks this is, 0 to graph_ranks - 1.
+        fused_allowed: Whether waits may spin, so that the fused ops can be used.
+        settings: int64 [16], host.
+        dispatch_send_ptrs, dispatch_recv_ptrs, dispatch_count_ptrs: uint64 [R], host: every rank's windows.
+        combine_send_ptrs, combine_recv_ptrs, combine_count_ptrs: uint64 [R], host.
+        order: int32 [8], mutable. Every op takes it, so that MAX keeps their order.
+        counters: int32 [counters_words], mutable. The rank's own `atomic_counters`.
+    """
+
+    cfg: EPConfig
+    index: int
+    fused_allowed: bool
+    settings: TensorValue
+    dispatch_send_ptrs: TensorValue
+    dispatch_recv_ptrs: TensorValue
+    dispatch_count_ptrs: TensorValue
+    combine_send_ptrs: TensorValue
+    combine_recv_ptrs: TensorValue
+    combine_count_ptrs: TensorValue
+    order: BufferValue
+    counters: BufferValue
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledGraph:
+    """What `Communicator.compile` returns, for `execute`.
+
+    Attributes:
+        name: The graph's name.
+        specs: Types of all inputs, the communicator's included.
+        model: The loaded MAX model, or None where the workers hold it.
+        key: Number by which workers know it.
+    """
+
+    name: str
+    specs: tuple[InputSpec, ...]
+    model: Any = None
+    key: int = -1
+
+
+@dataclass
+class _State:
+    destroyed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Communicator(ABC):
+    """The ranks of one expert-parallel group, and their windows. Made by one of the class methods.
+
+    One thread at a time may use a communicator. Use it as a context manager, or call `destroy`.
+
+    Attributes:
+        cfg: The config.
+        graph_ranks: Ranks that one graph holds.
+        fused_allowed: Whether the fused ops can be used.
+    """
+
+    graph_ranks: int
+    fused_allowed: bool
+
+    def __init__(self, cfg: EPConfig):
+        """Called by the subclasses."""
+        if not isinstance(cfg, EPConfig):
+            raise ConfigError(
+                field="cfg", value=type(cfg).__name__, allowed="an EPConfig", remedy="pass ep_mojo.EPConfig(...)"
+            )
+        self.cfg = cfg
+        self._state = _State()
+
+    @staticmethod
+    def cpu(cfg: EPConfig) -> Communicator:
+        """All ranks in this process, in host memory, as virtual ranks of one graph.
+
+        Raises:
+            SharedMemoryError: There is not enough memory for the windows.
+        """
+        from .cpu import CPUCommunicator
+
+        return CPUCommunicator(cfg)
+
+    @staticmethod
+    def processes(
+        cfg: EPConfig, *, start_timeout_s: float = 60.0, workers_of: Communicator | None = None
+    ) -> Communicator:
+        """A process for each rank, started here, over POSIX shared memory. A graph holds one rank.
+
+        Args:
+            cfg: The config.
+            start_timeout_s: How long all workers together may take to start.
+            workers_of: Take the workers that are still alive from this communicator, which is destroyed, and start
+                none. cfg.n_ranks may not be more than there are; those left over are ended.
+
+        Raises:
+            SharedMemoryError: /dev/shm or the memory is too small for the windows.
+            PeerTimeoutError, PeerLostError: A worker did not start.
+            ConfigError: Too few workers are left in `workers_of`.
+        """
+        from .processes import ProcessCommunicator
+
+        return ProcessCommunicator(cfg, start_timeout_s=start_timeout_s, workers_of=workers_of)
+
+    # Graphs
+
+    @property
+    def num_inputs(self) -> int:
+        """How many inputs the communicator adds to a graph: 8 + graph_ranks."""
+        return 2 + len(TABLE_NAMES) + self.graph_ranks
+
+    def input_types(self) -> list[Type]:
+        """MAX types of the inputs: settings int64 [16], six tables uint64 [R], order int32 [8], counters a rank."""
+        from max.dtype import DType
+        from max.graph import BufferType, DeviceRef, TensorType
+
+        host = DeviceRef.CPU()
+        tables = [TensorType(DType.uint64, [self.cfg.n_ranks], host) for _ in TABLE_NAMES]
+        counters = BufferType(DType.int32, [layout.counters_words(self.cfg)], host)
+        order = BufferType(DType.int32, [windows.ORDER_WORDS], host)
+        return [TensorType(DType.int64, [layout.SETTINGS_WORDS], host), *tables, order, *[counters] * self.graph_ranks]
+
+    def bind(self, values: Iterable[Any]) -> list[Rank]:
+        """The ranks of a graph, from the graph inputs that `input_types` describes.
+
+        Args:
+            values: `graph.inputs[-comm.num_inputs:]`.
+
+        Returns:
+            `graph_ranks` ranks.
+
+        Raises:
+            ShapeError: Not `num_inputs` values, or values of other types.
+        """
+        values = list(values)
+        expected = self.input_types()
+        if len(values) != len(expected) or any(v.type != t for v, t in zip(values, expected, strict=True)):
+            raise ShapeError(
+                field="values",
+                value=[str(v.type) for v in values],
+                allowed=f"{len(expected)} graph inputs of the types of comm.input_types()",
+                remedy="pass graph.inputs[-comm.num_inputs:] of a graph whose input_types end with *comm.input_types()",
+            )
+        n_tables = 1 + len(TABLE_NAMES)
+        settings, *tables = (v.tensor for v in values[:n_tables])
+        order, *counters = (v.buffer for v in values[n_tables:])
+        return [
+            Rank(self.cfg, i, self.fused_allowed, settings, *tables, order=order, counters=c)
+            for i, c in enumerate(counters)
+        ]
+
+    @abstractmethod
+    def inputs(self) -> list[Buffer]:
+        """The buffers behind `input_types`, of the ranks of this process. They live as long as the communicator."""
+
+    @abstractmethod
+    def compile(self, graph: Graph) -> CompiledGraph:
+        """Compile a graph whose last inputs are the communicator's, for `execute`."""
+
+    @abstractmethod
+    def execute(
+        self,
+        model: CompiledGraph | Model,
+        *args: Any,
+        ranks: Iterable[int] | None = None,
+        check: bool = True,
+        as_buffers: bool = False,
+    ) -> list[Any]:
+        """Run a graph on all ranks, then check the error records.
+
+        Args:
+            model: From `compile`; `Communicator.cpu` also takes a loaded MAX model.
+            args: The graph's own inputs, kind by kind over all R ranks (x of rank 0, x of rank 1, ..., ids of rank 0,
+                ...), as NumPy arrays or host MAX buffers. bfloat16 and float8 as uint16 and uint8 bits, or ml_dtypes.
+            ranks: Run these ranks only (`Communicator.processes`); outputs of the others are None.
+            check: Whether to raise the error that a rank recorded; False returns the outputs whatever happened.
+            as_buffers: Return MAX buffers (`Communicator.cpu`), not NumPy arrays.
+
+        Returns:
+            The outputs in the same order, as NumPy arrays; bfloat16 as uint16 bits, float8 as uint8 bits.
+
+        Raises:
+            ShapeError, DTypeError, DeviceError: An argument does not fit; nothing has run.
+            PeerTimeoutError, CapacityError, OrderError, ...: What a rank recorded; `by_rank` holds every rank's.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise the error that a rank recorded: of several the cause rather than its consequences, of the lowest rank.
+
+        The error's `by_rank` maps every rank that recorded one to its error.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Make a communicator that failed work again: agree on an epoch above every rank's, drop the error records."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give up memory and processes. Called once."""
+
+    def destroy(self) -> None:
+        """Give up windows and processes. Can be called again; everything else then raises `OrderError`."""
+        if not self._state.destroyed:
+            self._state.destroyed = True
+            self._release()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.destroy()
+
+    # For the subclasses
+
+    def _live(self) -> None:
+        if self._state.destroyed:
+            raise OrderError(
+                f"{type(self).__name__} was destroyed",
+                allowed="use before destroy()",
+                remedy="make a new communicator",
+            )
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Guard one call: the communicator lives, and no other thread is inside it."""
+        self._live()
+        if not self._state.lock.acquire(blocking=False):
+            raise OrderError(
+                "another thread is using this communicator",
+                allowed="one thread at a time",
+                remedy="use a lock, or a communicator for each thread",
+            )
+        try:
+            yield
+        finally:
+            self._state.lock.release()
+
+    @functools.cached_property
+    def _input_specs(self) -> list[InputSpec]:
+        return [InputSpec(t.dtype.name, tuple(int(d) for d in t.shape)) for t in self.input_types()]
+
+    def _specs(self, model: Any) -> list[InputSpec]:
+        """Specs of the graph's own inputs, after checking that the others are this communicator's."""
+        if isinstance(model, CompiledGraph):
+            specs = list(model.specs)
+        elif hasattr(model, "input_metadata"):
+            specs = model_specs(model)
+        else:
+            raise DTypeError(
+                field="model",
+                value=type(model).__name__,
+                allowed="what comm.compile(graph) returned",
+                remedy="compile the graph first",
+            )
+        own, ours = specs[: -self.num_inputs], specs[-self.num_inputs :]
+        expected = self._input_specs
+        if ours != expected:
+            raise ShapeError(
+                "the graph was not built for this communicator",
+                field="its last inputs",
+                value=[str(s) for s in ours],
+                allowed=", ".join(map(str, expected)),
+                remedy="end the graph's input_types with *comm.input_types() of a communicator with the same config",
+            )
+        return own
+
+    def _check_graph(self, graph: Any) -> tuple[InputSpec, ...]:
+        if not hasattr(graph, "inputs") or not hasattr(graph, "output_types"):
+            raise DTypeError(
+                field="graph", value=type(graph).__name__, allowed="a max.graph.Graph", remedy="build a Graph first"
+            )
+        specs = tuple(graph_specs(graph))
+        self._specs(CompiledGraph(graph.name, specs))
+        return specs
+
+
+def host_inputs(
+    cfg: EPConfig, virtual: bool, memories: Sequence[windows.RankMemory], own: Sequence[int]
+) -> list[Buffer]:
+    """The communicator's inputs: settings, tables over all `memories`, order, and the counters of the ranks `own`."""
+    from ..dtypes import to_buffer
+
+    arrays = [windows.settings_array(cfg, virtual), *windows.pointer_tables(memories)]
+    arrays.append(np.zeros(windows.ORDER_WORDS, np.int32))
+    return [to_buffer(a) for a in (*arrays, *(memories[r].counters for r in own))]
+
+
+def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
+    """`model.execute`, with the named errors that ops raise as themselves."""
+    try:
+        return model.execute(*buffers)
+    except ValueError as e:
+        named = error_from_text(str(e))
+        if named is None:
+            raise
+        raise named from e
+
+
+def arg_labels(n: int, n_ranks: int) -> list[str]:
+    """What errors call the arguments of `execute`."""
+    return [f"args[{i}] (input {i // n_ranks} of rank {i % n_ranks})" for i in range(n)]
+
+
+def raise_first(errors: dict[int, Exception]) -> None:
+    """Raise the error that explains most; it carries all of them as `by_rank`. Nothing to raise: return."""
+    if not errors:
+        return
+    rank = min(errors, key=lambda r: (_weight(errors[r]), r))
+    error = errors[rank]
+    error.by_rank = dict(errors)  # type: ignore[attr-defined]
+    raise error
+
+
+def _weight(error: Exception) -> int:
+    """Causes before consequences: a peer that failed makes others fail, or wait in vain."""
+    if not isinstance(error, PeerTimeoutError):
+        return 0
+    return 2 if getattr(error, "peer_failed", False) else 1

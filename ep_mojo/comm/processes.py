@@ -1,0 +1,308 @@
+"""`Communicator.processes`: a process for each rank, over POSIX shared memory; the parent compiles and drives them.
+
+A graph holds one rank. The parent maps all blocks too: it writes credits and epochs in `reset`, reads error records in
+`check`, and speaks for a rank whose process is gone: waits on it end at once, and its peers raise `PeerLostError`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import pickle
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import EPConfig
+from ..dtypes import to_numpy
+from ..errors import (
+    ConfigError,
+    DTypeError,
+    PeerTimeoutError,
+    ShapeError,
+    UnsupportedError,
+)
+from . import shm, windows, worker
+from .arguments import check_args
+from .base import Communicator, CompiledGraph, arg_labels, raise_first
+from .launcher import Worker, collect, dismiss, dismiss_at_exit, lost_error
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
+    from max.graph import Graph
+
+_keys = itertools.count(1)
+
+
+class ProcessCommunicator(Communicator):
+    """R worker processes of this one.
+
+    Attributes:
+        memories: The ranks' windows and counters, mapped in this process too.
+    """
+
+    graph_ranks = 1
+    fused_allowed = True
+
+    def __init__(self, cfg: EPConfig, *, start_timeout_s: float = 60.0, workers_of: Communicator | None = None):
+        """See `Communicator.processes`."""
+        super().__init__(cfg)
+        if worker.inside_worker:
+            raise UnsupportedError(
+                "a worker process cannot start workers of its own",
+                remedy='if this is a script, put what it does under: if __name__ == "__main__"',
+            )
+        if isinstance(start_timeout_s, bool) or not isinstance(start_timeout_s, (int, float)) or start_timeout_s <= 0:
+            raise ConfigError(
+                field="start_timeout_s", value=start_timeout_s, allowed="a number above 0", remedy="pass seconds"
+            )
+        survivors = None if workers_of is None else _survivors(workers_of, cfg)
+        fds, self.memories, group = shm.create_all(cfg)
+        self._workers: list[Worker] = []
+        self._session: Any = None
+        self._finalizer = weakref.finalize(self, dismiss_at_exit, self._workers, os.getpid())
+        try:
+            if survivors is None:
+                for _ in range(cfg.n_ranks):
+                    self._workers.append(Worker())
+            else:
+                self._take(workers_of, survivors)
+            self._attach(group, fds, start_timeout_s)
+        except BaseException:
+            self.destroy()
+            raise
+        finally:
+            shm.close_all(fds)
+
+    def _take(self, other: ProcessCommunicator, survivors: list[Worker]) -> None:
+        self._workers += survivors[: self.cfg.n_ranks]
+        other._workers[:] = [w for w in other._workers if w not in self._workers]
+        other.destroy()
+
+    def _attach(self, group: int, fds: Sequence[int], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        numbers = {r: w.request("attach", self.cfg, r, group, fds=fds) for r, w in enumerate(self._workers)}
+        answers = collect(self._workers, numbers, self._mark_lost, deadline)
+        raise_first({rank: value for rank, (ok, value) in answers.items() if not ok})
+        missing = sorted(numbers.keys() - answers.keys())
+        if missing:
+            raise PeerTimeoutError(
+                f"the workers of ranks {missing} did not start within {timeout_s:g} s",
+                field="start_timeout_s",
+                value=timeout_s,
+                allowed="as long as starting takes on this machine",
+                remedy="raise start_timeout_s; what the workers print is on stderr",
+            )
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers, by rank."""
+        return [w.process.pid for w in self._workers]
+
+    @property
+    def lost(self) -> list[int]:
+        """Ranks whose process is known to be gone."""
+        return [r for r, w in enumerate(self._workers) if not w.alive]
+
+    def inputs(self) -> list[Buffer]:
+        """Only workers have them: use `run`.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        self._live()
+        raise UnsupportedError(
+            "the inputs hold addresses of the worker processes", remedy="use comm.run(fn), and inputs() of what fn gets"
+        )
+
+    def compile(self, graph: Graph) -> CompiledGraph:
+        """See `Communicator.compile`. Compiled here once, loaded by every worker."""
+        with self._exclusive():
+            specs = self._check_graph(graph)
+            self._refuse_lost(range(self.cfg.n_ranks))
+            for w in self._workers:
+                w.request("warm")
+            if self._session is None:
+                from max.driver import CPU
+                from max.engine import InferenceSession
+
+                self._session = InferenceSession(devices=[CPU()])
+            compiled = self._session.compile(graph)
+            with tempfile.TemporaryDirectory(prefix="ep-mojo-") as folder:
+                path = os.path.join(folder, "graph.mef")
+                compiled.export_mef(path)
+                with open(path, "rb") as f:
+                    artefact = f.read()
+            model = CompiledGraph(graph.name, specs, key=next(_keys))
+            self._ask(range(self.cfg.n_ranks), lambda rank: ("load", model.key, pickle.PickleBuffer(artefact)))
+            return model
+
+    def execute(
+        self,
+        model: CompiledGraph,
+        *args: Any,
+        ranks: Iterable[int] | None = None,
+        check: bool = True,
+        as_buffers: bool = False,
+    ) -> list[Any]:
+        """See `Communicator.execute`."""
+        if as_buffers:
+            raise UnsupportedError(field="as_buffers", value=True, allowed="False", remedy="use the NumPy arrays")
+        with self._exclusive():
+            chosen = self._ranks(ranks)
+            specs, n_ranks = self._specs(model), self.cfg.n_ranks
+            if len(args) != len(specs) * n_ranks:
+                raise ShapeError(
+                    "wrong number of arguments",
+                    field="len(args)",
+                    value=len(args),
+                    allowed=f"{len(specs)} kinds for each of {n_ranks} ranks: {', '.join(map(str, specs))}",
+                    remedy="pass the inputs kind by kind over all ranks; comm.inputs() is added for you",
+                )
+            labels = arg_labels(len(args), n_ranks)
+            values = {r: check_args(specs, args[r::n_ranks], labels[r::n_ranks]) for r in chosen}
+            own = {r: [to_numpy(v) for v in values[r]] for r in chosen}
+            windows.check_heads([self.memories[r] for r in chosen])
+            results = self._ask(chosen, lambda rank: ("execute", model, own[rank], check))
+            n_outputs = len(next(iter(results.values()), []))
+            return [results[r][i] if r in results else None for i in range(n_outputs) for r in range(n_ranks)]
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        per_rank: Sequence[Sequence[Any]] | None = None,
+        ranks: Iterable[int] | None = None,
+        raise_errors: bool = True,
+    ) -> list[Any]:
+        """Call `fn(rank_comm, *args, *per_rank[rank])` in the workers, at the same time.
+
+        Args:
+            fn: A function at the top level of a module, which the workers import; `rank_comm` is the worker's own
+                `WorkerCommunicator`.
+            args: Arguments for all ranks; anything that can be pickled.
+            per_rank: More arguments for each rank, a sequence of R sequences.
+            ranks: Call it on these ranks only; the others give None.
+            raise_errors: False puts a rank's exception in its place of the result.
+
+        Returns:
+            What the calls returned, by rank.
+
+        Raises:
+            PeerLostError: A process died.
+            Exception: What the calls raised, as itself, with the worker's traceback as a note and `by_rank`.
+        """
+        with self._exclusive():
+            chosen = self._ranks(ranks)
+            if not inspect.isfunction(fn) or "<" in fn.__qualname__:
+                raise DTypeError(
+                    field="fn",
+                    value=getattr(fn, "__qualname__", type(fn).__name__),
+                    allowed="a function defined at the top level of a module",
+                    remedy="move it there; lambdas and inner functions cannot be sent to another process",
+                )
+            if per_rank is not None and len(per_rank) != self.cfg.n_ranks:
+                raise ShapeError(
+                    field="len(per_rank)",
+                    value=len(per_rank),
+                    allowed=str(self.cfg.n_ranks),
+                    remedy="pass one sequence of arguments for each rank",
+                )
+            ref = worker.FunctionRef(fn.__module__, fn.__qualname__, os.path.abspath(fn.__code__.co_filename))
+            packed = {r: pickle.dumps((*args, *(per_rank[r] if per_rank else ())), protocol=5) for r in chosen}
+            results = self._ask(
+                chosen, lambda rank: ("run", ref, pickle.PickleBuffer(packed[rank])), raise_errors=raise_errors
+            )
+            return [results.get(r) for r in range(self.cfg.n_ranks)]
+
+    def check(self) -> None:
+        """See `Communicator.check`. A rank whose process is gone is a `PeerLostError`."""
+        with self._exclusive():
+            self._sweep()
+            self._refuse_lost(range(self.cfg.n_ranks))
+            windows.check_heads(self.memories)
+            raise_first({m.rank: error for m in self.memories if (error := m.error()) is not None})
+
+    def reset(self) -> None:
+        """See `Communicator.reset`. Waits until no worker is inside a call.
+
+        Raises:
+            PeerLostError: A process is gone: no reset brings it back.
+        """
+        with self._exclusive():
+            self._drain()
+            self._refuse_lost(range(self.cfg.n_ranks))
+            windows.restart_all(self.memories)
+
+    def _ranks(self, ranks: Iterable[int] | None) -> list[int]:
+        chosen = sorted(range(self.cfg.n_ranks) if ranks is None else set(ranks))
+        if any(r not in range(self.cfg.n_ranks) for r in chosen):
+            raise ConfigError(
+                field="ranks", value=chosen, allowed=f"0 to {self.cfg.n_ranks - 1}", remedy="name existing ranks"
+            )
+        self._sweep()
+        self._refuse_lost(chosen)
+        return chosen
+
+    def _ask(
+        self, ranks: Iterable[int], message: Callable[[int], tuple[Any, ...]], raise_errors: bool = True
+    ) -> dict[int, Any]:
+        """Send every rank its message, wait for all answers; raise the first error, or give errors as values."""
+        numbers = {r: self._workers[r].request(*message(r)) for r in ranks}
+        answers = collect(self._workers, numbers, self._mark_lost)
+        if raise_errors:
+            raise_first({rank: value for rank, (ok, value) in answers.items() if not ok})
+        return {rank: value for rank, (_, value) in answers.items()}
+
+    def _sweep(self) -> None:
+        """Notice deaths without waiting, and drop answers that nobody wants any more."""
+        for rank, w in enumerate(self._workers):
+            while w.poll() is not None:
+                pass
+            if not w.alive:
+                self._mark_lost(rank)
+
+    def _drain(self) -> None:
+        """Wait until every worker has answered everything."""
+        self._sweep()
+        behind = {r: w.sent for r, w in enumerate(self._workers) if w.alive and w.answered < w.sent}
+        collect(self._workers, behind, self._mark_lost)
+
+    def _mark_lost(self, rank: int) -> None:
+        for memory in self.memories:
+            if not shm.lost_flags(memory)[rank]:
+                shm.lost_flags(memory)[rank] = 1
+                memory.publish_failure(rank)
+
+    def _refuse_lost(self, ranks: Iterable[int]) -> None:
+        raise_first({r: lost_error(r, self._workers[r]) for r in ranks if not self._workers[r].alive})
+
+    def _release(self) -> None:
+        self._finalizer.detach()
+        dismiss(self._workers)
+        self.memories, self._session = [], None
+
+
+def _survivors(other: Communicator, cfg: EPConfig) -> list[Worker]:
+    if not isinstance(other, ProcessCommunicator):
+        raise DTypeError(
+            field="workers_of",
+            value=type(other).__name__,
+            allowed="a communicator made by Communicator.processes",
+            remedy="leave it out to start new workers",
+        )
+    with other._exclusive():
+        other._drain()
+        alive = [w for w in other._workers if w.alive]
+    if len(alive) < cfg.n_ranks:
+        raise ConfigError(
+            "too few workers are left",
+            field="n_ranks",
+            value=cfg.n_ranks,
+            allowed=f"1 to {len(alive)}",
+            remedy="pass cfg.replace(n_ranks=..., n_experts=...), or start new workers by leaving workers_of out",
+        )
+    return alive

@@ -1,0 +1,231 @@
+"""A rank's block in POSIX shared memory: made by the parent, mapped by every worker.
+
+The memory never outlives the processes that map it. On Linux a block has no name at any moment (O_TMPFILE in /dev/shm);
+elsewhere the name goes in the same breath in which it was made. Workers get file descriptors over their control
+sockets. Pages are reserved when the block is made, so that a full /dev/shm is a `SharedMemoryError` there and not a bus
+error later.
+
+Header of a block (first page; little endian):
+
+    0       magic "EPMOJSHM", u32 layout version, i32 rank, u32 n_ranks, u32 0, u64 config hash, u64 group,
+            u64 bytes of the block, u64 bytes of each part in the order of `windows.PARTS`
+    1024    u8 [R] lost: 1 once the process of that rank is gone; written by the parent
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import layout
+from ..config import EPConfig
+from ..errors import ConfigMismatchError, CorruptHeadError, SharedMemoryError
+from . import windows
+from .windows import RankMemory
+
+SHM_DIR = "/dev/shm"
+MAGIC = b"EPMOJSHM"
+HEADER = struct.Struct("<8sIiIIQQQ5Q")
+LOST_OFFSET = 1024
+REMEDY = (
+    "lower max_tokens_per_rank, num_buffers or n_ranks; or enlarge shared memory "
+    "(docker run --shm-size=..., mount -o remount,size=... /dev/shm)"
+)
+
+
+def new_group() -> int:
+    """A random number that tells the blocks of one communicator from those of others."""
+    return secrets.randbits(63)
+
+
+def create(cfg: EPConfig, rank: int, group: int) -> tuple[int, RankMemory]:
+    """Make and reserve a rank's block: windows zero, header and counters head written.
+
+    Returns:
+        A file descriptor that the caller closes, and the block in this process.
+
+    Raises:
+        SharedMemoryError: There is not enough shared memory.
+    """
+    size = windows.block_bytes(cfg)
+    try:
+        fd = _open_unnamed()
+    except (OSError, ImportError) as e:
+        raise SharedMemoryError(
+            f"rank {rank}: shared memory cannot be opened ({e})",
+            field="bytes needed",
+            value=size,
+            allowed=f"a writable {SHM_DIR}",
+            remedy="mount a tmpfs there, or use Communicator.cpu",
+        ) from e
+    try:
+        _reserve(fd, size)
+        memory = RankMemory(cfg, rank, mmap.mmap(fd, size))
+    except (OSError, ValueError, OverflowError) as e:
+        os.close(fd)
+        raise _too_small(size, free_bytes(), f"rank {rank}: {e}") from e
+    header = HEADER.pack(
+        MAGIC, layout.LAYOUT_VERSION, rank, cfg.n_ranks, 0, cfg.config_hash(), group, size, *_sizes(cfg)
+    )
+    memory.header[: HEADER.size] = np.frombuffer(header, np.uint8)
+    layout.write_head(memory.counters, cfg, rank)
+    return fd, memory
+
+
+def create_all(cfg: EPConfig) -> tuple[list[int], list[RankMemory], int]:
+    """Make the blocks of all ranks, after a look whether they fit.
+
+    Returns:
+        File descriptors that the caller closes, the blocks, and the group.
+
+    Raises:
+        SharedMemoryError: They do not fit, with the bytes needed and free.
+    """
+    need, free = cfg.n_ranks * windows.block_bytes(cfg), free_bytes()
+    if free is not None and need > free:
+        raise _too_small(need, free, f"{cfg.n_ranks} ranks")
+    group, fds, memories = new_group(), [], []
+    try:
+        for rank in range(cfg.n_ranks):
+            fd, memory = create(cfg, rank, group)
+            fds.append(fd)
+            memories.append(memory)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds, memories, group
+
+
+def attach(fd: int, cfg: EPConfig, rank: int, group: int, my_rank: int) -> RankMemory:
+    """Map the block of `rank` in the process of `my_rank`. The descriptor can be closed afterwards.
+
+    Raises:
+        SharedMemoryError: The segment is shorter than the config says.
+        CorruptHeadError: The header is not one that this version wrote for this rank and communicator.
+        ConfigMismatchError: The block was made for another config.
+    """
+    size = windows.block_bytes(cfg)
+    try:
+        given = os.fstat(fd).st_size
+        if given < size:
+            raise ValueError(f"{given} bytes")
+        block = mmap.mmap(fd, size)
+    except (OSError, ValueError) as e:
+        raise SharedMemoryError(
+            f"rank {my_rank} cannot map the windows of rank {rank}",
+            field="segment",
+            value=str(e),
+            allowed=f"{size} bytes",
+            remedy="make a new communicator with one config for all ranks",
+        ) from e
+    memory = RankMemory(cfg, rank, block)
+    check_header(memory, group, my_rank)
+    return memory
+
+
+def check_header(memory: RankMemory, group: int, my_rank: int) -> None:
+    """Check a block's header against what its config and rank say; see `attach` for the errors."""
+    cfg, rank = memory.cfg, memory.rank
+    magic, version, owner, n_ranks, _, config_hash, seen_group, size, *sizes = HEADER.unpack(
+        memory.header[: HEADER.size].tobytes()
+    )
+    for name, seen, expected in (
+        ("magic", magic, MAGIC),
+        ("layout_version", version, layout.LAYOUT_VERSION),
+        ("rank", owner, rank),
+    ):
+        if seen != expected:
+            raise _corrupt(my_rank, rank, name, seen, expected)
+    if config_hash != cfg.config_hash() or n_ranks != cfg.n_ranks:
+        raise ConfigMismatchError(
+            f"rank {rank} was made for {n_ranks} ranks with config hash {config_hash:#x}, rank {my_rank} for "
+            f"{cfg.n_ranks} ranks with {cfg.config_hash():#x}",
+            field=f"config of rank {rank}",
+            value=hex(config_hash),
+            allowed=hex(cfg.config_hash()),
+            remedy="give every rank the same EPConfig",
+        )
+    for name, seen, expected in (
+        ("group", seen_group, group),
+        ("bytes", (size, *sizes), (windows.block_bytes(cfg), *_sizes(cfg))),
+    ):
+        if seen != expected:
+            raise _corrupt(my_rank, rank, name, seen, expected)
+
+
+def lost_flags(memory: RankMemory) -> np.ndarray:
+    """uint8 [R], a view: which ranks' processes are gone."""
+    return memory.header[LOST_OFFSET : LOST_OFFSET + memory.cfg.n_ranks]
+
+
+def free_bytes() -> int | None:
+    """Bytes that shared memory can still take: free in /dev/shm and on the machine. None where nobody says."""
+    known = []
+    try:
+        stat = os.statvfs(SHM_DIR)
+        known.append(stat.f_bavail * stat.f_frsize)
+    except OSError:
+        pass
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            known += [int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    return min(known, default=None)
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close file descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+def _open_unnamed() -> int:
+    if hasattr(os, "O_TMPFILE") and os.path.isdir(SHM_DIR):
+        try:
+            return os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:
+            pass  # a file system without O_TMPFILE
+    import _posixshmem
+
+    name = f"/epmojo-{secrets.token_hex(8)}"
+    fd = _posixshmem.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
+    _posixshmem.shm_unlink(name)
+    return fd
+
+
+def _reserve(fd: int, size: int) -> None:
+    os.ftruncate(fd, size)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+
+
+def _sizes(cfg: EPConfig) -> list[int]:
+    sizes = windows.part_bytes(cfg)
+    return [sizes[name] for name in windows.PARTS]
+
+
+def _too_small(need: int, free: int | None, what: str) -> SharedMemoryError:
+    return SharedMemoryError(
+        f"the windows do not fit into shared memory ({what})",
+        field="bytes needed",
+        value=need,
+        allowed=f"at most {free} bytes free" if free is not None else "what is free",
+        remedy=REMEDY,
+    )
+
+
+def _corrupt(my_rank: int, rank: int, name: str, seen: object, expected: object) -> CorruptHeadError:
+    return CorruptHeadError(
+        f"rank {my_rank} found a damaged header in the block of rank {rank}",
+        field=name,
+        value=seen,
+        allowed=str(expected),
+        remedy="make a new communicator; nothing else may write to its memory",
+    )

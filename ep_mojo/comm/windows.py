@@ -1,0 +1,197 @@
+"""The memory of a rank on the host: one block with the counters and the four windows, and what `reset` writes there.
+
+A block, every part starting at a multiple of 4096 bytes:
+
+    header           4096 bytes, used by `shm.py` only
+    counters         int32, see `ep_mojo/layout.py`
+    dispatch_count, combine_count, dispatch_recv, combine_recv      the windows that peers write
+
+`Communicator.cpu` keeps the blocks in the memory of its process, `Communicator.processes` in POSIX shared memory. Sizes
+and offsets follow from the config alone, so that every process finds the same places.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import layout
+from ..config import EPConfig
+from ..errors import EPError, SharedMemoryError
+
+PAGE = 4096
+HEADER_BYTES = PAGE
+PARTS = ("counters", "dispatch_count", "combine_count", "dispatch_recv", "combine_recv")
+ORDER_WORDS = 8
+"""int32 words of the buffer that orders the ops of a graph."""
+LAST_EPOCH = (1 << 40) - 1
+
+TABLES = (
+    ("dispatch_send_ptrs", None),
+    ("dispatch_recv_ptrs", "dispatch_recv"),
+    ("dispatch_count_ptrs", "dispatch_count"),
+    ("combine_send_ptrs", None),
+    ("combine_recv_ptrs", "combine_recv"),
+    ("combine_count_ptrs", "combine_count"),
+)
+"""Pointer tables in the order of a communicator's inputs, and the window whose addresses each holds (None: zeros)."""
+
+
+def part_bytes(cfg: EPConfig) -> dict[str, int]:
+    """Bytes of each part of a block, without the rounding up to pages."""
+    dispatch, combine = layout.DispatchWindow(cfg), layout.CombineWindow(cfg)
+    return {
+        "counters": 4 * layout.counters_words(cfg),
+        "dispatch_count": dispatch.count_bytes,
+        "combine_count": combine.count_bytes,
+        "dispatch_recv": dispatch.recv_bytes,
+        "combine_recv": combine.recv_bytes,
+    }
+
+
+def part_offsets(cfg: EPConfig) -> tuple[dict[str, int], int]:
+    """Byte offset of each part of a block, and the size of the block."""
+    offsets, end = {}, HEADER_BYTES
+    sizes = part_bytes(cfg)
+    for name in PARTS:
+        offsets[name] = end
+        end += layout.align_up(sizes[name], PAGE)
+    return offsets, end
+
+
+def block_bytes(cfg: EPConfig) -> int:
+    """Bytes of one rank's block."""
+    return part_offsets(cfg)[1]
+
+
+class RankMemory:
+    """One rank's block, seen as arrays. Keeps the memory alive.
+
+    Attributes:
+        rank: Whose block it is.
+        counters: int32 [counters_words(cfg)].
+        header: uint8 [4096].
+        dispatch_count, combine_count, dispatch_recv, combine_recv: uint8 [bytes of the window].
+    """
+
+    header: np.ndarray
+    counters: np.ndarray
+    dispatch_count: np.ndarray
+    combine_count: np.ndarray
+    dispatch_recv: np.ndarray
+    combine_recv: np.ndarray
+
+    def __init__(self, cfg: EPConfig, rank: int, block: mmap.mmap):
+        """See the parts of `block` (at least `block_bytes(cfg)`, page-aligned) as arrays."""
+        self.cfg = cfg
+        self.rank = rank
+        offsets, total = part_offsets(cfg)
+        memory = np.frombuffer(block, np.uint8, count=total)
+        self.header = memory[:HEADER_BYTES]
+        for name, size in part_bytes(cfg).items():
+            setattr(self, name, memory[offsets[name] : offsets[name] + size])
+        self.counters = self.counters.view(np.int32)
+        self._identity = b""
+
+    def check_head(self) -> None:
+        """Raise `CorruptHeadError` or `ConfigMismatchError` unless the counters head is this rank's. Cheap if it is."""
+        identity = self.counters[: layout.HEAD_DISPATCH_SENT].tobytes()
+        if identity != self._identity:
+            layout.check_head(self.counters, self.cfg, self.rank)
+            self._identity = identity
+
+    def address(self, part: str) -> int:
+        """Address of a part in this process."""
+        return getattr(self, part).ctypes.data
+
+    def error(self) -> EPError | None:
+        """The named error of this rank's record, or None."""
+        record = layout.decode_record(self.counters)
+        if record is None:
+            return None
+        error = layout.record_to_error(record, self.cfg)
+        if record.kind == layout.KIND_PEER_FAILED:
+            error.peer_failed = True  # a consequence: the peer's own error says more
+        return error
+
+    def publish_failure(self, peer: int) -> None:
+        """Say in the place of `peer`, whose process is gone, that it has failed: in this and all later epochs.
+
+        Waits of this rank on that peer then end at once, whatever the deadline. `restart` does not undo it.
+        """
+        dispatch, combine = layout.DispatchWindow(self.cfg), layout.CombineWindow(self.cfg)
+        if self.cfg.slots == "rank":
+            buffers = range(self.cfg.num_buffers)
+            in_dispatch = [dispatch.header(b, peer) for b in buffers]
+            in_combine = [combine.header(b, peer) for b in buffers]
+        else:
+            experts = range(self.cfg.n_local_experts)
+            in_dispatch = [dispatch.expert_count(e, peer) for e in experts]
+            in_combine = [combine.expert_signal(peer * self.cfg.n_local_experts + e) for e in experts]
+        for window, offsets in ((self.dispatch_count, in_dispatch), (self.combine_count, in_combine)):
+            window.view(np.uint64)[np.array(offsets) // 8] = layout.word(LAST_EPOCH, layout.FAILED)
+
+    def restart(self, epoch: int) -> None:
+        """Write what a new round after `epoch` needs: epochs, everybody's credits, no error record."""
+        for index in layout.EPOCH_FIELDS:
+            layout.put_u64(self.counters, index, epoch)
+        if self.cfg.slots == "rank":
+            for window in (self.dispatch_count, self.combine_count):
+                window[: 8 * self.cfg.n_ranks].view(np.uint64)[:] = layout.word(epoch, 0)
+        layout.clear_record(self.counters)
+
+
+def allocate(cfg: EPConfig, rank: int) -> RankMemory:
+    """A fresh block in this process's own memory: windows zero, epochs 0.
+
+    Raises:
+        SharedMemoryError: There is not enough memory.
+    """
+    size = block_bytes(cfg)
+    try:
+        block = mmap.mmap(-1, size)
+    except (OSError, ValueError, OverflowError) as e:
+        raise SharedMemoryError(
+            f"rank {rank}: no memory for its windows ({e})",
+            field="bytes",
+            value=size,
+            allowed="what the machine has free",
+            remedy="lower max_tokens_per_rank, hidden_size or num_buffers",
+        ) from e
+    memory = RankMemory(cfg, rank, block)
+    layout.write_head(memory.counters, cfg, rank)
+    return memory
+
+
+def pointer_tables(memories: Sequence[RankMemory]) -> list[np.ndarray]:
+    """The six pointer tables, uint64 [R], in the order of `TABLES`: window addresses in this process."""
+    return [np.array([m.address(part) if part else 0 for m in memories], np.uint64) for _, part in TABLES]
+
+
+def settings_array(cfg: EPConfig, virtual: bool) -> np.ndarray:
+    """The settings tensor, int64 [16]."""
+    return np.array(cfg.settings(virtual), np.int64)
+
+
+def check_heads(memories: Sequence[RankMemory]) -> None:
+    """`RankMemory.check_head` of all."""
+    for m in memories:
+        m.check_head()
+
+
+def restart_all(memories: Sequence[RankMemory]) -> int:
+    """Agree on one epoch, no lower than any rank's, and write it everywhere. Nobody may be inside an op.
+
+    Returns:
+        The epoch; the next round is one more.
+
+    Raises:
+        CorruptHeadError, ConfigMismatchError: A counters head is damaged; nothing is written then.
+    """
+    check_heads(memories)
+    epoch = max(e for m in memories for e in layout.read_epochs(m.counters))
+    for m in memories:
+        m.restart(epoch)
+    return epoch

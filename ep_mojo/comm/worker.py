@@ -1,0 +1,316 @@
+"""A worker process of `Communicator.processes`: one rank, driven by its parent over a socket.
+
+The process ends when the socket closes, whatever it is doing: a thread watches for that. Named errors go back
+as themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import EPConfig
+from ..dtypes import to_numpy
+from ..errors import ConfigError, EPError, PeerLostError, UnsupportedError
+from . import shm
+from .arguments import check_args, make_buffers
+from .base import Communicator, CompiledGraph, host_inputs, run_model
+from .channel import Channel, ChannelError
+from .launcher import LOST_REMEDY
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
+    from max.engine import InferenceSession, Model
+    from max.graph import Graph
+
+inside_worker = False
+"""Whether this process is a worker."""
+
+
+@dataclass(frozen=True)
+class FunctionRef:
+    """A module-level function, found again in a worker by its module's name or file."""
+
+    module: str
+    name: str
+    file: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function.
+
+        Raises:
+            ImportError, AttributeError: It cannot be imported by name nor from its file.
+        """
+        target: Any = self._module()
+        for part in self.name.split("."):
+            target = getattr(target, part)
+        return target
+
+    def _module(self) -> Any:
+        if self.module != "__main__":
+            try:
+                return importlib.import_module(self.module)
+            except ModuleNotFoundError:
+                pass
+        alias = f"ep_mojo_worker:{self.file}"
+        if alias not in sys.modules:
+            spec = importlib.util.spec_from_file_location(alias, self.file)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"module {self.module} has no importable file ({self.file})")
+            sys.modules[alias] = module = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[alias]
+                raise
+        return sys.modules[alias]
+
+
+class WorkerCommunicator(Communicator):
+    """The communicator inside a worker: what functions given to `run` get. It is one rank.
+
+    Attributes:
+        rank: This process's rank.
+        memories: All ranks' windows, mapped here; `memories[rank]` are its own.
+    """
+
+    graph_ranks = 1
+    fused_allowed = True
+
+    def __init__(self, cfg: EPConfig, rank: int, group: int, fds: Sequence[int], models: dict[int, Any]):
+        """Map the blocks of all ranks, and check that all were made for this config."""
+        super().__init__(cfg)
+        self.rank = rank
+        self.memories = [shm.attach(fd, cfg, r, group, rank) for r, fd in enumerate(fds)]
+        self._own.check_head()
+        self._models = models
+        self._inputs: list[Buffer] | None = None
+        self._session: InferenceSession | None = None
+
+    @property
+    def _own(self) -> Any:
+        return self.memories[self.rank]
+
+    @property
+    def session(self) -> InferenceSession:
+        """The MAX session of this process."""
+        if self._session is None:
+            from max.driver import CPU
+            from max.engine import InferenceSession
+
+            self._session = InferenceSession(devices=[CPU()])
+        return self._session
+
+    def inputs(self) -> list[Buffer]:
+        """See `Communicator.inputs`."""
+        self._live()
+        if self._inputs is None:
+            self._inputs = host_inputs(self.cfg, False, self.memories, [self.rank])
+        return self._inputs
+
+    def compile(self, graph: Graph) -> CompiledGraph:
+        """Compile a graph in this process. The parent's `compile` does it once for all."""
+        self._live()
+        return CompiledGraph(graph.name, self._check_graph(graph), self.session.load(graph))
+
+    def load(self, model: CompiledGraph) -> Model:
+        """The MAX model of a graph that the parent compiled."""
+        loaded = self._models.get(model.key) if model.model is None else model.model
+        if loaded is None:
+            raise ConfigError(
+                "this worker does not have the graph",
+                field="model",
+                value=model.name,
+                allowed="a graph compiled by this communicator",
+                remedy="compile it again with comm.compile(graph)",
+            )
+        return loaded
+
+    def execute(
+        self,
+        model: CompiledGraph,
+        *args: Any,
+        ranks: Iterable[int] | None = None,
+        check: bool = True,
+        as_buffers: bool = False,
+    ) -> list[Any]:
+        """Run a graph on this rank: `args` and outputs are its own. Other ranks have to run the same stages.
+
+        Args:
+            model: From the parent's `compile`, or this one's.
+            args: The graph's own inputs for this rank.
+            ranks: Not to be given here.
+            check: Whether to raise the error that this rank recorded.
+            as_buffers: Return MAX buffers, not NumPy arrays.
+
+        Raises:
+            PeerLostError: The rank failed because the process of a peer is gone.
+            EPError: Whatever the arguments or the ops are to blame for, by name.
+        """
+        if ranks is not None and list(ranks) != [self.rank]:
+            raise UnsupportedError(field="ranks", value=ranks, allowed=str([self.rank]), remedy="leave it out")
+        with self._exclusive():
+            specs = self._specs(model)
+            values = check_args(specs, args, [f"args[{i}] of rank {self.rank}" for i in range(len(args))])
+            self._own.check_head()
+            outputs = run_model(self.load(model), [*make_buffers(specs, values), *self.inputs()])
+            if check:
+                self._raise_recorded()
+            return outputs if as_buffers else [to_numpy(o) for o in outputs]
+
+    execute_local = execute
+
+    def check(self) -> None:
+        """Raise this rank's recorded error; `PeerLostError` where the process of a peer is gone."""
+        with self._exclusive():
+            self._own.check_head()
+            self._raise_recorded()
+
+    def _raise_recorded(self) -> None:
+        error = self._own.error()
+        lost = [r for r, flag in enumerate(shm.lost_flags(self._own)) if flag]
+        if lost:
+            why = "" if error is None else f" ({error})"
+            raised = PeerLostError(
+                f"rank {self.rank}: the process of rank {', '.join(map(str, lost))} is gone{why}",
+                remedy=LOST_REMEDY,
+            )
+            raised.rank = lost[0]  # type: ignore[attr-defined]
+            raise raised
+        if error is not None:
+            raise error
+
+    def reset(self) -> None:
+        """Not here: all ranks are reset together.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError("reset() inside a worker", remedy="call reset() of the parent's communicator")
+
+    def _release(self) -> None:
+        self.memories, self._inputs, self._session = [], None, None
+
+
+class Server:
+    """Answers the parent's requests, one after the other."""
+
+    def __init__(self, channel: Channel):
+        self.channel = channel
+        self.comm: WorkerCommunicator | None = None
+        self.models: dict[int, Any] = {}
+
+    def serve(self) -> None:
+        """Until the parent is gone."""
+        while True:
+            try:
+                parts = self.channel.receive()
+                number, ok, value = self._answer(parts)
+                self._reply(number, ok, value)
+            except ChannelError:
+                return
+
+    def _answer(self, parts: Any) -> tuple[int, bool, Any]:
+        number = -1
+        try:
+            number, verb, payload = self.channel.decode(parts)
+            return number, True, getattr(self, f"do_{verb}")(*payload)
+        except ChannelError:
+            raise
+        except BaseException as e:
+            return number, False, portable(e)
+
+    def _reply(self, number: int, ok: bool, value: Any) -> None:
+        try:
+            self.channel.send((number, ok, value))
+        except ChannelError:
+            raise
+        except Exception as e:
+            self.channel.send((number, False, EPError(f"the result cannot be sent back: {type(e).__name__}: {e}")))
+
+    def do_attach(self, cfg: EPConfig, rank: int, group: int) -> int:
+        """Become `rank`; the descriptors of all blocks follow. Returns the process id."""
+        fds = self.channel.receive_fds(cfg.n_ranks)
+        try:
+            if self.comm is not None:
+                self.comm.destroy()
+                self.comm = None
+            self.comm = WorkerCommunicator(cfg, rank, group, fds, self.models)
+        finally:
+            shm.close_all(fds)
+        return os.getpid()
+
+    def do_warm(self) -> None:
+        """Import what `load` will need, while the parent compiles."""
+        _ = self.comm.session
+
+    def do_load(self, key: int, artefact: bytes) -> None:
+        """Make a compiled graph ready to run."""
+        import max.engine.api
+
+        self.models[key] = self.comm.session.init(max.engine.api.read(io.BytesIO(artefact)))
+
+    def do_execute(self, model: CompiledGraph, args: list[Any], check: bool) -> list[Any]:
+        """Run a graph on this rank."""
+        return self.comm.execute(model, *args, check=check)
+
+    def do_run(self, function: FunctionRef, args: bytes) -> Any:
+        """Call a user's function. `args` is a pickle of its own: its classes may come with the function's module."""
+        call = function.load()
+        return call(self.comm, *pickle.loads(args))
+
+
+def portable(error: BaseException) -> Exception:
+    """`error` as something that the parent can unpickle, with the traceback as a note."""
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(error, Exception):
+        error.add_note(f"In the worker process {os.getpid()}:\n{trace}")
+        try:
+            again = pickle.loads(pickle.dumps(error))
+            if type(again) is type(error) and str(again) == str(error):
+                return error
+        except Exception:
+            pass
+    return EPError(f"{type(error).__name__} in a worker: {error}\n{trace}")
+
+
+def watch(sock: socket.socket) -> None:
+    """End the process as soon as the other end of `sock` closes."""
+    poller = select.poll()
+    poller.register(sock.fileno(), 0)  # hang-ups are always reported
+    while True:
+        if any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poller.poll()):
+            leave()
+
+
+def leave() -> None:
+    """End the process at once, without waiting for threads or ops."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(0)
+
+
+def main(fd: int) -> None:
+    """Serve the parent at the other end of the socket `fd` until it is gone."""
+    global inside_worker
+    inside_worker = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    threading.Thread(target=watch, args=(sock,), name="ep-mojo-watch", daemon=True).start()
+    Server(Channel(sock)).serve()
+    leave()

@@ -1,0 +1,507 @@
+"""Dispatch and combine in MAX graphs: thin wrappers that put the custom ops `ep_mojo_*` into a graph.
+
+Every function takes the ranks of the graph (`comm.bind(...)`) and lists with one value for each of them. With virtual
+ranks all sends come before all waits; where each rank runs by itself the fused ops do both halves in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .config import EPConfig
+from .errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
+from .formats import BF16, BlockwiseFP8, CustomFormat
+from .handle import HANDLE_TENSORS, Handle, handle_types
+
+if TYPE_CHECKING:
+    from max.graph import TensorType, TensorValue
+
+    from .comm.base import Rank
+
+__all__ = [
+    "Handle",
+    "PendingCombine",
+    "PendingDispatch",
+    "combine",
+    "combine_async",
+    "combine_wait",
+    "dispatch",
+    "dispatch_async",
+    "dispatch_wait",
+]
+
+Values = Sequence["TensorValue"]
+
+
+@dataclass(frozen=True)
+class PendingDispatch:
+    """A dispatch whose tokens have been sent: for `dispatch_wait` on the same ranks.
+
+    Attributes:
+        topk_ids, weights, num_tokens: As given to `dispatch_async`.
+    """
+
+    topk_ids: TensorValue
+    weights: TensorValue | None
+    num_tokens: TensorValue | None
+
+
+@dataclass(frozen=True)
+class PendingCombine:
+    """A combine whose rows have been sent: for `combine_wait` on the same ranks.
+
+    Attributes:
+        handle: The handle that it was made with.
+        reduce: "expert" or "source".
+        shared: The shared expert's rows [T, H], or of size 0.
+    """
+
+    handle: Handle
+    reduce: str
+    shared: TensorValue
+
+
+def dispatch_async(
+    ranks: Sequence[Rank],
+    xs: Values,
+    topk_ids: Values,
+    weights: Values | None = None,
+    *,
+    num_tokens: Values | None = None,
+    x_scales: Values | None = None,
+    input_scale: Values | None = None,
+) -> list[PendingDispatch]:
+    """Send every rank's tokens to the ranks that own their experts. Returns in the graph as soon as all are sent.
+
+    Args:
+        ranks: From `comm.bind`.
+        xs: Tokens [T, H], bfloat16; or tokens that are encoded already, in the format's own dtype. T may differ.
+        topk_ids: int32 or int64 [T, K]. An id outside [0, E) means "no expert".
+        weights: float32 [T, K], or None: 1.
+        num_tokens: int32 [1], or None: only the first num_tokens rows count.
+        x_scales: Scales of encoded tokens [T, S].
+        input_scale: float32 [1], or None: multiplies the tokens before they are quantised.
+
+    Returns:
+        One `PendingDispatch` a rank.
+
+    Raises:
+        ShapeError, DTypeError, UnsupportedError: An argument does not fit the config; nothing is added to the graph.
+    """
+    calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
+    for rank, (values, _) in zip(ranks, calls, strict=True):
+        _op("dispatch_async", rank, "dispatch", values, [], _format_parameters(rank.cfg))
+    return [pending for _, pending in calls]
+
+
+def dispatch_wait(ranks: Sequence[Rank], pending: Sequence[PendingDispatch]) -> list[Handle]:
+    """Receive what `dispatch_async` sent.
+
+    Args:
+        ranks: The same ranks.
+        pending: From `dispatch_async`.
+
+    Returns:
+        One `Handle` a rank.
+    """
+    _check_length(ranks, pending=pending)
+    handles = []
+    for rank, p in zip(ranks, pending, strict=True):
+        parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
+        outputs = _op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg), parameters)
+        handles.append(_handle(rank.cfg, outputs, p))
+    return handles
+
+
+def dispatch(
+    ranks: Sequence[Rank],
+    xs: Values,
+    topk_ids: Values,
+    weights: Values | None = None,
+    *,
+    num_tokens: Values | None = None,
+    x_scales: Values | None = None,
+    input_scale: Values | None = None,
+) -> list[Handle]:
+    """Send and receive: the fused op where ranks run by themselves, else all sends and then all waits.
+
+    Args:
+        ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale: See `dispatch_async`.
+
+    Returns:
+        One `Handle` a rank.
+
+    Raises:
+        ShapeError, DTypeError, UnsupportedError: See `dispatch_async`.
+    """
+    if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
+        pending = dispatch_async(
+            ranks,
+            xs,
+            topk_ids,
+            weights,
+            num_tokens=num_tokens,
+            x_scales=x_scales,
+            input_scale=input_scale,
+        )
+        return dispatch_wait(ranks, pending)
+    handles = []
+    calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
+    for rank, (values, pending) in zip(ranks, calls, strict=True):
+        parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
+        outputs = _op("dispatch", rank, "dispatch", values, handle_types(rank.cfg), parameters)
+        handles.append(_handle(rank.cfg, outputs, pending))
+    return handles
+
+
+def combine_async(
+    ranks: Sequence[Rank], ys: Values, handles: Sequence[Handle], *, reduce: str | None = None
+) -> list[PendingCombine]:
+    """Send expert rows back to the ranks that their tokens came from.
+
+    Args:
+        ranks: From `comm.bind`.
+        ys: Expert rows, of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`.
+        handles: From `dispatch` or `dispatch_wait`; any earlier handle of these ranks will do.
+        reduce: "expert" or "source"; None: the config's, or "expert".
+
+    Returns:
+        One `PendingCombine` a rank.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError: An argument does not fit the config or the handle.
+    """
+    modes = _check_combine(ranks, ys, handles, reduce)
+    pending = []
+    for rank, y, h, mode in zip(ranks, ys, handles, modes, strict=True):
+        (shared,) = _op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], _reduce(rank.cfg, mode))
+        pending.append(PendingCombine(h, mode, shared))
+    return pending
+
+
+def combine_wait(
+    ranks: Sequence[Rank],
+    pending: Sequence[PendingCombine],
+    *,
+    weights: Values | None = None,
+    bias0: Values | None = None,
+    bias1: Values | None = None,
+) -> list[TensorValue]:
+    """Receive and sum what `combine_async` sent.
+
+    Args:
+        ranks: The same ranks.
+        pending: From `combine_async`.
+        weights: float32 [T, K] for reduce "source"; None: those of the dispatch, or 1.
+        bias0, bias1: bfloat16 or float32 [T, H] (both of one dtype), added first, or None.
+
+    Returns:
+        One tensor [T, H] in `cfg.output_dtype` a rank; rows from num_tokens on are zero.
+
+    Raises:
+        ShapeError, DTypeError, UnsupportedError: An argument does not fit.
+    """
+    _check_length(ranks, pending=pending, weights=weights, bias0=bias0, bias1=bias1)
+    ys = []
+    for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
+        values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
+        types = [_output_type(p.handle)]
+        (y,) = _op("combine_wait", rank, "combine", [*values, p.shared], types, _reduce(rank.cfg, p.reduce))
+        ys.append(y)
+    return ys
+
+
+def combine(
+    ranks: Sequence[Rank],
+    ys: Values,
+    handles: Sequence[Handle],
+    *,
+    weights: Values | None = None,
+    reduce: str | None = None,
+    bias0: Values | None = None,
+    bias1: Values | None = None,
+) -> list[TensorValue]:
+    """Send expert rows back, receive and sum them.
+
+    Args:
+        ranks, ys, handles, reduce: See `combine_async`.
+        weights, bias0, bias1: See `combine_wait`.
+
+    Returns:
+        One tensor [T, H] in `cfg.output_dtype` a rank.
+
+    Raises:
+        ShapeError, DTypeError, ConfigError, UnsupportedError: See the two halves.
+    """
+    if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
+        pending = combine_async(ranks, ys, handles, reduce=reduce)
+        return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1)
+    modes = _check_combine(ranks, ys, handles, reduce)
+    _check_length(ranks, weights=weights, bias0=bias0, bias1=bias1)
+    outputs = []
+    for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
+        values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
+        types = [_output_type(h), _shared_type(h)]
+        out, _ = _op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode))
+        outputs.append(out)
+    return outputs
+
+
+# Calls
+
+
+def _op(name: str, rank: Rank, side: str, values: list, types: list[TensorType], parameters: dict) -> list[TensorValue]:
+    """Add one op. `side` chooses between the dispatch and the combine tables."""
+    from max.graph import DeviceRef, ops
+
+    tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]
+    return ops.inplace_custom(
+        f"ep_mojo_{name}",
+        DeviceRef.CPU(),
+        [rank.order, rank.counters, rank.settings, *tables, *values],
+        out_types=types,
+        parameters=parameters | {"slots": rank.cfg.slots},
+    )
+
+
+def _format_parameters(cfg: EPConfig) -> dict[str, Any]:
+    fmt = cfg.dispatch_format
+    names = {BF16: "bf16", BlockwiseFP8: "blockwise_fp8"}
+    return {
+        "hidden": cfg.hidden_size,
+        "format": fmt.struct if isinstance(fmt, CustomFormat) else names[type(fmt)],
+        "scale": getattr(fmt, "scale", "float32"),
+        "by_column": fmt.scales_layout == "column",
+    }
+
+
+def _reduce(cfg: EPConfig, mode: str) -> dict[str, Any]:
+    return {"hidden": cfg.hidden_size, "layout": cfg.output_layout, "reduce": mode}
+
+
+def _handle(cfg: EPConfig, outputs: list[TensorValue], p: PendingDispatch) -> Handle:
+    fields = dict(zip(HANDLE_TENSORS, outputs, strict=True))
+    return Handle(cfg=cfg, topk_ids=p.topk_ids, weights=p.weights, num_tokens=p.num_tokens, **fields)
+
+
+def _absent(dtype: str, rank: int) -> TensorValue:
+    """The value of an optional input that was not given: a tensor of size 0."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, ops
+
+    zero = ops.constant(np.zeros([0] * rank, np.float32), DType.float32, DeviceRef.CPU())
+    return zero if dtype == "float32" else ops.cast(zero, getattr(DType, dtype))
+
+
+def _or_absent(value: TensorValue | None, dtype: str, rank: int) -> TensorValue:
+    return _absent(dtype, rank) if value is None else value
+
+
+def _rows(y: TensorValue, h: Handle) -> list[TensorValue]:
+    return [y, h.row_map, h.recv_weights, h.recv_num_tokens]
+
+
+def _shared_type(h: Handle) -> TensorType:
+    from max.dtype import DType
+    from max.graph import DeviceRef, TensorType
+
+    shape = [h.topk_ids.shape[0], h.cfg.hidden_size] if h.cfg.shared_expert else [0, 0]
+    return TensorType(getattr(DType, h.cfg.combine_dtype), shape, DeviceRef.CPU())
+
+
+def _output_type(h: Handle) -> TensorType:
+    from max.dtype import DType
+    from max.graph import DeviceRef, TensorType
+
+    shape = [h.topk_ids.shape[0], h.cfg.hidden_size]
+    return TensorType(getattr(DType, h.cfg.output_dtype), shape, DeviceRef.CPU())
+
+
+def _wait_values(
+    cfg: EPConfig,
+    h: Handle,
+    mode: str,
+    weights: TensorValue | None,
+    bias0: TensorValue | None,
+    bias1: TensorValue | None,
+) -> list[TensorValue]:
+    T, H = h.topk_ids.shape[0], cfg.hidden_size
+    if weights is not None and (mode != "source" or cfg.output_layout == "rank"):
+        raise UnsupportedError(
+            field="weights",
+            value=f"given, with reduce={mode!r} and output_layout={cfg.output_layout!r}",
+            allowed='weights at combine with reduce="source" and an expert layout only',
+            remedy="give the weights to dispatch",
+        )
+    if weights is not None:
+        _check("weights", weights, [T, cfg.top_k], ["float32"])
+    for name, bias in (("bias0", bias0), ("bias1", bias1)):
+        if bias is not None:
+            _check(name, bias, [T, H], ["bfloat16", "float32"])
+    if bias0 is not None and bias1 is not None and bias0.dtype != bias1.dtype:
+        raise DTypeError(
+            field="bias1", value=bias1.dtype.name, allowed=f"{bias0.dtype.name}, as bias0", remedy="cast one of the two"
+        )
+    given = bias0 if bias0 is not None else bias1
+    dtype = "bfloat16" if given is None else given.dtype.name
+    weights = h.weights if weights is None else weights
+    return [
+        h.topk_ids,
+        _or_absent(weights, "float32", 2),
+        _or_absent(h.num_tokens, "int32", 1),
+        _or_absent(bias0, dtype, 2),
+        _or_absent(bias1, dtype, 2),
+    ]
+
+
+# Checks
+
+
+def _at(values: Sequence | None, i: int) -> Any:
+    return None if values is None else values[i]
+
+
+def _check_length(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
+    if not ranks:
+        raise ShapeError(field="ranks", value=0, allowed="at least one rank", remedy="pass comm.bind(...)")
+    for name, values in lists.items():
+        if values is not None and len(values) != len(ranks):
+            raise ShapeError(
+                field=name,
+                value=f"{len(values)} values",
+                allowed=f"{len(ranks)}: one for each rank of the graph",
+                remedy="pass a list with one value a rank",
+            )
+
+
+def _check(name: str, value: TensorValue, shape: list, dtypes: list[str]) -> None:
+    """Raise unless a graph value has this shape (None = any dimension) and one of these dtypes."""
+    if value.dtype.name not in dtypes:
+        raise DTypeError(
+            field=name, value=value.dtype.name, allowed=" or ".join(dtypes), remedy=f"cast {name} before the call"
+        )
+    fits = len(value.shape) == len(shape) and all(
+        want is None or _may_be_equal(got, want) for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ["any" if d is None else str(d) for d in shape]
+        raise ShapeError(
+            field=name,
+            value=[str(d) for d in value.shape],
+            allowed=f"[{', '.join(wanted)}]",
+            remedy=f"reshape {name}, or make a config that fits",
+        )
+
+
+def _may_be_equal(got: Any, want: Any) -> bool:
+    """Whether two dimensions are equal; a symbolic one may be anything until the graph runs."""
+    try:
+        return int(got) == int(want)
+    except TypeError:
+        return True
+
+
+def _dispatch_calls(
+    ranks: Sequence[Rank],
+    xs: Values,
+    topk_ids: Values,
+    weights: Values | None,
+    num_tokens: Values | None,
+    x_scales: Values | None,
+    input_scale: Values | None,
+) -> list[tuple[list[TensorValue], PendingDispatch]]:
+    _check_length(
+        ranks,
+        xs=xs,
+        topk_ids=topk_ids,
+        weights=weights,
+        num_tokens=num_tokens,
+        x_scales=x_scales,
+        input_scale=input_scale,
+    )
+    calls = []
+    for i, (rank, x, ids) in enumerate(zip(ranks, xs, topk_ids, strict=True)):
+        w, n, scales, factor = _at(weights, i), _at(num_tokens, i), _at(x_scales, i), _at(input_scale, i)
+        _check_dispatch(rank.cfg, x, ids, w, n, scales, factor)
+        values = [
+            x,
+            _or_absent(scales, "float32", 2),
+            ids,
+            _or_absent(w, "float32", 2),
+            _or_absent(n, "int32", 1),
+            _or_absent(factor, "float32", 1),
+        ]
+        calls.append((values, PendingDispatch(ids, w, n)))
+    return calls
+
+
+def _check_dispatch(cfg: EPConfig, x: TensorValue, ids: TensorValue, w: Any, n: Any, scales: Any, factor: Any) -> None:
+    fmt = cfg.dispatch_format
+    quantising = not isinstance(fmt, BF16)
+    encoded = x.dtype.name != "bfloat16"
+    if encoded:
+        passes = isinstance(fmt, BlockwiseFP8) and fmt.scale != "power_of_two"
+        _check("xs", x, [None, cfg.hidden_size], ["bfloat16", fmt.token_dtype] if passes else ["bfloat16"])
+        if scales is None:
+            raise ShapeError(
+                field="x_scales",
+                value=None,
+                allowed=f"[T, {cfg.scales_per_token}] with encoded tokens",
+                remedy="pass x_scales, or bfloat16 tokens",
+            )
+        _check("x_scales", scales, [x.shape[0], cfg.scales_per_token], [fmt.scale_dtype])
+    else:
+        _check("xs", x, [None, cfg.hidden_size], ["bfloat16"])
+        if scales is not None:
+            raise UnsupportedError(
+                field="x_scales",
+                value="given with bfloat16 tokens",
+                allowed="scales with tokens that are encoded already",
+                remedy="leave x_scales out",
+            )
+    if factor is not None and (encoded or not quantising):
+        raise UnsupportedError(
+            field="input_scale",
+            value="given, but nothing is quantised",
+            allowed="bfloat16 tokens and a format that quantises",
+            remedy="leave input_scale out",
+        )
+    _check("topk_ids", ids, [x.shape[0], cfg.top_k], ["int32", "int64"])
+    for name, value, shape, dtype in (
+        ("weights", w, [x.shape[0], cfg.top_k], "float32"),
+        ("num_tokens", n, [1], "int32"),
+        ("input_scale", factor, [1], "float32"),
+    ):
+        if value is not None:
+            _check(name, value, shape, [dtype])
+
+
+def _check_combine(ranks: Sequence[Rank], ys: Values, handles: Sequence[Handle], reduce: str | None) -> list[str]:
+    """Check everything, and settle each rank's reduce mode."""
+    _check_length(ranks, ys=ys, handles=handles)
+    modes = []
+    for rank, y, h in zip(ranks, ys, handles, strict=True):
+        cfg = rank.cfg
+        if not isinstance(h, Handle):
+            raise OrderError(
+                field="handles", value=type(h).__name__, allowed="handles of dispatch_wait", remedy="dispatch first"
+            )
+        if h.cfg != cfg:
+            raise ConfigError(
+                field="handles", value=h.cfg, allowed=f"handles of this communicator's config {cfg}", remedy="see value"
+            )
+        mode = reduce or cfg.reduce or "expert"
+        if mode not in ("expert", "source") or (cfg.reduce is not None and mode != cfg.reduce):
+            raise ConfigError(
+                field="reduce",
+                value=reduce,
+                allowed=repr(cfg.reduce) if cfg.reduce else '"expert" or "source"',
+                remedy="set EPConfig.reduce accordingly, or to None",
+            )
+        _check("ys", y, [*h.tokens.shape[:-1], cfg.hidden_size], [cfg.combine_dtype])
+        modes.append(mode)
+    return modes

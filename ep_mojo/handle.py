@@ -1,0 +1,131 @@
+"""`Handle`: what a rank has received, and what combine needs to send it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .config import EPConfig
+from .errors import ShapeError
+
+if TYPE_CHECKING:
+    from max.graph import TensorType, TensorValue
+
+HANDLE_TENSORS = (
+    "tokens",
+    "scales",
+    "row_offsets",
+    "counts",
+    "expert_ids",
+    "src_info",
+    "local_ids",
+    "local_weights",
+    "recv_weights",
+    "row_map",
+    "recv_num_tokens",
+)
+"""Outputs of dispatch_wait, in the order of the op."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What `dispatch_wait` gives a rank. All tensors are copies of its own: good as long as the caller keeps them.
+
+    R ranks, L local experts, G = L groups (L + 1 with a shared expert), K = top_k, N = cfg.rows_capacity rows, S scales
+    a row. Rows are sorted by (group, source rank, source token, k). Rows past the last one are unspecified.
+
+    Attributes:
+        cfg: The config.
+        tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype.
+        scales: [N, S] or, column-major, [S, N]; [0, 0] where the format has none.
+        row_offsets: uint32. "expert" [G + 1], the aligned first row of each group; "expert_padded" [G + 1];
+            "rank" [R + 1], the first row of each source rank.
+        counts: int32 [G], true rows of each group; "rank" [R].
+        expert_ids: int32 [G], the global expert of each group, E for the shared one; "rank" [0].
+        src_info: int32 [N, 2] = (source rank * Tmax + token, k), -1 where there is no row; k = -1 in shared rows and in
+            layout "rank".
+        local_ids: int32 [N, K] in layout "rank": local expert ids, -1 = not on this rank; else [0, 0].
+        local_weights: float32 [N, K] in layout "rank"; else [0, 0].
+        recv_weights: float32 [R, Tmax, K].
+        row_map: int32 [R, Tmax, K]: the row of a source token's k-th choice, -1 = none here.
+        recv_num_tokens: int32 [R].
+        topk_ids, weights, num_tokens: The rank's own, as given to dispatch (weights and num_tokens may be None).
+    """
+
+    cfg: EPConfig
+    tokens: TensorValue
+    scales: TensorValue
+    row_offsets: TensorValue
+    counts: TensorValue
+    expert_ids: TensorValue
+    src_info: TensorValue
+    local_ids: TensorValue
+    local_weights: TensorValue
+    recv_weights: TensorValue
+    row_map: TensorValue
+    recv_num_tokens: TensorValue
+    topk_ids: TensorValue
+    weights: TensorValue | None = None
+    num_tokens: TensorValue | None = None
+
+    def flat(self) -> list[TensorValue]:
+        """The tensors as graph outputs, for `from_flat` in another graph: `HANDLE_TENSORS`, then topk_ids."""
+        return [*(getattr(self, name) for name in HANDLE_TENSORS), self.topk_ids]
+
+    @classmethod
+    def from_flat(
+        cls,
+        cfg: EPConfig,
+        values: Sequence[TensorValue],
+        *,
+        weights: TensorValue | None = None,
+        num_tokens: TensorValue | None = None,
+    ) -> Handle:
+        """A handle from graph inputs that hold what `flat` gave.
+
+        Args:
+            cfg: The config.
+            values: As many values as `flat` gives.
+            weights, num_tokens: As given to the dispatch.
+
+        Raises:
+            ShapeError: Another number of values.
+        """
+        values = list(values)
+        if len(values) != len(HANDLE_TENSORS) + 1:
+            raise ShapeError(
+                field="values",
+                value=len(values),
+                allowed=len(HANDLE_TENSORS) + 1,
+                remedy="pass exactly what handle.flat() gave",
+            )
+        *tensors, topk_ids = values
+        fields = dict(zip(HANDLE_TENSORS, tensors, strict=True))
+        return cls(cfg=cfg, topk_ids=topk_ids, weights=weights, num_tokens=num_tokens, **fields)
+
+
+def handle_types(cfg: EPConfig) -> list[TensorType]:
+    """MAX types of `HANDLE_TENSORS` for a config."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, TensorType
+
+    R, K, G, N, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.rows_capacity, cfg.scales_per_token
+    fmt, by_rank = cfg.dispatch_format, cfg.output_layout == "rank"
+    tokens = [G, N // G] if cfg.output_layout == "expert_padded" else [N]
+    scales = ([S, N] if fmt.scales_layout == "column" else [N, S]) if S else [0, 0]
+    per_token = [R, cfg.max_tokens_per_rank, K]
+    types = {
+        "tokens": (fmt.token_dtype, [*tokens, cfg.token_elements]),
+        "scales": (fmt.scale_dtype or "float32", scales),
+        "row_offsets": ("uint32", [(R if by_rank else G) + 1]),
+        "counts": ("int32", [R if by_rank else G]),
+        "expert_ids": ("int32", [0 if by_rank else G]),
+        "src_info": ("int32", [N, 2]),
+        "local_ids": ("int32", [N, K] if by_rank else [0, 0]),
+        "local_weights": ("float32", [N, K] if by_rank else [0, 0]),
+        "recv_weights": ("float32", per_token),
+        "row_map": ("int32", per_token),
+        "recv_num_tokens": ("int32", [R]),
+    }
+    return [TensorType(getattr(DType, types[n][0]), types[n][1], DeviceRef.CPU()) for n in HANDLE_TENSORS]

@@ -1,0 +1,448 @@
+"""Every byte offset of the protocol: the mirror of `kernels/ep_mojo/layout.mojo`, with the same names, tested equal.
+
+A rank owns four windows that its peers write. `DispatchWindow(cfg)` and `CombineWindow(cfg)` lay out a recv window
+(payload) and a count window (signals) each, for the slot policy of the config:
+
+    RankSlots        dispatch recv    [B][R][Tmax] messages
+                     dispatch count   credits u64[R] | headers u64[B][R] | signals u64[B][R][C] | ids i16 | weights f32
+                     combine recv     [B][Tmax * S] rows, S = cfg.combine_slots
+                     combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
+    ExpertSlots      dispatch recv    [L][R][Tmax] messages          dispatch count   u64 [L][R]
+                     combine recv     [Tmax][K] rows                 combine count    u64 [E]
+
+Regions and per-source blocks of a RankSlots count window start at multiples of 128 bytes. All offsets are in bytes;
+`buffer` is epoch mod B. A rank's own `atomic_counters` (int32) begin with a head of 64 words: see `HEAD_*` and `REC_*`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import (
+    CapacityError,
+    ConfigMismatchError,
+    CorruptHeadError,
+    EPError,
+    OrderError,
+    PeerTimeoutError,
+    ShapeError,
+)
+
+if TYPE_CHECKING:
+    from .config import EPConfig
+
+MAGIC = 0x45504D4A
+LAYOUT_VERSION = 1
+ALIGNMENT = 128
+HEAD_WORDS = 64
+SETTINGS_WORDS = 16
+EXPERT_SLOTS_HEADER = 16
+"""Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
+
+# int32 indices in the counters head; u64 and i64 fields take two words, low word first.
+HEAD_MAGIC = 0
+HEAD_LAYOUT_VERSION = 1
+HEAD_CONFIG_HASH = 2
+HEAD_MY_RANK = 4
+HEAD_N_RANKS = 5
+HEAD_DEADLINE_NS = 6
+HEAD_DISPATCH_SENT = 8
+HEAD_DISPATCH_WAITED = 10
+HEAD_COMBINE_SENT = 12
+HEAD_COMBINE_WAITED = 14
+REC_STATE = 32
+REC_KIND = 33
+REC_STAGE = 34
+REC_RANK = 35
+REC_PEER = 36
+REC_CHUNK = 37
+REC_EXPECTED = 38
+REC_SEEN = 40
+REC_VALUE = 42
+REC_LIMIT = 44
+REC_END = 46
+
+KIND_TIMEOUT = 1
+KIND_CAPACITY = 2
+KIND_ORDER = 3
+KIND_PEER_FAILED = 4
+KIND_SHAPE = 5
+STAGE_DISPATCH_ASYNC = 1
+STAGE_DISPATCH_WAIT = 2
+STAGE_COMBINE_ASYNC = 3
+STAGE_COMBINE_WAIT = 4
+STAGE_DISPATCH = 5
+STAGE_COMBINE = 6
+CHUNK_HEADER = -1
+CHUNK_CREDIT = -2
+FIELD_TOKENS = 1
+FIELD_NUM_TOKENS = 2
+
+STAGE_NAMES = {
+    STAGE_DISPATCH_ASYNC: "dispatch_async",
+    STAGE_DISPATCH_WAIT: "dispatch_wait",
+    STAGE_COMBINE_ASYNC: "combine_async",
+    STAGE_COMBINE_WAIT: "combine_wait",
+    STAGE_DISPATCH: "dispatch",
+    STAGE_COMBINE: "combine",
+}
+
+# Signal words: u64 = epoch << 24 | value.
+VALUE_BITS = 24
+FAILED = (1 << VALUE_BITS) - 1
+"""The value that a failed rank publishes instead of a count."""
+
+
+def align_up(n: int, to: int = ALIGNMENT) -> int:
+    """The least multiple of `to` that is not less than `n`."""
+    return -(-n // to) * to
+
+
+def word(epoch: int, value: int) -> int:
+    """The signal word of `value` (0 to 2^24 - 1) in `epoch` (0 to 2^40 - 1)."""
+    if not 0 <= value <= FAILED or not 0 <= epoch < 1 << 40:
+        raise ShapeError(
+            field="(epoch, value)",
+            value=(epoch, value),
+            allowed="epoch below 2^40 and value below 2^24",
+            remedy="make a new communicator if the epochs are used up",
+        )
+    return epoch << VALUE_BITS | value
+
+
+def epoch_of(signal: int) -> int:
+    """The epoch of a signal word."""
+    return int(signal) >> VALUE_BITS
+
+
+def value_of(signal: int) -> int:
+    """The value of a signal word."""
+    return int(signal) & FAILED
+
+
+def counters_words(cfg: EPConfig) -> int:
+    """int32 words of `atomic_counters`: the head, and with ExpertSlots one more for each token."""
+    return HEAD_WORDS + (cfg.max_tokens_per_rank if cfg.slots == "expert" else 0)
+
+
+class _Window:
+    """Offsets in a count window, common to dispatch and combine.
+
+    Attributes:
+        recv_bytes: Bytes of the recv window.
+        count_bytes: Bytes of the count window.
+    """
+
+    recv_bytes: int
+    count_bytes: int
+
+    def __init__(self, cfg: EPConfig, table_pairs: int):
+        self.cfg = cfg
+        blocks = cfg.num_buffers * cfg.n_ranks
+        if cfg.slots == "expert":
+            return
+        self.headers = align_up(8 * cfg.n_ranks)
+        self.signals = self.headers + align_up(8 * blocks)
+        self.signal_block = align_up(8 * cfg.n_signals)
+        self.ids = self.signals + blocks * self.signal_block
+        self.ids_block = align_up(2 * table_pairs)
+        self.weights = self.ids + blocks * self.ids_block
+        self.weights_block = align_up(4 * table_pairs)
+        self.count_bytes = self.weights + blocks * self.weights_block
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of both windows."""
+        return self.recv_bytes + self.count_bytes
+
+    def _block(self, buffer: int, source: int) -> int:
+        return buffer * self.cfg.n_ranks + source
+
+    def credit(self, rank: int) -> int:
+        """u64: the last epoch that `rank` has read of what this window's owner sent. RankSlots only."""
+        return 8 * rank
+
+    def header(self, buffer: int, source: int) -> int:
+        """u64: `source` has begun the epoch; the value is T. RankSlots only."""
+        return self.headers + 8 * self._block(buffer, source)
+
+    def signal(self, buffer: int, source: int, chunk: int) -> int:
+        """u64: tokens [chunk * G, (chunk + 1) * G) of `source` have arrived. RankSlots only."""
+        return self.signals + self._block(buffer, source) * self.signal_block + 8 * chunk
+
+
+class DispatchWindow(_Window):
+    """Layout of the dispatch windows of one rank.
+
+    Attributes:
+        recv_bytes: Bytes of the recv window.
+        count_bytes: Bytes of the count window.
+    """
+
+    def __init__(self, cfg: EPConfig):
+        super().__init__(cfg, cfg.max_tokens_per_rank * cfg.top_k)
+        tokens = cfg.n_ranks * cfg.max_tokens_per_rank
+        if cfg.slots == "expert":
+            self.recv_bytes = cfg.n_local_experts * tokens * cfg.dispatch_message_bytes
+            self.count_bytes = 8 * cfg.n_local_experts * cfg.n_ranks
+        else:
+            self.recv_bytes = cfg.num_buffers * tokens * cfg.dispatch_message_bytes
+
+    def table_ids(self, buffer: int, source: int) -> int:
+        """i16 [T, K]: the expert ids of `source`, -1 = no expert. RankSlots only."""
+        return self.ids + self._block(buffer, source) * self.ids_block
+
+    def table_weights(self, buffer: int, source: int) -> int:
+        """f32 [T, K]: the weights of `source`. RankSlots only."""
+        return self.weights + self._block(buffer, source) * self.weights_block
+
+    def message(self, buffer: int, source: int, token: int) -> int:
+        """The message of `token` of rank `source` in the recv window. RankSlots."""
+        return (self._block(buffer, source) * self.cfg.max_tokens_per_rank + token) * self.cfg.dispatch_message_bytes
+
+    def expert_slot(self, expert: int, source: int, slot: int) -> int:
+        """Message number `slot` from `source` to local expert `expert` in the recv window. ExpertSlots."""
+        cfg = self.cfg
+        return ((expert * cfg.n_ranks + source) * cfg.max_tokens_per_rank + slot) * cfg.dispatch_message_bytes
+
+    def expert_count(self, expert: int, source: int) -> int:
+        """u64 in the count window: messages from `source` to local expert `expert`. ExpertSlots."""
+        return 8 * (expert * self.cfg.n_ranks + source)
+
+
+class CombineWindow(_Window):
+    """Layout of the combine windows of one rank.
+
+    Attributes:
+        recv_bytes: Bytes of the recv window.
+        count_bytes: Bytes of the count window.
+    """
+
+    def __init__(self, cfg: EPConfig):
+        super().__init__(cfg, 0)
+        self.recv_bytes = cfg.num_buffers * cfg.max_tokens_per_rank * cfg.combine_slots * cfg.combine_row_bytes
+        if cfg.slots == "expert":
+            self.count_bytes = 8 * cfg.n_experts
+
+    def _buffer(self, buffer: int) -> int:
+        return buffer * self.cfg.combine_slots * self.cfg.max_tokens_per_rank
+
+    def partial(self, buffer: int, rank: int, token: int) -> int:
+        """The sum that `rank` sends for `token`, in the recv window. reduce="expert"."""
+        return (self._buffer(buffer) + rank * self.cfg.max_tokens_per_rank + token) * self.cfg.combine_row_bytes
+
+    def row(self, buffer: int, token: int, k: int) -> int:
+        """The row of expert choice `k` of `token`, in the recv window. reduce="source", and ExpertSlots."""
+        return (self._buffer(buffer) + token * self.cfg.top_k + k) * self.cfg.combine_row_bytes
+
+    def expert_signal(self, expert: int) -> int:
+        """u64 in the count window: the rows of global expert `expert` have arrived. ExpertSlots."""
+        return 8 * expert
+
+
+# The counters head
+
+
+def get_u64(counters: np.ndarray, index: int) -> int:
+    """The unsigned 64-bit field at int32 index `index`."""
+    low, high = (int(w) & 0xFFFFFFFF for w in counters[index : index + 2])
+    return high << 32 | low
+
+
+def put_u64(counters: np.ndarray, index: int, value: int) -> None:
+    """Store a 64-bit field (signed values as two's complement) at int32 index `index`."""
+    counters[index : index + 2] = np.array([value & 0xFFFFFFFFFFFFFFFF], dtype="<u8").view(np.int32)
+
+
+def _get_i64(counters: np.ndarray, index: int) -> int:
+    value = get_u64(counters, index)
+    return value - (1 << 64) if value >> 63 else value
+
+
+EPOCH_FIELDS = (HEAD_DISPATCH_SENT, HEAD_DISPATCH_WAITED, HEAD_COMBINE_SENT, HEAD_COMBINE_WAITED)
+
+
+def write_head(counters: np.ndarray, cfg: EPConfig, rank: int, epoch: int = 0) -> None:
+    """Fill `counters` (int32 [counters_words(cfg)]) with a fresh head: all epochs `epoch`, no record, the rest zero."""
+    counters[:] = 0
+    counters[HEAD_MAGIC] = MAGIC
+    counters[HEAD_LAYOUT_VERSION] = LAYOUT_VERSION
+    counters[HEAD_MY_RANK] = rank
+    counters[HEAD_N_RANKS] = cfg.n_ranks
+    put_u64(counters, HEAD_CONFIG_HASH, cfg.config_hash())
+    put_u64(counters, HEAD_DEADLINE_NS, round(cfg.timeout_s * 1e9))
+    for index in EPOCH_FIELDS:
+        put_u64(counters, index, epoch)
+
+
+def read_epochs(counters: np.ndarray) -> tuple[int, int, int, int]:
+    """Epochs of the last dispatch sent and waited for, and of the last combine sent and waited for."""
+    return tuple(get_u64(counters, index) for index in EPOCH_FIELDS)
+
+
+def check_head(counters: np.ndarray, cfg: EPConfig, rank: int) -> None:
+    """Check that `counters` begins with a head of this version, config and rank.
+
+    Raises:
+        CorruptHeadError: Too short, wrong magic, layout version, rank or number of ranks.
+        ConfigMismatchError: Made for another config.
+    """
+    remedy = "make a new communicator; nothing but the ops may write to atomic_counters"
+    if counters.dtype != np.int32 or counters.ndim != 1 or counters.size < counters_words(cfg):
+        raise CorruptHeadError(
+            field="atomic_counters",
+            value=f"{counters.dtype} {list(counters.shape)}",
+            allowed=f"int32 [{counters_words(cfg)}]",
+            remedy=remedy,
+        )
+    fields = (
+        ("magic", HEAD_MAGIC, MAGIC),
+        ("layout_version", HEAD_LAYOUT_VERSION, LAYOUT_VERSION),
+        ("my_rank", HEAD_MY_RANK, rank),
+        ("n_ranks", HEAD_N_RANKS, cfg.n_ranks),
+    )
+    for name, index, expected in fields:
+        if int(counters[index]) != expected:
+            raise CorruptHeadError(
+                field=f"atomic_counters.{name}", value=int(counters[index]), allowed=str(expected), remedy=remedy
+            )
+    seen = get_u64(counters, HEAD_CONFIG_HASH)
+    if seen != cfg.config_hash():
+        raise ConfigMismatchError(
+            f"rank {rank} was made for another config",
+            field="config_hash",
+            value=hex(seen),
+            allowed=hex(cfg.config_hash()),
+            remedy="build graph and communicator from the same EPConfig on every rank",
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """The error record of a rank: the first failure since the last reset.
+
+    Attributes:
+        kind: One of `KIND_*`.
+        stage: One of `STAGE_*`.
+        rank: The rank that failed.
+        peer: The rank it waited for, -1 = none.
+        chunk: Index of the signal, `CHUNK_HEADER`, `CHUNK_CREDIT`, or `FIELD_*` for `KIND_SHAPE`.
+        expected: The epoch waited for.
+        seen: The epoch seen.
+        value: Rows needed, or the size given.
+        limit: Rows available, or the size allowed.
+    """
+
+    kind: int
+    stage: int
+    rank: int
+    peer: int
+    chunk: int
+    expected: int
+    seen: int
+    value: int
+    limit: int
+
+
+def decode_record(counters: np.ndarray) -> Record | None:
+    """The error record in `counters` (int32, at least the head), or None where nothing failed."""
+    if int(counters[REC_STATE]) == 0:
+        return None
+    kind, stage, rank, peer, chunk = (int(counters[i]) for i in (REC_KIND, REC_STAGE, REC_RANK, REC_PEER, REC_CHUNK))
+    return Record(
+        kind=kind,
+        stage=stage,
+        rank=rank,
+        peer=peer,
+        chunk=chunk,
+        expected=get_u64(counters, REC_EXPECTED),
+        seen=get_u64(counters, REC_SEEN),
+        value=_get_i64(counters, REC_VALUE),
+        limit=_get_i64(counters, REC_LIMIT),
+    )
+
+
+def clear_record(counters: np.ndarray) -> None:
+    """Erase the error record. The rank works again once its epochs and credits are agreed anew."""
+    counters[REC_STATE:REC_END] = 0
+
+
+RESET = "call comm.reset() on all ranks"
+
+
+def record_to_error(record: Record, cfg: EPConfig) -> EPError:
+    """The named error for a record: stage, ranks, what was expected and seen, what to do. Returned, not raised."""
+    stage = STAGE_NAMES.get(record.stage, f"stage {record.stage}")
+    where = f"rank {record.rank}, {stage}"
+    if record.kind == KIND_TIMEOUT:
+        return PeerTimeoutError(
+            f"{where}: no {_signal_name(record.chunk)} from rank {record.peer} within {cfg.timeout_s:g} s "
+            f"(waited for round {record.expected}, last seen round {record.seen})",
+            remedy=f"see whether rank {record.peer} runs the same stages, or raise timeout_s; then {RESET}",
+        )
+    if record.kind == KIND_PEER_FAILED:
+        return PeerTimeoutError(
+            f"{where}: rank {record.peer} failed, as its {_signal_name(record.chunk)} of round {record.expected} says",
+            remedy=f"read the error of rank {record.peer} (comm.check() there), remove its cause, then {RESET}",
+        )
+    if record.kind == KIND_CAPACITY:
+        name, allowed, fix = _capacity_words(cfg)
+        return CapacityError(
+            f"{where}: {record.value} rows arrived",
+            field=name,
+            value=record.limit,
+            allowed=allowed.format(record.value),
+            remedy=f"{fix}; then {RESET}",
+        )
+    if record.kind == KIND_ORDER:
+        return OrderError(_order_words(record, where, cfg), remedy=f"{_order_remedy(record, cfg)}; then {RESET}")
+    if record.kind == KIND_SHAPE:
+        name, limit = {
+            FIELD_TOKENS: ("rows of x", "max_tokens_per_rank"),
+            FIELD_NUM_TOKENS: ("num_tokens", "rows of x"),
+        }.get(record.chunk, (f"field {record.chunk}", "limit"))
+        return ShapeError(
+            where,
+            field=name,
+            value=record.value,
+            allowed=f"0 to {record.limit} ({limit})",
+            remedy=f"pass fewer tokens, or raise max_tokens_per_rank; then {RESET}",
+        )
+    return CorruptHeadError(
+        f"the error record of {where} cannot be read",
+        field="kind",
+        value=record.kind,
+        allowed=f"{KIND_TIMEOUT} to {KIND_SHAPE}",
+        remedy="make a new communicator; nothing but the ops may write to atomic_counters",
+    )
+
+
+def _signal_name(chunk: int) -> str:
+    return {CHUNK_HEADER: "header", CHUNK_CREDIT: "credit"}.get(chunk, f"signal {chunk}")
+
+
+def _capacity_words(cfg: EPConfig) -> tuple[str, str, str]:
+    if cfg.output_layout == "expert_padded":
+        fix = "raise max_tokens_per_rank, or use output_layout='expert'"
+        return "rows of one expert (n_ranks * max_tokens_per_rank)", "at least {}", fix
+    return "max_rows", "at least {}", "raise max_rows, or leave it None for the worst case"
+
+
+def _order_words(record: Record, where: str, cfg: EPConfig) -> str:
+    epochs = f"(expected round {record.expected}, seen round {record.seen})"
+    if record.peer >= 0:
+        return f"{where}: the {_signal_name(record.chunk)} of rank {record.peer} is not there {epochs}"
+    if record.stage in (STAGE_DISPATCH_WAIT, STAGE_COMBINE_WAIT):
+        return f"{where}: nothing was sent that this could wait for {epochs}"
+    return f"{where}: more than num_buffers = {cfg.num_buffers} rounds are in flight {epochs}"
+
+
+def _order_remedy(record: Record, cfg: EPConfig) -> str:
+    if record.peer >= 0:
+        return "emit the sends of all ranks before the first wait (ep_mojo.dispatch and combine do)"
+    if record.stage in (STAGE_DISPATCH_WAIT, STAGE_COMBINE_WAIT):
+        return "call the matching *_async first, once for each wait"
+    return "wait for a round before the next one is sent, or raise num_buffers"

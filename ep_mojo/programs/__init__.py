@@ -1,0 +1,1 @@
+"""What the `ep-mojo` command runs. `ep_mojo.cli` reads the arguments, and imports these modules when they are needed."""

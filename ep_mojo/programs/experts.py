@@ -1,0 +1,137 @@
+"""The experts of the programs: SwiGLU in float32 NumPy on the rows that dispatch gave, and the dense reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import EPConfig
+from ..dtypes import float32_to_bfloat16_bits
+from ..gate import sigmoid
+from ..reference import dequantize
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """FFN weights of all experts. F is the width. y = w_down (silu(w_gate x) * (w_up x)).
+
+    Attributes:
+        w_gate: float32 [E, F, H].
+        w_up: float32 [E, F, H].
+        w_down: float32 [E, H, F].
+    """
+
+    w_gate: np.ndarray
+    w_up: np.ndarray
+    w_down: np.ndarray
+
+    @staticmethod
+    def random(seed: int, n_experts: int, hidden_size: int, width: int = 16) -> SwiGLU:
+        """Normal weights that keep the size of a token about 1. The same seed gives the same weights."""
+        shapes = [(width, hidden_size), (width, hidden_size), (hidden_size, width)]
+        weights = [np.empty((n_experts, *shape), np.float32) for shape in shapes]
+
+        def fill(expert: int) -> None:
+            rng = np.random.default_rng([seed, expert])
+            for array in weights:
+                rng.standard_normal(out=array[expert], dtype=np.float32)
+                array[expert] *= np.float32(array.shape[2] ** -0.5)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, range(n_experts)))
+        return SwiGLU(*weights)
+
+    def __call__(self, expert: int, x: np.ndarray) -> np.ndarray:
+        """Output of one expert: float32 [n, H] from float32 [n, H]."""
+        g = x @ self.w_gate[expert].T
+        return (g * sigmoid(g) * (x @ self.w_up[expert].T)) @ self.w_down[expert].T
+
+
+def identity(expert: int, x: np.ndarray) -> np.ndarray:
+    """The expert that gives back what it gets."""
+    return x
+
+
+def expert_outputs(cfg: EPConfig, rank: int, handle: Any, ffn: Any) -> np.ndarray:
+    """Run the experts of one rank on the rows that it was given.
+
+    Args:
+        cfg: The config, any output layout.
+        rank: The rank.
+        handle: Object with the fields of `Handle` as NumPy arrays.
+        ffn: `SwiGLU`, or any function (expert, float32 [n, H]) -> float32 [n, H].
+
+    Returns:
+        Rows for combine: combine_dtype (bfloat16 as uint16 bits), shaped like `handle.tokens` with H elements a row.
+        With the "rank" layout a row is already the weighted sum over the rank's experts.
+    """
+    flat = handle.tokens.reshape(-1, handle.tokens.shape[-1])
+    y = np.zeros((flat.shape[0], cfg.hidden_size), np.uint16 if cfg.combine_dtype == "bfloat16" else np.float32)
+    first = rank * cfg.n_local_experts
+
+    def convert(rows: np.ndarray) -> np.ndarray:
+        return float32_to_bfloat16_bits(rows) if cfg.combine_dtype == "bfloat16" else rows
+
+    if cfg.output_layout == "rank":
+        rows = int(handle.row_offsets[-1])
+        x = _rows(cfg, flat, handle.scales, slice(0, rows))
+        total = np.zeros_like(x)
+        for local in range(cfg.n_local_experts):
+            row, k = np.nonzero(handle.local_ids[:rows] == local)
+            for i in _without_repeats(row):  # the same expert twice is two terms of one row
+                total[row[i]] += handle.local_weights[row[i], k[i], None] * ffn(first + local, x[row[i]])
+        y[:rows] = convert(total)
+        return y
+    for group, (start, count) in enumerate(zip(handle.row_offsets[:-1], handle.counts, strict=True)):
+        rows = slice(int(start), int(start) + int(count))
+        if count:
+            y[rows] = convert(ffn(first + group, _rows(cfg, flat, handle.scales, rows)))
+    return y.reshape(*handle.tokens.shape[:-1], cfg.hidden_size)
+
+
+def _rows(cfg: EPConfig, flat: np.ndarray, scales: np.ndarray, rows: slice) -> np.ndarray:
+    column = cfg.dispatch_format.scales_layout == "column"
+    return dequantize(cfg, flat[rows], scales[:, rows] if column else scales[rows])
+
+
+def _without_repeats(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Split the indices of a sorted array into sets in which no value occurs twice."""
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]]) if len(values) else np.zeros(0, np.int64)
+    nth = np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    for n in range(int(nth.max(initial=-1)) + 1):
+        yield np.flatnonzero(nth == n)
+
+
+def dense_moe(
+    x: np.ndarray, topk_ids: np.ndarray, weights: np.ndarray, n_experts: int, ffn: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The layer without any ranks, in float32: what the distributed one must give up to rounding.
+
+    Args:
+        x: float32 [N, H]: the tokens of all ranks, in rank order.
+        topk_ids: Integers [N, K]; ids outside [0, n_experts) mean "no expert".
+        weights: float32 [N, K].
+        n_experts: E.
+        ffn: As in `expert_outputs`.
+
+    Returns:
+        (out [N, H] = sum over k of weights * ffn(x); size [N] = sum over k of |weight| * norm(ffn(x))). The size is what
+        errors are measured against: unlike norm(out) it does not vanish where terms cancel.
+    """
+    out = np.zeros_like(x)
+    size = np.zeros(x.shape[0], np.float32)
+    for expert in range(n_experts):
+        token, k = np.nonzero(topk_ids == expert)
+        if not len(token):
+            continue
+        y = ffn(expert, x[token])  # in the engine's order of rows, so that BLAS rounds alike
+        terms = weights[token, k, None] * y
+        sizes = np.abs(weights[token, k]) * np.linalg.norm(y, axis=1)
+        for i in _without_repeats(token):
+            out[token[i]] += terms[i]
+            size[token[i]] += sizes[i]
+    return out, size

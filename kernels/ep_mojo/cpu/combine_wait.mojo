@@ -1,0 +1,182 @@
+"""The host's combine_wait: what came back is summed into the tokens' outputs.
+
+Reads this rank's combine windows of buffer `epoch mod B`. For each chunk of own tokens it awaits the signals of the
+ranks that own one of the chunk's experts, then, in float32 and in this order,
+
+    acc = ((0 + bias0) + bias1) + shared row
+    reduce "source"   acc = fma(w, row, acc) over valid k ascending
+    otherwise         acc = acc + partial over contributing ranks ascending
+
+and rounds once to the output type. Rows past T come back zero. Then the buffer goes back by a credit.
+"""
+
+from max.algorithm import sync_parallelize
+
+from ..launch import Endpoint
+from ..layout import partial_offset, row_offset
+from ..numeric import accumulate, load_f32, store_f32
+from ..peers import Bytes, View
+from ..routing import destinations, normal_id
+from ..signal import NO_SIGNAL, Waiter
+from ..team import HostTeam, zero_bytes
+from .combine_async import WIDTH
+from .dispatch_async import token_count
+from .workers import n_workers
+
+
+struct CombineOutput[ids_dtype: DType](ImplicitlyCopyable, Movable):
+    """A rank's own tokens again: where the sums go, and what they are made of. Absent tensors have size 0.
+
+    Parameters:
+        ids_dtype: DType.int32 or DType.int64.
+    """
+
+    var y: View[DType.uint8]
+    """[rows, H] as bytes, out."""
+    var rows: Int
+    """Rows of `y`."""
+    var ids: View[Self.ids_dtype]
+    """[rows, K]."""
+    var weights: View[DType.float32]
+    """[rows, K], for reduce "source"; absent: 1."""
+    var num_tokens: View[DType.int32]
+    """[1], or absent: `rows`."""
+    var bias0: View[DType.uint8]
+    """[rows, H] as bytes, or absent."""
+    var bias1: View[DType.uint8]
+    """[rows, H] as bytes, or absent."""
+    var shared_rows: View[DType.uint8]
+    """[rows, H] as bytes, or absent: the shared expert's rows."""
+
+    def __init__(
+        out self,
+        y: View[DType.uint8],
+        rows: Int,
+        ids: View[Self.ids_dtype],
+        weights: View[DType.float32],
+        num_tokens: View[DType.int32],
+        bias0: View[DType.uint8],
+        bias1: View[DType.uint8],
+        shared_rows: View[DType.uint8],
+    ):
+        """Name the tensors.
+
+        Args:
+            y: Output, as bytes.
+            rows: Rows of `y`.
+            ids: The router's choices.
+            weights: The router's weights, or absent.
+            num_tokens: T, or absent.
+            bias0: First bias, or absent.
+            bias1: Second bias, or absent.
+            shared_rows: The shared expert's rows, or absent.
+        """
+        self.y = y
+        self.rows = rows
+        self.ids = ids
+        self.weights = weights
+        self.num_tokens = num_tokens
+        self.bias0 = bias0
+        self.bias1 = bias1
+        self.shared_rows = shared_rows
+
+
+def combine_wait[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+    layout: StaticString,
+    reduce: StaticString,
+](ep: Endpoint[False], x: CombineOutput[ids_dtype], stage: Int32) raises:
+    """Receive and sum.
+
+    Parameters:
+        dtype: Type on the wire, and of the shared expert's rows.
+        out_dtype: Type of the output.
+        bias_dtype: Type of both biases.
+        ids_dtype: Type of the ids.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        stage: `STAGE_*`, for the failure record.
+    """
+    comptime out_bytes = hidden * (2 if out_dtype == DType.bfloat16 else 4)
+    comptime bias_bytes = hidden * (2 if bias_dtype == DType.bfloat16 else 4)
+    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
+    comptime by_row = reduce == "source" and layout != "rank"
+    var s = ep.s
+    var K = s.top_k
+    var epoch = ep.begin_wait(stage)
+    var buffer = ep.buffer(epoch)
+    var waiter = Waiter(ep.head, stage, s.virtual)
+    var T = token_count(ep, stage, x.rows, x.num_tokens)
+    for r in range(s.n_ranks):
+        if ep.head.failed() or ep.header_of(waiter, epoch, r) == NO_SIGNAL:
+            break
+    var n_chunks = s.n_signals(T)
+    var workers = n_workers(s, n_chunks, T * out_bytes)
+
+    @always_inline
+    def sum_token(t: Int, ids: View[DType.int16], mask: UInt32) {imm}:
+        var y = x.y.bytes(t * out_bytes)
+        var own = ep.recv[ep.me]
+
+        @always_inline
+        def sum[width: Int](i: Int) {imm}:
+            var acc = SIMD[DType.float32, width](0)
+            if x.bias0.present():
+                acc += load_f32[bias_dtype, width](x.bias0.bytes(t * bias_bytes), i)
+            if x.bias1.present():
+                acc += load_f32[bias_dtype, width](x.bias1.bytes(t * bias_bytes), i)
+            if x.shared_rows.present():
+                acc += load_f32[dtype, width](x.shared_rows.bytes(t * row_bytes), i)
+            comptime if by_row:
+                for k in range(K):
+                    if ids[k] >= 0:
+                        var w = x.weights[t * K + k] if x.weights.present() else Float32(1)
+                        acc = accumulate[dtype, width](acc, own.unsafe_offset(row_offset(s, buffer, t, k)), i, w)
+            else:
+                for r in range(s.n_ranks):
+                    if (mask >> UInt32(r)) & 1 == 1:
+                        acc += load_f32[dtype, width](own.unsafe_offset(partial_offset(s, buffer, r, t)), i)
+            store_f32[out_dtype, width](y, i, acc)
+
+        comptime whole = hidden // WIDTH * WIDTH
+        for i in range(0, whole, WIDTH):
+            sum[WIDTH](i)
+        for i in range(whole, hidden, 8):
+            sum[8](i)
+
+    def work(worker: Int) raises {imm}:
+        var store = Array[Int16, 32](fill=0)
+        var ids = View[DType.int16](Int(Pointer(to=store)), 32)
+        var arrived: UInt32 = 0
+        for chunk in range(worker, n_chunks, workers):
+            arrived = 0
+            var first = chunk * s.tokens_per_signal
+            for t in range(first, min(first + s.tokens_per_signal, T)):
+                for k in range(K):
+                    ids[k] = normal_id(x.ids[t * K + k].cast[DType.int64](), s.n_experts)
+                var mask = destinations(ids, 0, K, s.n_local_experts())
+                for r in range(s.n_ranks):
+                    var bit = UInt32(1) << UInt32(r)
+                    if mask & bit & ~arrived != 0:
+                        if not ep.chunk_of(waiter, epoch, r, chunk):
+                            return
+                        arrived |= bit
+                sum_token(t, ids, mask)
+
+    if not ep.head.failed():
+        if workers == 1:
+            work(0)
+        else:
+            sync_parallelize(work, workers)
+    var done = 0 if ep.head.failed() else T * out_bytes
+    zero_bytes[HostTeam](x.y.bytes(done), x.y.size - done)
+    ep.end_wait(epoch)

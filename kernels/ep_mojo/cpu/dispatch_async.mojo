@@ -1,0 +1,202 @@
+"""The host's dispatch_async: routing table and messages leave for every destination rank.
+
+Writes, in every peer's windows, this rank's blocks of buffer `epoch mod B`:
+
+    count window   ids i16 [T, K], weights f32 [T, K], then the header (value T)
+    recv window    message of token t at slot t, for the peers that own one of its experts
+    count window   signal c, once the messages of tokens c*G .. c*G+G-1 are there; also where there were none
+
+Why the order holds: table before header, messages before their signal, each signal a release store by the thread that
+stored what it covers. The buffer is free: `begin_send` has awaited every reader's credit.
+"""
+
+from max.algorithm import sync_parallelize
+
+from ..formats import TokenFormat
+from ..launch import Endpoint
+from ..layout import FIELD_NUM_TOKENS, FIELD_TOKENS, KIND_SHAPE, message_offset
+from ..peers import View
+from ..routing import destinations, normal_id
+from ..signal import publish, word
+from ..team import HostTeam, copy_bytes
+from .workers import n_workers
+
+
+struct DispatchInput[ids_dtype: DType](ImplicitlyCopyable, Movable):
+    """What a rank dispatches. Absent tensors have size 0.
+
+    Parameters:
+        ids_dtype: DType.int32 or DType.int64.
+    """
+
+    var tokens: View[DType.uint8]
+    """[rows, H] as bytes."""
+    var rows: Int
+    """Rows of `tokens`."""
+    var scales: View[DType.uint8]
+    """[rows, scales_per_token] as bytes, for tokens that are encoded already."""
+    var ids: View[Self.ids_dtype]
+    """[rows, K]."""
+    var weights: View[DType.float32]
+    """[rows, K], or absent: 1."""
+    var num_tokens: View[DType.int32]
+    """[1], or absent: `rows`."""
+    var factor: View[DType.float32]
+    """[1]: input scale, or absent: 1."""
+
+    def __init__(
+        out self,
+        tokens: View[DType.uint8],
+        rows: Int,
+        scales: View[DType.uint8],
+        ids: View[Self.ids_dtype],
+        weights: View[DType.float32],
+        num_tokens: View[DType.int32],
+        factor: View[DType.float32],
+    ):
+        """Name the tensors.
+
+        Args:
+            tokens: [rows, H] as bytes.
+            rows: Rows of `tokens`.
+            scales: Scales of encoded tokens, as bytes.
+            ids: [rows, K].
+            weights: [rows, K], or absent.
+            num_tokens: [1], or absent.
+            factor: [1], or absent.
+        """
+        self.tokens = tokens
+        self.rows = rows
+        self.scales = scales
+        self.ids = ids
+        self.weights = weights
+        self.num_tokens = num_tokens
+        self.factor = factor
+
+
+def token_count(ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]) -> Int:
+    """T of this launch; records a failure where it is out of range.
+
+    Args:
+        ep: The rank.
+        stage: `STAGE_*`.
+        rows: Rows of the tensor.
+        num_tokens: [1], or absent.
+
+    Returns:
+        T, or 0 after a failure.
+    """
+    if ep.head.failed():
+        return 0
+    if rows > ep.s.max_tokens:
+        ep.head.fail(KIND_SHAPE, stage, chunk=FIELD_TOKENS, value=rows, limit=ep.s.max_tokens)
+        return 0
+    if not num_tokens.present():
+        return rows
+    var given = Int(num_tokens[0])
+    if given < 0 or given > rows:
+        ep.head.fail(KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows)
+        return 0
+    return given
+
+
+def dispatch_async[
+    F: TokenFormat, ids_dtype: DType, encoded: Bool
+](ep: Endpoint[True], x: DispatchInput[ids_dtype], stage: Int32) raises:
+    """Send.
+
+    Parameters:
+        F: The format.
+        ids_dtype: Type of the ids.
+        encoded: Whether `x.tokens` and `x.scales` are in the format already.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        stage: `STAGE_*`, for the failure record.
+    """
+    var epoch = ep.begin_send(stage)
+    var T = token_count(ep, stage, x.rows, x.num_tokens)
+    if ep.head.failed():
+        ep.end_send(epoch)
+        return
+    var s = ep.s
+    var buffer = ep.buffer(epoch)
+    var ids = _send_table(ep, x, T, buffer)
+    ep.announce(epoch, T)
+
+    var factor = x.factor[0] if x.factor.present() else Float32(1)
+    var n_chunks = s.n_signals(T)
+    var workers = n_workers(s, n_chunks, T * F.message_bytes)
+    var item = size_of_input[F, encoded]()
+    var scale_bytes = F.scales_per_token * 4
+
+    def work(worker: Int) raises {imm}:
+        for chunk in range(worker, n_chunks, workers):
+            var first = chunk * s.tokens_per_signal
+            for t in range(first, min(first + s.tokens_per_signal, T)):
+                var mask = destinations(ids, t, s.top_k, s.n_local_experts())
+                if s.shared_expert:
+                    mask |= UInt32(1) << UInt32(ep.me)
+                var offset = message_offset(s, buffer, ep.me, t)
+                var written = -1
+                for i in range(s.n_ranks):
+                    var peer = (ep.me + i) % s.n_ranks
+                    if (mask >> UInt32(peer)) & 1 == 0:
+                        continue
+                    var message = ep.recv[peer].unsafe_offset(offset)
+                    if written >= 0:
+                        copy_bytes[HostTeam](ep.recv[written].unsafe_offset(offset), message, F.message_bytes)
+                        continue
+                    var token = x.tokens.bytes(t * item)
+                    comptime if encoded:
+                        F.pack[HostTeam](token, x.scales.bytes(t * scale_bytes), message)
+                    else:
+                        F.encode[HostTeam](token, factor, message)
+                    written = peer
+            for i in range(s.n_ranks):
+                var peer = (ep.me + i) % s.n_ranks
+                publish(ep.count[peer], ep.window.signal(buffer, ep.me, chunk), word(epoch, 0))
+
+    if workers == 1:
+        work(0)
+    else:
+        sync_parallelize(work, workers)
+    ep.end_send(epoch)
+
+
+def size_of_input[F: TokenFormat, encoded: Bool]() -> Int:
+    """Bytes of one input row.
+
+    Parameters:
+        F: The format.
+        encoded: Whether rows are in the format already.
+
+    Returns:
+        The row stride of `tokens`.
+    """
+    comptime if encoded:
+        return F.token_bytes
+    else:
+        return F.hidden_size * 2
+
+
+def _send_table[
+    ids_dtype: DType
+](ep: Endpoint[True], x: DispatchInput[ids_dtype], T: Int, buffer: Int) -> View[DType.int16]:
+    """Write the routing table into my own window, then copy it to every peer's."""
+    var n = T * ep.s.top_k
+    var ids_at = ep.window.table_ids(buffer, ep.me)
+    var weights_at = ep.window.table_weights(buffer, ep.me)
+    var own = ep.own_count()
+    var ids = View[DType.int16](Int(own.unsafe_offset(ids_at)), n)
+    var weights = View[DType.float32](Int(own.unsafe_offset(weights_at)), n)
+    for i in range(n):
+        ids[i] = normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
+        weights[i] = x.weights[i] if x.weights.present() else Float32(1)
+    for peer in range(ep.s.n_ranks):
+        if peer != ep.me:
+            var there = ep.count[peer]
+            copy_bytes[HostTeam](ids.bytes(), there.unsafe_offset(ids_at), 2 * n)
+            copy_bytes[HostTeam](weights.bytes(), there.unsafe_offset(weights_at), 4 * n)
+    return ids

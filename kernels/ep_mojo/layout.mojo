@@ -1,0 +1,299 @@
+"""Every byte offset of the protocol: windows, counters head, settings. Mirrored by `ep_mojo/layout.py`, tested equal.
+
+A rank owns four windows that its peers write (sizes in bytes, for `RankSlots`; B buffers, R ranks, Tm tokens a rank):
+
+    dispatch recv    [B][R][Tm] messages                       slot = (source rank, the token's own index)
+    dispatch count   credits u64[R] | headers u64[B][R] | signals u64[B][R][C] | ids i16[B][R][Tm*K] | weights f32[..]
+    combine recv     [B][Tm*S] rows                            slot = (expert's rank, token), or (token, k)
+    combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
+
+C = ceil(Tm / G) signals a source, one for each G tokens; S = rows a token, R or K. `recv_ptrs` holds the addresses of the
+recv windows, `recv_count_ptrs` those of the count windows. Regions and per-source blocks start at multiples of 128
+bytes, so that no two writers share a cache line.
+
+`ExpertSlots` has exactly four arrays and one buffer: recv [L][R][Tm] messages, count u64 [L][R], combine recv [Tm][K]
+rows, combine count u64 [E].
+"""
+
+from .settings import Settings
+
+comptime MAGIC: Int32 = 0x45504D4A
+"""First word of a valid counters head."""
+comptime LAYOUT_VERSION: Int32 = 1
+"""Changes with any offset in this file."""
+comptime ALIGNMENT = 128
+"""Bytes that regions and blocks are rounded up to."""
+comptime HEAD_WORDS = 64
+"""Words (int32) of the counters head."""
+
+# Indices of int32 words in the counters head; u64 and i64 fields take two.
+comptime HEAD_MAGIC = 0
+"""`MAGIC`."""
+comptime HEAD_LAYOUT_VERSION = 1
+"""`LAYOUT_VERSION`."""
+comptime HEAD_CONFIG_HASH = 2
+"""(u64) FNV-1a of the settings."""
+comptime HEAD_MY_RANK = 4
+"""The rank that owns these counters."""
+comptime HEAD_N_RANKS = 5
+"""R."""
+comptime HEAD_DEADLINE_NS = 6
+"""(i64) longest wait of one launch in nanoseconds, 0 = none."""
+comptime HEAD_DISPATCH_SENT = 8
+"""(u64) epoch of the last dispatch_async."""
+comptime HEAD_DISPATCH_WAITED = 10
+"""(u64) epoch of the last dispatch_wait."""
+comptime HEAD_COMBINE_SENT = 12
+"""(u64) epoch of the last combine_async."""
+comptime HEAD_COMBINE_WAITED = 14
+"""(u64) epoch of the last combine_wait."""
+comptime REC_STATE = 32
+"""0 no failure, 1 being written, 2 set."""
+comptime REC_KIND = 33
+"""One of `KIND_*`."""
+comptime REC_STAGE = 34
+"""One of `STAGE_*`."""
+comptime REC_RANK = 35
+"""The rank that failed."""
+comptime REC_PEER = 36
+"""The peer it waited for, -1 = none."""
+comptime REC_CHUNK = 37
+"""Index of the signal, or `CHUNK_HEADER`, `CHUNK_CREDIT`, or a `FIELD_*` for `KIND_SHAPE`."""
+comptime REC_EXPECTED = 38
+"""(u64) the epoch waited for."""
+comptime REC_SEEN = 40
+"""(u64) the epoch seen."""
+comptime REC_VALUE = 42
+"""(i64) rows needed, or the size given."""
+comptime REC_LIMIT = 44
+"""(i64) rows available, or the size allowed."""
+
+comptime KIND_TIMEOUT: Int32 = 1
+"""A peer's signal did not come within the deadline."""
+comptime KIND_CAPACITY: Int32 = 2
+"""More rows than the output holds."""
+comptime KIND_ORDER: Int32 = 3
+"""Stages called in a wrong order."""
+comptime KIND_PEER_FAILED: Int32 = 4
+"""A peer published FAILED."""
+comptime KIND_SHAPE: Int32 = 5
+"""A size that is only known at run time is out of range."""
+
+comptime STAGE_DISPATCH_ASYNC: Int32 = 1
+"""The split dispatch, sending half."""
+comptime STAGE_DISPATCH_WAIT: Int32 = 2
+"""The split dispatch, receiving half."""
+comptime STAGE_COMBINE_ASYNC: Int32 = 3
+"""The split combine, sending half."""
+comptime STAGE_COMBINE_WAIT: Int32 = 4
+"""The split combine, receiving half."""
+comptime STAGE_DISPATCH: Int32 = 5
+"""The fused dispatch."""
+comptime STAGE_COMBINE: Int32 = 6
+"""The fused combine."""
+
+comptime CHUNK_HEADER: Int32 = -1
+"""The wait was for a header."""
+comptime CHUNK_CREDIT: Int32 = -2
+"""The wait was for a credit."""
+
+comptime FIELD_TOKENS: Int32 = 1
+"""Rows of x against max_tokens_per_rank."""
+comptime FIELD_NUM_TOKENS: Int32 = 2
+"""The num_tokens input against the rows of x."""
+
+comptime EXPERT_SLOTS_HEADER = 16
+"""Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
+
+
+@always_inline
+def align_up(n: Int, to: Int = ALIGNMENT) -> Int:
+    """Round up.
+
+    Args:
+        n: A size, 0 or more.
+        to: A positive multiple.
+
+    Returns:
+        The least multiple of `to` that is not less than `n`.
+    """
+    return (n + to - 1) // to * to
+
+
+struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
+    """Offsets in a count window: credits, headers, signals, and for dispatch the routing tables.
+
+    Parameters:
+        has_table: Whether ids and weights follow (dispatch) or not (combine).
+    """
+
+    var n_ranks: Int
+    """R."""
+    var headers: Int
+    """Offset of the headers."""
+    var signals: Int
+    """Offset of the signals."""
+    var signal_block: Int
+    """Bytes of one source's signals."""
+    var ids: Int
+    """Offset of the ids."""
+    var ids_block: Int
+    """Bytes of one source's ids."""
+    var weights: Int
+    """Offset of the weights."""
+    var weights_block: Int
+    """Bytes of one source's weights."""
+    var total: Int
+    """Bytes of the window."""
+
+    def __init__(out self, s: Settings):
+        """Lay the window out.
+
+        Args:
+            s: The settings.
+        """
+        var blocks = s.num_buffers * s.n_ranks
+        self.n_ranks = s.n_ranks
+        self.headers = align_up(8 * s.n_ranks)
+        self.signals = self.headers + align_up(8 * blocks)
+        self.signal_block = align_up(8 * s.n_signals(s.max_tokens))
+        self.ids = self.signals + blocks * self.signal_block
+        self.ids_block = align_up(2 * s.max_tokens * s.top_k) if Self.has_table else 0
+        self.weights = self.ids + blocks * self.ids_block
+        self.weights_block = align_up(4 * s.max_tokens * s.top_k) if Self.has_table else 0
+        self.total = self.weights + blocks * self.weights_block
+
+    @always_inline
+    def credit(self, reader: Int) -> Int:
+        """Where `reader` says how far it has read what this window's owner sent.
+
+        Args:
+            reader: A peer.
+
+        Returns:
+            Byte offset of a u64.
+        """
+        return 8 * reader
+
+    @always_inline
+    def header(self, buffer: Int, source: Int) -> Int:
+        """Where `source` says that a round has begun, with T as the value.
+
+        Args:
+            buffer: Epoch mod B.
+            source: The sending rank.
+
+        Returns:
+            Byte offset of a u64.
+        """
+        return self.headers + 8 * (buffer * self.n_ranks + source)
+
+    @always_inline
+    def signal(self, buffer: Int, source: Int, chunk: Int) -> Int:
+        """Where `source` says that chunk `chunk` of its tokens has arrived.
+
+        Args:
+            buffer: Epoch mod B.
+            source: The sending rank.
+            chunk: First token / G.
+
+        Returns:
+            Byte offset of a u64.
+        """
+        return self.signals + (buffer * self.n_ranks + source) * self.signal_block + 8 * chunk
+
+    @always_inline
+    def table_ids(self, buffer: Int, source: Int) -> Int:
+        """The source's expert ids, i16 [T, K], -1 = no expert.
+
+        Args:
+            buffer: Epoch mod B.
+            source: The sending rank.
+
+        Returns:
+            Byte offset.
+        """
+        return self.ids + (buffer * self.n_ranks + source) * self.ids_block
+
+    @always_inline
+    def table_weights(self, buffer: Int, source: Int) -> Int:
+        """The source's weights, f32 [T, K], 1 where none were given.
+
+        Args:
+            buffer: Epoch mod B.
+            source: The sending rank.
+
+        Returns:
+            Byte offset.
+        """
+        return self.weights + (buffer * self.n_ranks + source) * self.weights_block
+
+
+comptime DispatchWindow = CountWindow[True]
+"""The dispatch count window."""
+comptime CombineWindow = CountWindow[False]
+"""The combine count window."""
+
+
+@always_inline
+def message_offset(s: Settings, buffer: Int, source: Int, token: Int) -> Int:
+    """A token's message in the dispatch recv window (RankSlots).
+
+    Args:
+        s: The settings.
+        buffer: Epoch mod B.
+        source: The sending rank.
+        token: The token's index on its own rank.
+
+    Returns:
+        Byte offset.
+    """
+    return ((buffer * s.n_ranks + source) * s.max_tokens + token) * s.message_bytes
+
+
+@always_inline
+def partial_offset(s: Settings, buffer: Int, rank: Int, token: Int) -> Int:
+    """A token's partial sum in the combine recv window, with reduce="expert".
+
+    Args:
+        s: The settings.
+        buffer: Epoch mod B.
+        rank: The rank of the experts that it comes from.
+        token: The token's index on its own rank.
+
+    Returns:
+        Byte offset.
+    """
+    return (buffer * s.combine_slots * s.max_tokens + rank * s.max_tokens + token) * s.row_bytes
+
+
+@always_inline
+def row_offset(s: Settings, buffer: Int, token: Int, k: Int) -> Int:
+    """An expert's row in the combine recv window, with reduce="source".
+
+    Args:
+        s: The settings.
+        buffer: Epoch mod B.
+        token: The token's index on its own rank.
+        k: The place of the expert among the token's choices.
+
+    Returns:
+        Byte offset.
+    """
+    return (buffer * s.combine_slots * s.max_tokens + token * s.top_k + k) * s.row_bytes
+
+
+@always_inline
+def expert_slot_offset(s: Settings, expert: Int, source: Int, slot: Int) -> Int:
+    """A message in the dispatch recv window of ExpertSlots.
+
+    Args:
+        s: The settings.
+        expert: Local expert.
+        source: The sending rank.
+        slot: Number of the message among those from `source` to `expert`.
+
+    Returns:
+        Byte offset.
+    """
+    return ((expert * s.n_ranks + source) * s.max_tokens + slot) * s.message_bytes

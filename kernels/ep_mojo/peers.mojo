@@ -1,0 +1,141 @@
+"""Typed views of memory: the only file that turns an address into a pointer.
+
+Peers' windows arrive as tables of addresses (`recv_ptrs`, `recv_count_ptrs`: uint64, one per rank), tensors as what the
+framework hands over. Both become `View`s here: a typed pointer with a length, and nothing else. Every other file adds
+the byte offsets of `layout.mojo` to a view and never sees an address.
+
+All pointers have a mutable origin on purpose: a load through an immutable one may be emitted as a non-coherent load,
+which is wrong for memory that a peer writes.
+"""
+
+from std.utils import StaticTuple
+
+comptime Bytes = Pointer[UInt8, MutUntrackedOrigin]
+"""Untyped memory."""
+
+comptime MAX_RANKS = 8
+"""The most ranks of one node, and the length of a `PeerTable`."""
+
+
+struct View[dtype: DType](ImplicitlyCopyable, Movable):
+    """A typed pointer and the number of elements behind it; `size == 0` means that an optional tensor is absent.
+
+    Parameters:
+        dtype: Element type.
+    """
+
+    comptime Element = Pointer[Scalar[Self.dtype], MutUntrackedOrigin]
+    """The pointer type."""
+
+    var ptr: Self.Element
+    """First element; dangling where `size == 0`."""
+    var size: Int
+    """Number of elements."""
+
+    def __init__(out self, address: Int, size: Int):
+        """View `size` elements at `address`.
+
+        Args:
+            address: Address of the first element.
+            size: Number of elements.
+        """
+        self.ptr = Self.Element(unsafe_from_address=address if address != 0 else 64)
+        self.size = size
+
+    @always_inline
+    def present(self) -> Bool:
+        """Whether the tensor was given.
+
+        Returns:
+            True where there is at least one element.
+        """
+        return self.size > 0
+
+    @always_inline
+    def __getitem__(self, i: Int) -> Scalar[Self.dtype]:
+        """Load one element.
+
+        Args:
+            i: Index.
+
+        Returns:
+            The element.
+        """
+        return self.ptr.unsafe_load[invariant=False](i)
+
+    @always_inline
+    def __setitem__(self, i: Int, value: Scalar[Self.dtype]):
+        """Store one element.
+
+        Args:
+            i: Index.
+            value: What to store.
+        """
+        self.ptr.unsafe_store(i, value)
+
+    @always_inline
+    def bytes(self, first: Int = 0) -> Bytes:
+        """The memory from element `first` on, untyped.
+
+        Args:
+            first: Index of an element.
+
+        Returns:
+            A byte pointer to it.
+        """
+        return Bytes(unsafe_from_address=Int(self.ptr.unsafe_offset(first)))
+
+    def fill(self, value: Scalar[Self.dtype]):
+        """Set every element.
+
+        Args:
+            value: What to store.
+        """
+        for i in range(self.size):
+            self[i] = value
+
+
+@always_inline
+def typed[dtype: DType](base: Bytes, offset: Int) -> Pointer[Scalar[dtype], MutUntrackedOrigin]:
+    """A typed pointer at a byte offset of a window.
+
+    Parameters:
+        dtype: Element type.
+
+    Args:
+        base: Start of the window.
+        offset: Byte offset from `layout.mojo`.
+
+    Returns:
+        The pointer.
+    """
+    return Pointer[Scalar[dtype], MutUntrackedOrigin](unsafe_from_address=Int(base.unsafe_offset(offset)))
+
+
+struct PeerTable(ImplicitlyCopyable, Movable):
+    """One window address per rank. Passed to kernels by value, so that no launch reads a table from memory."""
+
+    var address: StaticTuple[UInt64, MAX_RANKS]
+    """Window addresses; 0 past the last rank."""
+
+    def __init__(out self, table: View[DType.uint64]):
+        """Copy a table of at most `MAX_RANKS` addresses.
+
+        Args:
+            table: `recv_ptrs` or `recv_count_ptrs`.
+        """
+        self.address = StaticTuple[UInt64, MAX_RANKS](fill=0)
+        for r in range(min(table.size, MAX_RANKS)):
+            self.address[r] = table[r]
+
+    @always_inline
+    def __getitem__(self, rank: Int) -> Bytes:
+        """The window of a rank.
+
+        Args:
+            rank: Owner of the window.
+
+        Returns:
+            Its first byte.
+        """
+        return Bytes(unsafe_from_address=Int(self.address[rank]))

@@ -1,0 +1,188 @@
+"""Who gets what: destination sets, counts, row starts and row maps. One worker a source; no order by arrival anywhere.
+
+A source's routing table is ids i16 [T, K], -1 where a choice names no expert. Rows of the output are sorted by (group,
+source rank, source token, k); so a row is the start of (group, source) plus the number of rows before it within the
+same source, and each source can be mapped by itself once all counts are known.
+"""
+
+from .peers import View
+from .settings import Settings
+
+comptime NO_EXPERT: Int16 = -1
+"""An id that is skipped everywhere."""
+comptime NO_ROW: Int32 = -1
+"""A choice that has no row on this rank."""
+
+
+@always_inline
+def normal_id(id: Int64, n_experts: Int) -> Int16:
+    """An id as it travels.
+
+    Args:
+        id: What the router chose.
+        n_experts: E.
+
+    Returns:
+        The id, or `NO_EXPERT` where it is outside [0, E).
+    """
+    return Int16(id) if id >= 0 and id < Int64(n_experts) else NO_EXPERT
+
+
+@always_inline
+def destinations(ids: View[DType.int16], token: Int, top_k: Int, n_local: Int) -> UInt32:
+    """The ranks that a token goes to.
+
+    Args:
+        ids: The source's table.
+        token: The token.
+        top_k: K.
+        n_local: L.
+
+    Returns:
+        Bit r is set where rank r owns one of the token's experts.
+    """
+    var mask: UInt32 = 0
+    for k in range(top_k):
+        var id = Int(ids[token * top_k + k])
+        if id >= 0:
+            mask |= UInt32(1) << UInt32(id // n_local)
+    return mask
+
+
+@always_inline
+def local_group(s: Settings, id: Int16, rank: Int) -> Int:
+    """The group of rows that a choice adds to.
+
+    Args:
+        s: The settings.
+        id: An id of a table.
+        rank: The rank whose output it is.
+
+    Returns:
+        The group, or -1 where the expert lives elsewhere.
+    """
+    var local = Int(id) - rank * s.n_local_experts()
+    if id < 0 or local < 0 or local >= s.n_local_experts():
+        return -1
+    return local + Int(s.shared_expert)
+
+
+def count_rows[layout: StaticString](
+    s: Settings, ids: View[DType.int16], tokens: Int, source: Int, rank: Int, counts: View[DType.int32]
+):
+    """Count the rows that a source adds to each group of a rank.
+
+    Parameters:
+        layout: Output layout; "rank" counts tokens, in group 0.
+
+    Args:
+        s: The settings.
+        ids: The source's table.
+        tokens: The source's T.
+        source: The source.
+        rank: The rank whose output it is.
+        counts: Int32 [groups], out.
+    """
+    counts.fill(0)
+    comptime if layout == "rank":
+        for t in range(tokens):
+            if (destinations(ids, t, s.top_k, s.n_local_experts()) >> UInt32(rank)) & 1 == 1:
+                counts[0] += 1
+    else:
+        for i in range(tokens * s.top_k):
+            var group = local_group(s, ids[i], rank)
+            if group >= 0:
+                counts[group] += 1
+        if s.shared_expert and source == rank:
+            counts[0] = Int32(tokens)
+
+
+def row_starts[layout: StaticString](
+    s: Settings, counts: View[DType.int32], row_offsets: View[DType.uint32], totals: View[DType.int32]
+) -> Int:
+    """Turn counts into row starts, in place.
+
+    Parameters:
+        layout: Output layout.
+
+    Args:
+        s: The settings.
+        counts: Int32 [R, groups]: counts in, first row of each (source, group) out.
+        row_offsets: Uint32, out: [groups + 1], or [R + 1] with layout "rank".
+        totals: Int32, out: true counts, [groups], or [R] with layout "rank".
+
+    Returns:
+        Rows that the output must hold; with "expert_padded" the largest group.
+    """
+    var run = 0
+    comptime if layout == "rank":
+        for r in range(s.n_ranks):
+            var n = Int(counts[r])
+            row_offsets[r] = UInt32(run)
+            totals[r] = Int32(n)
+            counts[r] = Int32(run)
+            run += n
+        row_offsets[s.n_ranks] = UInt32(run)
+        return run
+    var groups = s.n_groups()
+    var room = s.n_ranks * s.max_tokens
+    var largest = 0
+    for g in range(groups):
+        comptime if layout == "expert_padded":
+            run = g * room
+        row_offsets[g] = UInt32(run)
+        var first = run
+        for r in range(s.n_ranks):
+            var n = Int(counts[r * groups + g])
+            counts[r * groups + g] = Int32(run)
+            run += n
+        totals[g] = Int32(run - first)
+        largest = max(largest, run - first)
+        comptime if layout == "expert":
+            run = first + (run - first + s.alignment - 1) // s.alignment * s.alignment
+    comptime if layout == "expert_padded":
+        row_offsets[groups] = UInt32(groups * room)
+        return largest
+    row_offsets[groups] = UInt32(run)
+    return run
+
+
+def map_rows[layout: StaticString](
+    s: Settings,
+    ids: View[DType.int16],
+    tokens: Int,
+    rank: Int,
+    next_row: View[DType.int32],
+    row_map: View[DType.int32],
+):
+    """Give every choice of a source its row.
+
+    Parameters:
+        layout: Output layout; with "rank" only a token's first local choice has a row.
+
+    Args:
+        s: The settings.
+        ids: The source's table.
+        tokens: The source's T.
+        rank: The rank whose output it is.
+        next_row: Int32 [groups]: the source's row starts; used up.
+        row_map: Int32 [Tm, K], out; `NO_ROW` where there is none.
+    """
+    var K = s.top_k
+    for t in range(tokens):
+        var taken = False
+        for k in range(K):
+            var group = local_group(s, ids[t * K + k], rank)
+            var row = NO_ROW
+            comptime if layout == "rank":
+                if group >= 0 and not taken:
+                    row = next_row[0]
+                    next_row[0] += 1
+                    taken = True
+            else:
+                if group >= 0:
+                    row = next_row[group]
+                    next_row[group] += 1
+            row_map[t * K + k] = row
+    for i in range(tokens * K, s.max_tokens * K):
+        row_map[i] = NO_ROW

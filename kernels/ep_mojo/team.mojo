@@ -1,0 +1,140 @@
+"""Who works on one token: a host thread, or the lanes of a GPU warp. Formats are written once, over a `Team`."""
+
+from max.gpu import WARP_SIZE, lane_id
+from max.gpu.primitives import warp
+from .peers import Bytes
+
+
+trait Team:
+    """A group of lanes that share the work on one row."""
+
+    comptime lanes: Int
+    """Number of lanes."""
+    comptime vector_bytes: Int
+    """Bytes that one lane moves at a time."""
+
+    @staticmethod
+    def lane() -> Int:
+        """The calling lane.
+
+        Returns:
+            0 to `lanes` - 1.
+        """
+        ...
+
+    @staticmethod
+    def max(value: Float32) -> Float32:
+        """The largest value over all lanes.
+
+        Args:
+            value: The lane's own.
+
+        Returns:
+            The same on every lane.
+        """
+        ...
+
+
+struct HostTeam(Team):
+    """One host thread."""
+
+    comptime lanes = 1
+    """A thread works alone."""
+    comptime vector_bytes = 64
+    """Two to four registers at a time."""
+
+    @staticmethod
+    @always_inline
+    def lane() -> Int:
+        """The only lane.
+
+        Returns:
+            0.
+        """
+        return 0
+
+    @staticmethod
+    @always_inline
+    def max(value: Float32) -> Float32:
+        """The value itself.
+
+        Args:
+            value: The lane's own.
+
+        Returns:
+            The same.
+        """
+        return value
+
+
+struct WarpTeam(Team):
+    """One GPU warp."""
+
+    comptime lanes = WARP_SIZE
+    """32 on NVIDIA, 64 on AMD."""
+    comptime vector_bytes = 16
+    """The widest access of one lane."""
+
+    @staticmethod
+    @always_inline
+    def lane() -> Int:
+        """The calling lane.
+
+        Returns:
+            Lane index.
+        """
+        return Int(lane_id())
+
+    @staticmethod
+    @always_inline
+    def max(value: Float32) -> Float32:
+        """The largest value of the warp.
+
+        Args:
+            value: The lane's own.
+
+        Returns:
+            The same on every lane.
+        """
+        return warp.max(value)
+
+
+@always_inline
+def copy_bytes[T: Team](source: Bytes, target: Bytes, n: Int):
+    """Copy memory that does not overlap.
+
+    Parameters:
+        T: Who copies.
+
+    Args:
+        source: Where from.
+        target: Where to.
+        n: Bytes; both pointers are aligned to the largest power of two, up to 16, that divides `n`.
+    """
+    comptime V = T.vector_bytes
+    comptime stride = T.lanes * V
+    var whole = n // stride * stride
+    for i in range(T.lane() * V, whole, stride):
+        target.unsafe_store[width=V, alignment=1](i, source.unsafe_load[width=V, alignment=1, invariant=False](i))
+    for i in range(whole + T.lane(), n, T.lanes):
+        target.unsafe_store(i, source.unsafe_load[invariant=False](i))
+
+
+@always_inline
+def zero_bytes[T: Team](target: Bytes, n: Int):
+    """Set memory to zero.
+
+    Parameters:
+        T: Who writes.
+
+    Args:
+        target: Where to.
+        n: Bytes.
+    """
+    comptime V = T.vector_bytes
+    comptime stride = T.lanes * V
+    var whole = n // stride * stride
+    for i in range(T.lane() * V, whole, stride):
+        target.unsafe_store[width=V, alignment=1](i, SIMD[DType.uint8, V](0))
+    for i in range(whole + T.lane(), n, T.lanes):
+        target.unsafe_store(i, UInt8(0))

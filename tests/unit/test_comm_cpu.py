@@ -1,0 +1,283 @@
+"""`Communicator.cpu` and what all communicators share: binding, checked arguments, error records, reset, destroy."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from ep_mojo import layout
+from ep_mojo.comm import Communicator, CompiledGraph
+from ep_mojo.comm import windows as w
+from ep_mojo.comm.arguments import InputSpec, check_args
+from ep_mojo.config import EPConfig
+from ep_mojo.errors import (
+    CapacityError,
+    ConfigError,
+    ConfigMismatchError,
+    CorruptHeadError,
+    DeviceError,
+    DTypeError,
+    OrderError,
+    PeerTimeoutError,
+    ShapeError,
+    SharedMemoryError,
+    UnsupportedError,
+)
+
+BASE = {"hidden_size": 16, "top_k": 2, "n_experts": 6, "max_tokens_per_rank": 5, "n_ranks": 3}
+CFG = EPConfig(**BASE)
+
+
+def add_one_graph(comm: Communicator):
+    """y = x + 1 (int32 [n]) and z = the bits of a bfloat16 [n, 2] for each rank; order[0] grows by 1 a run."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType, ops
+
+    host, n = DeviceRef.CPU(), comm.graph_ranks
+    xs = [TensorType(DType.int32, [f"n{i}"], host) for i in range(n)]
+    zs = [TensorType(DType.bfloat16, [f"n{i}", 2], host) for i in range(n)]
+    with Graph("add_one", input_types=[*xs, *zs, *comm.input_types()]) as graph:
+        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
+        order = ranks[0].order
+        ops.buffer_store(order, order[...] + 1)
+        graph.output(*(x.tensor + 1 for x in graph.inputs[:n]), *(z.tensor for z in graph.inputs[n : 2 * n]))
+    return graph
+
+
+def arrays(n_ranks: int):
+    xs = [np.arange(r, dtype=np.int32) for r in range(n_ranks)]
+    return xs, [np.full((r, 2), 0x3F80 + r, np.uint16) for r in range(n_ranks)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A communicator and a graph for it, shared by the tests that only run it."""
+    with Communicator.cpu(CFG) as comm:
+        yield comm, comm.compile(add_one_graph(comm))
+
+
+def fail(memory: w.RankMemory, kind: int, peer: int = -1, stage: int = layout.STAGE_DISPATCH_WAIT) -> None:
+    """Write an error record as a kernel does."""
+    values = {layout.REC_KIND: kind, layout.REC_STAGE: stage, layout.REC_RANK: memory.rank, layout.REC_PEER: peer}
+    for index, value in (values | {layout.REC_STATE: 2}).items():
+        memory.counters[index] = value
+
+
+def test_bind_gives_every_rank_its_counters(compiled):
+    from max.graph import Graph
+
+    comm, _ = compiled
+    with Graph("bind", input_types=comm.input_types()) as graph:
+        ranks = comm.bind(graph.inputs)
+        graph.output()
+    assert [r.index for r in ranks] == [0, 1, 2]
+    assert comm.num_inputs == len(comm.input_types()) == 11
+    assert not any(r.fused_allowed for r in ranks)
+    assert [list(map(int, r.counters.shape)) for r in ranks] == [[64]] * 3
+    with pytest.raises(ShapeError, match="input_types"):
+        comm.bind(graph.inputs[1:])
+
+
+@pytest.mark.parametrize("slots", ["rank", "expert"])
+def test_inputs_point_at_the_windows(slots):
+    cfg = CFG.replace(slots=slots)
+    with Communicator.cpu(cfg) as comm:
+        arrays = [b.to_numpy() for b in comm.inputs()]
+        assert arrays[0].tolist() == cfg.settings(virtual=True)
+        assert arrays[0][12] == 1
+        for (name, part), table in zip(w.TABLES, arrays[1:7], strict=True):
+            expected = [m.address(part) if part else 0 for m in comm.memories]
+            assert table.tolist() == expected, name
+            assert table.dtype == np.uint64
+            assert all(a % 4096 == 0 for a in expected)
+        for m, counters in zip(comm.memories, arrays[8:], strict=True):
+            layout.check_head(counters, cfg, m.rank)
+            counters[layout.HEAD_WORDS - 1] = 7
+            assert m.counters[layout.HEAD_WORDS - 1] == 7, "the op must see the communicator's own memory"
+
+
+def test_windows_do_not_overlap():
+    m = w.allocate(CFG, 0)
+    parts = [m.header, *(getattr(m, name) for name in w.PARTS)]
+    for i, part in enumerate(parts):
+        part.view(np.uint8)[:] = i + 1
+    assert [set(p.view(np.uint8).tolist()) for p in parts] == [{i + 1} for i in range(len(parts))]
+    sizes = w.part_bytes(CFG)
+    assert [p.nbytes for p in parts[1:]] == [sizes[n] for n in w.PARTS]
+
+
+def test_execute_returns_bits_of_every_rank(compiled):
+    comm, model = compiled
+    xs, zs = arrays(3)
+    out = comm.execute(model, *xs, *zs)
+    for r in range(3):
+        np.testing.assert_array_equal(out[r], xs[r] + 1)
+        np.testing.assert_array_equal(out[3 + r], zs[r])
+        assert out[3 + r].dtype == np.uint16
+    before = comm.inputs()[7].to_numpy()[0]
+    out = comm.execute(model.model, *xs, *zs, as_buffers=True)
+    assert [tuple(o.shape) for o in out] == [(0,), (1,), (2,), (0, 2), (1, 2), (2, 2)]
+    assert comm.inputs()[7].to_numpy()[0] == before + 1, "order must be changed in place"
+
+
+def test_execute_takes_ml_dtypes(compiled):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    comm, model = compiled
+    xs, zs = arrays(3)
+    out = comm.execute(model, *xs, *(z.view(ml_dtypes.bfloat16) for z in zs))
+    np.testing.assert_array_equal(out[5], zs[2])
+
+
+BAD_ARGS = {
+    "missing": (lambda a: a[:-1], ShapeError, "len"),
+    "dtype": (lambda a: [a[0].astype(np.int64), *a[1:]], DTypeError, r"args\[0\] \(input 0 of rank 0\).*int64"),
+    "bits": (lambda a: [*a[:5], a[5].view(np.int16)], DTypeError, r"input 1 of rank 2.*uint16 bit patterns"),
+    "ndim": (lambda a: [*a[:5], a[5].reshape(-1)], ShapeError, "input 1 of rank 2"),
+    "size": (lambda a: [*a[:5], np.zeros((2, 3), np.uint16)], ShapeError, "axis 1 has 3"),
+    "symbol": (lambda a: [*a[:5], np.zeros((3, 2), np.uint16)], ShapeError, r"n2 = 2 by args\[2\]"),
+    "list": (lambda a: [[], *a[1:]], DTypeError, "list"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "match"), BAD_ARGS.values(), ids=BAD_ARGS)
+def test_bad_arguments_are_named_and_nothing_runs(compiled, change, error, match):
+    comm, model = compiled
+    xs, zs = arrays(3)
+    before = comm.inputs()[7].to_numpy()[0]
+    with pytest.raises(error, match=match):
+        comm.execute(model, *change([*xs, *zs]))
+    assert comm.inputs()[7].to_numpy()[0] == before
+
+
+def test_device_arguments_are_refused():
+    class Device:
+        is_host = False
+
+    class OnDevice:
+        device, dtype, shape, is_contiguous, _data_ptr = Device(), np.dtype(np.int32), (1,), True, None
+
+    with pytest.raises(DeviceError, match="host"):
+        check_args([InputSpec("int32", (1,))], [OnDevice()], ["x"])
+
+
+def test_a_graph_of_another_communicator_is_refused(compiled):
+    _, model = compiled
+    with Communicator.cpu(CFG.replace(n_ranks=2)) as other:
+        with pytest.raises(ShapeError, match="not built for this communicator"):
+            other.execute(model, *arrays(2)[0])
+        with pytest.raises(DTypeError, match="compile"):
+            other.execute(CompiledGraph, np.zeros(1))
+        with pytest.raises(DTypeError, match="Graph"):
+            other.compile("model.mef")
+
+
+def test_some_ranks_only_is_unsupported(compiled):
+    comm, model = compiled
+    with pytest.raises(UnsupportedError, match="processes"):
+        comm.execute(model, ranks=[0, 1])
+
+
+def test_check_names_the_cause_not_its_consequences(compiled):
+    comm, model = compiled
+    xs, zs = arrays(3)
+    fail(comm.memories[0], layout.KIND_PEER_FAILED, peer=1)
+    fail(comm.memories[1], layout.KIND_TIMEOUT, peer=2)
+    with pytest.raises(PeerTimeoutError, match="rank 1, dispatch_wait.*from rank 2") as caught:
+        comm.execute(model, *xs, *zs)
+    assert sorted(caught.value.by_rank) == [0, 1]
+    fail(comm.memories[2], layout.KIND_CAPACITY)
+    with pytest.raises(CapacityError, match="rank 2"):
+        comm.check()
+    assert len(comm.execute(model, *xs, *zs, check=False)) == 6
+    comm.reset()
+    comm.check()
+
+
+@pytest.mark.parametrize("slots", ["rank", "expert"])
+def test_reset_agrees_on_one_epoch(slots):
+    cfg = CFG.replace(slots=slots)
+    with Communicator.cpu(cfg) as comm:
+        big = (1 << 35) + 3
+        layout.put_u64(comm.memories[0].counters, layout.HEAD_DISPATCH_SENT, 9)
+        layout.put_u64(comm.memories[2].counters, layout.HEAD_COMBINE_WAITED, big)
+        fail(comm.memories[1], layout.KIND_TIMEOUT, peer=0)
+        for m in comm.memories:
+            m.dispatch_count[8 * 3 :] = 0x5A
+        comm.reset()
+        for m in comm.memories:
+            assert layout.read_epochs(m.counters) == (big,) * 4
+            assert m.error() is None
+            layout.check_head(m.counters, cfg, m.rank)
+            if slots == "rank":
+                for window in (m.dispatch_count, m.combine_count):
+                    assert (window[:24].view(np.uint64) == layout.word(big, 0)).all()
+            assert (m.dispatch_count[24:] == 0x5A).all(), "only credits are rewritten"
+
+
+@pytest.mark.parametrize("slots", ["rank", "expert"])
+def test_failure_published_for_a_peer_touches_only_its_words(slots):
+    cfg = CFG.replace(slots=slots)
+    m = w.allocate(cfg, 0)
+    m.publish_failure(2)
+    failed = (1 << 64) - 1
+    dispatch, combine = m.dispatch_count.view(np.uint64), m.combine_count.view(np.uint64)
+    if slots == "rank":  # headers [B][R] from byte 128 on
+        expected = [16 + 2, 16 + 5]
+        assert np.flatnonzero(dispatch).tolist() == np.flatnonzero(combine).tolist() == expected
+    else:  # [L][R] and [E]
+        assert np.flatnonzero(dispatch).tolist() == [2, 5]
+        assert np.flatnonzero(combine).tolist() == [4, 5]
+    assert {int(x) for x in (*dispatch, *combine)} == {0, failed}
+
+
+def test_a_damaged_head_is_named_before_anything_runs(compiled):
+    _, model = compiled
+    with Communicator.cpu(CFG) as comm:
+        counters = comm.memories[1].counters
+        good = counters.copy()
+        counters[layout.HEAD_MAGIC] = 0
+        for call in (comm.check, comm.reset, lambda: comm.execute(model, *arrays(3)[0], *arrays(3)[1])):
+            with pytest.raises(CorruptHeadError, match="magic"):
+                call()
+        counters[:] = good
+        counters[layout.HEAD_CONFIG_HASH] ^= 1
+        with pytest.raises(ConfigMismatchError, match="rank 1"):
+            comm.check()
+
+
+def test_destroy_is_final_and_can_be_repeated():
+    comm = Communicator.cpu(CFG)
+    with comm as same:
+        assert same is comm
+        comm.check()
+    comm.destroy()
+    for call in (comm.inputs, comm.check, comm.reset, lambda: comm.compile(None), lambda: comm.execute(None)):
+        with pytest.raises(OrderError, match="destroyed"):
+            call()
+
+
+def test_two_threads_at_once_are_refused(compiled):
+    comm, _ = compiled
+    caught = []
+
+    def use():
+        try:
+            comm.check()
+        except OrderError as e:
+            caught.append(str(e))
+
+    with comm._exclusive():
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    assert "thread" in caught[0]
+
+
+def test_bad_configs_and_too_much_memory():
+    with pytest.raises(ConfigError, match="EPConfig"):
+        Communicator.cpu(BASE)
+    huge = EPConfig(hidden_size=65536, top_k=32, n_experts=8, max_tokens_per_rank=524287, n_ranks=8, num_buffers=8)
+    with pytest.raises(SharedMemoryError, match="max_tokens_per_rank"):
+        Communicator.cpu(huge)

@@ -1,0 +1,248 @@
+"""Offsets: no two regions overlap, the mirror in Mojo has the same constants, records become the right errors."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ep_mojo import layout
+from ep_mojo.config import BlockwiseFP8, EPConfig
+from ep_mojo.errors import (
+    CapacityError,
+    ConfigMismatchError,
+    CorruptHeadError,
+    OrderError,
+    PeerTimeoutError,
+    ShapeError,
+)
+from ep_mojo.layout import CombineWindow, DispatchWindow, Record
+
+MIRROR = Path(__file__).parents[2] / "kernels" / "ep_mojo" / "layout.mojo"
+
+
+def config(**changes):
+    fields = {
+        "hidden_size": 128,
+        "top_k": 3,
+        "n_experts": 6,
+        "max_tokens_per_rank": 10,
+        "n_ranks": 3,
+        "tokens_per_signal": 4,
+    }
+    return EPConfig(**fields | changes)
+
+
+CONFIGS = [
+    config(),
+    config(n_ranks=1, num_buffers=1, max_tokens_per_rank=1),
+    config(n_ranks=6, n_experts=12, num_buffers=8, tokens_per_signal=1, max_tokens_per_rank=33),
+    config(dispatch_format=BlockwiseFP8(), combine_dtype="float32", reduce="expert"),
+    config(reduce="source", top_k=7),
+]
+
+
+def regions(cfg, window):
+    """(start, end) of everything in a count window."""
+    for rank in range(cfg.n_ranks):
+        yield window.credit(rank), 8
+    pairs = cfg.max_tokens_per_rank * cfg.top_k
+    for buffer, source in itertools.product(range(cfg.num_buffers), range(cfg.n_ranks)):
+        yield window.header(buffer, source), 8
+        for chunk in range(cfg.n_signals):
+            yield window.signal(buffer, source, chunk), 8
+        if isinstance(window, DispatchWindow):
+            yield window.table_ids(buffer, source), 2 * pairs
+            yield window.table_weights(buffer, source), 4 * pairs
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
+@pytest.mark.parametrize("cls", [DispatchWindow, CombineWindow])
+def test_count_window_regions(cfg, cls):
+    window = cls(cfg)
+    spans = sorted(regions(cfg, window))
+    for (start, size), (following, _) in itertools.pairwise(spans):
+        assert start + size <= following
+    assert spans[-1][0] + spans[-1][1] <= window.count_bytes
+    assert window.count_bytes % 128 == 0
+    assert window.total_bytes == window.count_bytes + window.recv_bytes
+    for buffer, source in itertools.product(range(cfg.num_buffers), range(cfg.n_ranks)):
+        assert window.signal(buffer, source, 0) % 128 == 0
+        if cls is DispatchWindow:
+            assert window.table_ids(buffer, source) % 128 == window.table_weights(buffer, source) % 128 == 0
+
+
+def test_worked_example():
+    cfg = config()  # R=3, B=2, Tmax=10, K=3, C=3
+    window = DispatchWindow(cfg)
+    # credits 24 -> 128, headers 48 -> 128, signals 6 * 128, ids 6 * align128(60), weights 6 * align128(120)
+    assert (window.credit(2), window.header(1, 2), window.signal(0, 1, 2)) == (16, 128 + 40, 256 + 128 + 16)
+    assert (window.table_ids(1, 0), window.table_weights(0, 1)) == (256 + 768 + 3 * 128, 256 + 768 + 768 + 128)
+    assert window.count_bytes == 256 + 3 * 768
+    assert window.recv_bytes == 2 * 3 * 10 * 256
+    assert window.message(1, 2, 9) == window.recv_bytes - 256
+    combine = CombineWindow(cfg)
+    assert combine.count_bytes == 256 + 768
+    assert combine.recv_bytes == 2 * 10 * 3 * 256
+    assert combine.partial(1, 2, 9) == combine.row(1, 9, 2) == combine.recv_bytes - 256
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
+def test_recv_windows_are_full(cfg):
+    dispatch, combine = DispatchWindow(cfg), CombineWindow(cfg)
+    ranks, tokens, buffers = range(cfg.n_ranks), range(cfg.max_tokens_per_rank), range(cfg.num_buffers)
+    messages = sorted(dispatch.message(b, s, t) for b in buffers for s in ranks for t in tokens)
+    assert messages == list(range(0, dispatch.recv_bytes, cfg.dispatch_message_bytes))
+    assert combine.recv_bytes == len(buffers) * len(tokens) * cfg.combine_slots * cfg.combine_row_bytes
+    if cfg.reduce != "source":
+        rows = [combine.partial(b, s, t) for b in buffers for s in ranks for t in tokens]
+        assert len(set(rows)) == len(rows)
+        assert max(rows) + cfg.combine_row_bytes <= combine.recv_bytes
+    if cfg.reduce != "expert":
+        rows = [combine.row(b, t, k) for b in buffers for t in tokens for k in range(cfg.top_k)]
+        assert len(set(rows)) == len(rows)
+        assert max(rows) + cfg.combine_row_bytes <= combine.recv_bytes
+
+
+def test_expert_slots_sizes():
+    cfg = config(slots="expert")
+    dispatch, combine = DispatchWindow(cfg), CombineWindow(cfg)
+    assert dispatch.recv_bytes == 2 * 3 * 10 * (256 + 16)
+    assert dispatch.count_bytes == 2 * 3 * 8
+    assert combine.recv_bytes == 10 * 3 * 256
+    assert combine.count_bytes == 6 * 8
+    assert dispatch.expert_slot(1, 2, 9) == dispatch.recv_bytes - 272
+    assert dispatch.expert_count(1, 2) == dispatch.count_bytes - 8
+    assert combine.row(0, 9, 2) == combine.recv_bytes - 256
+    assert combine.expert_signal(5) == combine.count_bytes - 8
+    assert layout.counters_words(cfg) == 64 + 10
+    assert layout.counters_words(config()) == 64
+
+
+def test_rank_slots_payload_is_smaller_by_local_experts():
+    big = {"hidden_size": 1024, "n_experts": 24, "dispatch_format": BlockwiseFP8()}
+    rank, expert = config(**big, num_buffers=1), config(**big, slots="expert")
+    ratio = DispatchWindow(expert).recv_bytes / DispatchWindow(rank).recv_bytes
+    assert ratio == pytest.approx(8 * expert.dispatch_message_bytes / rank.dispatch_message_bytes)
+
+
+def test_signal_words():
+    for epoch, value in [(0, 0), (1, 0), (1, 5), (2**40 - 1, layout.FAILED), (7, 2**24 - 2)]:
+        signal = layout.word(epoch, value)
+        assert 0 <= signal < 2**64
+        assert (layout.epoch_of(signal), layout.value_of(signal)) == (epoch, value)
+        assert layout.epoch_of(np.uint64(signal)) == epoch
+    for bad in [(-1, 0), (0, -1), (0, 2**24), (2**40, 0)]:
+        with pytest.raises(ShapeError):
+            layout.word(*bad)
+
+
+def test_mirror_has_the_same_constants():
+    if not MIRROR.exists():
+        pytest.skip("the Mojo sources are not beside the tests")
+    pattern = r"^comptime ([A-Z][A-Z0-9_]*)(?:: \w+)? = (-?(?:0x[0-9A-Fa-f]+|\d+))$"
+    mojo = {name: int(value, 0) for name, value in re.findall(pattern, MIRROR.read_text(), re.M)}
+    prefixes = ("HEAD_", "REC_", "KIND_", "STAGE_", "CHUNK_", "FIELD_")
+    assert sum(name.startswith(prefixes) for name in mojo) >= 30
+    for name, value in mojo.items():
+        assert getattr(layout, name) == value, name
+    ours = {n for n, v in vars(layout).items() if n.startswith(prefixes) and isinstance(v, int)} - {"REC_END"}
+    assert ours <= set(mojo)
+
+
+def test_head_round_trip():
+    cfg = config(timeout_s=1.5)
+    head = np.full(64, -1, np.int32)
+    layout.write_head(head, cfg, 2, epoch=2**39 + 7)
+    layout.check_head(head, cfg, 2)
+    assert layout.read_epochs(head) == (2**39 + 7,) * 4
+    assert layout.get_u64(head, layout.HEAD_DEADLINE_NS) == 1_500_000_000
+    assert layout.get_u64(head, layout.HEAD_CONFIG_HASH) == cfg.config_hash()
+    assert layout.decode_record(head) is None
+
+
+@pytest.mark.parametrize(
+    "index", [layout.HEAD_MAGIC, layout.HEAD_LAYOUT_VERSION, layout.HEAD_MY_RANK, layout.HEAD_N_RANKS]
+)
+def test_corrupt_heads(index):
+    cfg = config()
+    head = np.zeros(64, np.int32)
+    layout.write_head(head, cfg, 1)
+    head[index] += 1
+    with pytest.raises(CorruptHeadError, match="atomic_counters"):
+        layout.check_head(head, cfg, 1)
+
+
+def test_short_and_foreign_heads():
+    cfg = config()
+    for bad in (np.zeros(63, np.int32), np.zeros(64, np.int64), np.zeros((8, 8), np.int32)):
+        with pytest.raises(CorruptHeadError, match="int32"):
+            layout.check_head(bad, cfg, 0)
+    head = np.zeros(64, np.int32)
+    layout.write_head(head, config(top_k=4), 0)
+    with pytest.raises(ConfigMismatchError, match="config_hash"):
+        layout.check_head(head, cfg, 0)
+
+
+def put_record(head, record):
+    head[layout.REC_STATE] = 2
+    for index, value in zip(
+        (layout.REC_KIND, layout.REC_STAGE, layout.REC_RANK, layout.REC_PEER, layout.REC_CHUNK),
+        (record.kind, record.stage, record.rank, record.peer, record.chunk),
+        strict=True,
+    ):
+        head[index] = value
+    for index, value in zip(
+        (layout.REC_EXPECTED, layout.REC_SEEN, layout.REC_VALUE, layout.REC_LIMIT),
+        (record.expected, record.seen, record.value, record.limit),
+        strict=True,
+    ):
+        layout.put_u64(head, index, value)
+
+
+def test_record_round_trip():
+    head = np.zeros(64, np.int32)
+    record = Record(layout.KIND_TIMEOUT, 2, 1, 0, 3, expected=2**39, seen=2**39 - 1, value=-5, limit=2**40)
+    put_record(head, record)
+    assert layout.decode_record(head) == record
+    layout.clear_record(head)
+    assert layout.decode_record(head) is None
+    assert not head.any()
+
+
+def record(kind, stage=2, rank=1, peer=0, chunk=-1, expected=7, seen=6, value=0, limit=0):
+    return Record(kind, stage, rank, peer, chunk, expected, seen, value, limit)
+
+
+PADDED = config(output_layout="expert_padded")
+RECORDS = [
+    (record(1), config(), PeerTimeoutError, ["rank 1", "dispatch_wait", "header", "rank 0", "30 s", "7", "6"]),
+    (record(1, chunk=4, stage=4), config(), PeerTimeoutError, ["combine_wait", "signal 4"]),
+    (record(1, chunk=-2, stage=1), config(), PeerTimeoutError, ["dispatch_async", "credit"]),
+    (record(4, peer=2, stage=3), config(), PeerTimeoutError, ["combine_async", "rank 2 failed"]),
+    (record(2, value=99, limit=90, peer=-1), config(max_rows=90), CapacityError, ["max_rows = 90", "at least 99"]),
+    (record(2, value=31, limit=30), PADDED, CapacityError, ["= 30", "31", "max_tokens_per_rank"]),
+    (record(3, peer=2), config(), OrderError, ["dispatch_wait", "rank 2", "sends of all ranks"]),
+    (record(3, peer=-1, stage=1), config(), OrderError, ["dispatch_async", "num_buffers = 2"]),
+    (record(3, peer=-1, stage=4), config(), OrderError, ["combine_wait", "async"]),
+    (
+        record(5, chunk=1, value=11, limit=10),
+        config(),
+        ShapeError,
+        ["rows of x = 11", "0 to 10", "max_tokens_per_rank"],
+    ),
+    (record(5, chunk=2, value=-1, limit=10), config(), ShapeError, ["num_tokens = -1"]),
+    (record(77), config(), CorruptHeadError, ["77"]),
+    (record(1, stage=9, rank=2), config(), PeerTimeoutError, ["stage 9", "rank 2"]),
+]
+
+
+@pytest.mark.parametrize(("rec", "cfg", "cls", "words"), RECORDS, ids=lambda v: getattr(v, "__name__", ""))
+def test_record_to_error(rec, cfg, cls, words):
+    error = layout.record_to_error(rec, cfg)
+    assert type(error) is cls
+    for word in words:
+        assert word in str(error), str(error)
+    if cls is not CorruptHeadError:
+        assert "comm.reset()" in error.remedy

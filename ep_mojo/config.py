@@ -35,8 +35,9 @@ OUTPUT_LAYOUTS = ("expert", "expert_padded", "rank")
 REDUCE_MODES = ("expert", "source", None)
 SLOTS = ("rank", "expert")
 OUTPUT_DTYPES = ("bfloat16", "float32")
-UNHASHED_WORDS = (11, 12)
-"""Settings that ranks may choose for themselves: the SM budget and whether waits spin."""
+UNHASHED_WORDS = {"all": (11, 12), "dispatch": (2, 6, 9, 10, 11, 12), "combine": (6, 8, 11, 12, 15)}
+"""Settings that a hash leaves out: always those that ranks may choose for themselves (the SM budget, whether waits
+spin), and those that the Mojo functions named ep_dispatch_* and ep_combine_* do not know."""
 
 
 def fnv1a64(data: bytes) -> int:
@@ -226,10 +227,14 @@ class EPConfig:
             fnv1a64(self.dispatch_format.key().encode()) >> 1,
         ]
 
-    def config_hash(self) -> int:
-        """64-bit FNV-1a of the settings, without those that ranks may choose for themselves. Ranks compare it."""
+    def config_hash(self, side: str = "all") -> int:
+        """64-bit FNV-1a of the settings, without those that ranks may choose for themselves. Ranks compare it.
+
+        Args:
+            side: "dispatch" or "combine": only what the Mojo functions of that side know.
+        """
         words = self.settings(virtual=False)
-        for i in UNHASHED_WORDS:
+        for i in UNHASHED_WORDS[side]:
             words[i] = 0
         return fnv1a64(struct.pack(f"<{layout.SETTINGS_WORDS}q", *words))
 

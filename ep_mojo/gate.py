@@ -99,7 +99,9 @@ def check_groups(n_experts: int, top_k: int, n_groups: int, top_groups: int) -> 
             remedy="choose groups of equal size",
         )
     reachable = n_experts // n_groups * top_groups
-    check_int("top_k", top_k, 1, reachable, f"use at most {reachable}, the experts of {top_groups} groups, or more groups")
+    check_int(
+        "top_k", top_k, 1, reachable, f"use at most {reachable}, the experts of {top_groups} groups, or more groups"
+    )
 
 
 def default_groups(n_experts: int, top_k: int) -> tuple[int, int]:

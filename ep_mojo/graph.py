@@ -15,7 +15,7 @@ import numpy as np
 from .config import EPConfig
 from .errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
 from .formats import BF16, BlockwiseFP8, CustomFormat
-from .handle import HANDLE_TENSORS, Handle, handle_types
+from .handle import HANDLE_TENSORS, Handle, graph_dtype, handle_types
 
 if TYPE_CHECKING:
     from max.graph import TensorType, TensorValue
@@ -79,7 +79,8 @@ def dispatch_async(
 
     Args:
         ranks: From `comm.bind`.
-        xs: Tokens [T, H], bfloat16; or tokens that are encoded already, in the format's own dtype. T may differ.
+        xs: Tokens [T, H], bfloat16; or tokens that are encoded already, in the format's own dtype (float8 as
+            uint8 bit patterns). T may differ.
         topk_ids: int32 or int64 [T, K]. An id outside [0, E) means "no expert".
         weights: float32 [T, K], or None: 1.
         num_tokens: int32 [1], or None: only the first num_tokens rows count.
@@ -302,7 +303,8 @@ def _or_absent(value: TensorValue | None, dtype: str, rank: int) -> TensorValue:
 
 
 def _rows(y: TensorValue, h: Handle) -> list[TensorValue]:
-    return [y, h.row_map, h.recv_weights, h.recv_num_tokens]
+    where = h.src_info if h.cfg.slots == "expert" else h.row_map  # ExpertSlots needs nothing else
+    return [y, where, h.recv_weights, h.recv_num_tokens]
 
 
 def _shared_type(h: Handle) -> TensorType:
@@ -445,7 +447,7 @@ def _check_dispatch(cfg: EPConfig, x: TensorValue, ids: TensorValue, w: Any, n: 
     encoded = x.dtype.name != "bfloat16"
     if encoded:
         passes = isinstance(fmt, BlockwiseFP8) and fmt.scale != "power_of_two"
-        _check("xs", x, [None, cfg.hidden_size], ["bfloat16", fmt.token_dtype] if passes else ["bfloat16"])
+        _check("xs", x, [None, cfg.hidden_size], ["bfloat16", graph_dtype(fmt.token_dtype)] if passes else ["bfloat16"])
         if scales is None:
             raise ShapeError(
                 field="x_scales",

@@ -37,7 +37,8 @@ class Handle:
 
     Attributes:
         cfg: The config.
-        tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype.
+        tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype, but
+            float8 as uint8 bit patterns, because MAX has no float8 tensors on the host.
         scales: [N, S] or, column-major, [S, N]; [0, 0] where the format has none.
         row_offsets: uint32. "expert" [G + 1], the aligned first row of each group; "expert_padded" [G + 1];
             "rank" [R + 1], the first row of each source rank.
@@ -47,9 +48,11 @@ class Handle:
             layout "rank".
         local_ids: int32 [N, K] in layout "rank": local expert ids, -1 = not on this rank; else [0, 0].
         local_weights: float32 [N, K] in layout "rank"; else [0, 0].
-        recv_weights: float32 [R, Tmax, K].
+        recv_weights: float32 [R, Tmax, K]: all sources' weights, 1 where there are none, 0 past their tokens. With
+            slots="expert" all 0: weights do not travel, and the source sums.
         row_map: int32 [R, Tmax, K]: the row of a source token's k-th choice, -1 = none here.
-        recv_num_tokens: int32 [R].
+        recv_num_tokens: int32 [R]: all sources' tokens. With slots="expert" one more than the highest token that came
+            from each source.
         topk_ids, weights, num_tokens: The rank's own, as given to dispatch (weights and num_tokens may be None).
     """
 
@@ -105,6 +108,11 @@ class Handle:
         return cls(cfg=cfg, topk_ids=topk_ids, weights=weights, num_tokens=num_tokens, **fields)
 
 
+def graph_dtype(dtype: str) -> str:
+    """The dtype that a tensor has in a MAX graph on the host: MAX allows no float8 there, so its bytes go as uint8."""
+    return "uint8" if dtype.startswith("float8") else dtype
+
+
 def handle_types(cfg: EPConfig) -> list[TensorType]:
     """MAX types of `HANDLE_TENSORS` for a config."""
     from max.dtype import DType
@@ -128,4 +136,5 @@ def handle_types(cfg: EPConfig) -> list[TensorType]:
         "row_map": ("int32", per_token),
         "recv_num_tokens": ("int32", [R]),
     }
-    return [TensorType(getattr(DType, types[n][0]), types[n][1], DeviceRef.CPU()) for n in HANDLE_TENSORS]
+    host = DeviceRef.CPU()
+    return [TensorType(getattr(DType, graph_dtype(types[n][0])), types[n][1], host) for n in HANDLE_TENSORS]

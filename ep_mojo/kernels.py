@@ -136,12 +136,28 @@ def _read_sources(package: Path, users: Sequence[_UserSource]) -> dict[str, byte
 
 
 def _user_formats_source(entries: Sequence[UserFormat]) -> str:
-    """Text of formats/user.mojo: what makes the op parameter format="NAME.Struct" find the struct."""
-    lines = ['"""Formats given with `kernel_library(extra_sources=...)`. Generated: do not edit."""', ""]
+    """Text of formats/user.mojo: what makes the op parameter format="NAME.Struct" find the struct.
+
+    A struct takes one parameter, the hidden size.
+    """
+    imports, choice, names = [], "BF16[hidden]", []
     for entry in entries:
-        name = f"{entry.name}__{entry.struct}"
-        lines.append(f"from {PACKAGE}.user_formats.{entry.module} import {entry.struct} as {name}")
-    return "\n".join(lines) + "\n"
+        alias = f"{entry.name}__{entry.struct}"
+        imports.append(f"from {PACKAGE}.user_formats.{entry.module} import {entry.struct} as {alias}")
+        choice = f'{alias}[hidden] if name == "{entry.name}.{entry.struct}" else ({choice})'
+        names.append(f'name == "{entry.name}.{entry.struct}"')
+    return f'''"""Formats given with `kernel_library(extra_sources=...)`. Generated: do not edit."""
+
+from .bf16 import BF16
+from .token_format import TokenFormat
+{chr(10).join(imports)}
+
+comptime UserFormat[name: StaticString, hidden: Int]: TokenFormat = {choice}
+
+
+def known[name: StaticString]() -> Bool:
+    return {" or ".join(names) or "False"}
+'''
 
 
 def _user_sources(extra_sources: Sequence[str | os.PathLike]) -> list[_UserSource]:

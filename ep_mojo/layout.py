@@ -53,6 +53,9 @@ HEAD_DISPATCH_SENT = 8
 HEAD_DISPATCH_WAITED = 10
 HEAD_COMBINE_SENT = 12
 HEAD_COMBINE_WAITED = 14
+HEAD_DISPATCH_HASH = 16
+HEAD_COMBINE_HASH = 18
+HEAD_TOP_K = 20
 REC_STATE = 32
 REC_KIND = 33
 REC_STAGE = 34
@@ -80,6 +83,7 @@ CHUNK_HEADER = -1
 CHUNK_CREDIT = -2
 FIELD_TOKENS = 1
 FIELD_NUM_TOKENS = 2
+FIELD_SRC_INFO = 3
 
 STAGE_NAMES = {
     STAGE_DISPATCH_ASYNC: "dispatch_async",
@@ -272,7 +276,10 @@ def write_head(counters: np.ndarray, cfg: EPConfig, rank: int, epoch: int = 0) -
     counters[HEAD_LAYOUT_VERSION] = LAYOUT_VERSION
     counters[HEAD_MY_RANK] = rank
     counters[HEAD_N_RANKS] = cfg.n_ranks
+    counters[HEAD_TOP_K] = cfg.top_k
     put_u64(counters, HEAD_CONFIG_HASH, cfg.config_hash())
+    put_u64(counters, HEAD_DISPATCH_HASH, cfg.config_hash("dispatch"))
+    put_u64(counters, HEAD_COMBINE_HASH, cfg.config_hash("combine"))
     put_u64(counters, HEAD_DEADLINE_NS, round(cfg.timeout_s * 1e9))
     for index in EPOCH_FIELDS:
         put_u64(counters, index, epoch)
@@ -403,13 +410,17 @@ def record_to_error(record: Record, cfg: EPConfig) -> EPError:
         name, limit = {
             FIELD_TOKENS: ("rows of x", "max_tokens_per_rank"),
             FIELD_NUM_TOKENS: ("num_tokens", "rows of x"),
+            FIELD_SRC_INFO: ("src_info", "source rank * Tmax + token; 0 <= k < top_k; or (-1, -1)"),
         }.get(record.chunk, (f"field {record.chunk}", "limit"))
+        fix = "pass fewer tokens, or raise max_tokens_per_rank"
+        if record.chunk == FIELD_SRC_INFO:
+            fix = "pass the src_info that dispatch_wait gave"
         return ShapeError(
             where,
             field=name,
             value=record.value,
             allowed=f"0 to {record.limit} ({limit})",
-            remedy=f"pass fewer tokens, or raise max_tokens_per_rank; then {RESET}",
+            remedy=f"{fix}; then {RESET}",
         )
     return CorruptHeadError(
         f"the error record of {where} cannot be read",
@@ -437,6 +448,8 @@ def _order_words(record: Record, where: str, cfg: EPConfig) -> str:
         return f"{where}: the {_signal_name(record.chunk)} of rank {record.peer} is not there {epochs}"
     if record.stage in (STAGE_DISPATCH_WAIT, STAGE_COMBINE_WAIT):
         return f"{where}: nothing was sent that this could wait for {epochs}"
+    if cfg.slots == "expert":
+        return f"{where}: dispatch and combine do not alternate, as slots='expert' needs {epochs}"
     return f"{where}: more than num_buffers = {cfg.num_buffers} rounds are in flight {epochs}"
 
 
@@ -445,4 +458,6 @@ def _order_remedy(record: Record, cfg: EPConfig) -> str:
         return "emit the sends of all ranks before the first wait (ep_mojo.dispatch and combine do)"
     if record.stage in (STAGE_DISPATCH_WAIT, STAGE_COMBINE_WAIT):
         return "call the matching *_async first, once for each wait"
+    if cfg.slots == "expert":
+        return "run all four stages of a round before the next dispatch_async, or use slots='rank'"
     return "wait for a round before the next one is sent, or raise num_buffers"

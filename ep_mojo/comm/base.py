@@ -189,9 +189,24 @@ class Communicator(ABC):
     def inputs(self) -> list[Buffer]:
         """The buffers behind `input_types`, of the ranks of this process. They live as long as the communicator."""
 
-    @abstractmethod
     def compile(self, graph: Graph) -> CompiledGraph:
         """Compile a graph whose last inputs are the communicator's, for `execute`."""
+        return self.compile_all([graph])[0]
+
+    @abstractmethod
+    def compile_all(self, graphs: Sequence[Graph]) -> list[CompiledGraph]:
+        """Compile several graphs. Those built with one `module=` take hardly longer together than one of them alone.
+
+        Args:
+            graphs: Graphs with different names whose last inputs are the communicator's: all graphs of one
+                `max.graph.Module`, or each in a module of its own.
+
+        Returns:
+            One `CompiledGraph` for each, in the same order.
+
+        Raises:
+            DTypeError, ShapeError: Not a graph, or not built for this communicator.
+        """
 
     @abstractmethod
     def execute(
@@ -320,6 +335,34 @@ def host_inputs(
     arrays = [windows.settings_array(cfg, virtual), *windows.pointer_tables(memories)]
     arrays.append(np.zeros(windows.ORDER_WORDS, np.int32))
     return [to_buffer(a) for a in (*arrays, *(memories[r].counters for r in own))]
+
+
+def compile_modules(session: Any, graphs: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+    """Compile the modules of `graphs`: what each gave, and the indices of the graphs in it."""
+    modules: list[tuple[Any, list[int]]] = []
+    for i, graph in enumerate(graphs):
+        for module, members in modules:
+            if module.mlir_module == graph.module.mlir_module:
+                members.append(i)
+                break
+        else:
+            modules.append((graph.module, [i]))
+    compiled = []
+    for module, members in modules:
+        libraries = list(dict.fromkeys(p for i in members for p in graphs[i].kernel_libraries_paths))
+        alone = len(module.top_level_graph_names()) == 1
+        source = graphs[members[0]] if alone else module
+        compiled.append((session.compile(source, custom_extensions=None if alone else libraries), members))
+    return compiled
+
+
+def load_graphs(session: Any, graphs: Sequence[Any], specs: Sequence[tuple[InputSpec, ...]]) -> list[CompiledGraph]:
+    """Compile and load graphs in this process."""
+    models: dict[int, Any] = {}
+    for compiled, members in compile_modules(session, graphs):
+        by_name = session.init_all(compiled)
+        models |= {i: by_name[graphs[i].name] for i in members}
+    return [CompiledGraph(g.name, specs[i], models[i]) for i, g in enumerate(graphs)]
 
 
 def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:

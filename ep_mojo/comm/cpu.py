@@ -6,7 +6,7 @@ The graph wrappers emit all sends before the first wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import EPConfig
@@ -14,7 +14,7 @@ from ..dtypes import to_numpy
 from ..errors import UnsupportedError
 from . import windows
 from .arguments import check_args, make_buffers
-from .base import Communicator, CompiledGraph, arg_labels, host_inputs, raise_first, run_model
+from .base import Communicator, CompiledGraph, arg_labels, host_inputs, load_graphs, raise_first, run_model
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -57,11 +57,10 @@ class CPUCommunicator(Communicator):
             self._session = InferenceSession(devices=[CPU()])
         return self._session
 
-    def compile(self, graph: Graph) -> CompiledGraph:
-        """See `Communicator.compile`. The result's `model` is the loaded MAX model."""
+    def compile_all(self, graphs: Sequence[Graph]) -> list[CompiledGraph]:
+        """See `Communicator.compile_all`. The results' `model` is a loaded MAX model."""
         with self._exclusive():
-            specs = self._check_graph(graph)
-            return CompiledGraph(graph.name, specs, self.session.load(graph))
+            return load_graphs(self.session, graphs, [self._check_graph(g) for g in graphs])
 
     def execute(
         self,

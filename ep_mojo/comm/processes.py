@@ -27,7 +27,7 @@ from ..errors import (
 )
 from . import shm, windows, worker
 from .arguments import check_args
-from .base import Communicator, CompiledGraph, arg_labels, raise_first
+from .base import Communicator, CompiledGraph, arg_labels, compile_modules, raise_first
 from .launcher import Worker, collect, dismiss, dismiss_at_exit, lost_error
 
 if TYPE_CHECKING:
@@ -118,11 +118,14 @@ class ProcessCommunicator(Communicator):
             "the inputs hold addresses of the worker processes", remedy="use comm.run(fn), and inputs() of what fn gets"
         )
 
-    def compile(self, graph: Graph) -> CompiledGraph:
-        """See `Communicator.compile`. Compiled here once, loaded by every worker."""
+    def compile_all(self, graphs: Sequence[Graph]) -> list[CompiledGraph]:
+        """See `Communicator.compile_all`. Compiled here once, loaded by every worker."""
         with self._exclusive():
-            specs = self._check_graph(graph)
-            self._refuse_lost(range(self.cfg.n_ranks))
+            specs = [self._check_graph(g) for g in graphs]
+            models = [CompiledGraph(g.name, s, key=next(_keys)) for g, s in zip(graphs, specs, strict=True)]
+            ranks = range(self.cfg.n_ranks)
+            self._sweep()
+            self._refuse_lost(ranks)
             for w in self._workers:
                 w.request("warm")
             if self._session is None:
@@ -130,15 +133,10 @@ class ProcessCommunicator(Communicator):
                 from max.engine import InferenceSession
 
                 self._session = InferenceSession(devices=[CPU()])
-            compiled = self._session.compile(graph)
-            with tempfile.TemporaryDirectory(prefix="ep-mojo-") as folder:
-                path = os.path.join(folder, "graph.mef")
-                compiled.export_mef(path)
-                with open(path, "rb") as f:
-                    artefact = f.read()
-            model = CompiledGraph(graph.name, specs, key=next(_keys))
-            self._ask(range(self.cfg.n_ranks), lambda rank: ("load", model.key, pickle.PickleBuffer(artefact)))
-            return model
+            for compiled, members in compile_modules(self._session, graphs):
+                load = "load", {models[i].key: models[i].name for i in members}, pickle.PickleBuffer(_export(compiled))
+                self._ask(ranks, lambda rank, load=load: load)
+            return models
 
     def execute(
         self,
@@ -284,6 +282,15 @@ class ProcessCommunicator(Communicator):
         self._finalizer.detach()
         dismiss(self._workers)
         self.memories, self._session = [], None
+
+
+def _export(compiled: Any) -> bytes:
+    """What `max.engine.api.read` makes a compiled model of."""
+    with tempfile.TemporaryDirectory(prefix="ep-mojo-") as folder:
+        path = os.path.join(folder, "graphs.mef")
+        compiled.export_mef(path)
+        with open(path, "rb") as f:
+            return f.read()
 
 
 def _survivors(other: Communicator, cfg: EPConfig) -> list[Worker]:

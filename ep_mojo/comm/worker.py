@@ -27,7 +27,7 @@ from ..dtypes import to_numpy
 from ..errors import ConfigError, EPError, PeerLostError, UnsupportedError
 from . import shm
 from .arguments import check_args, make_buffers
-from .base import Communicator, CompiledGraph, host_inputs, run_model
+from .base import Communicator, CompiledGraph, host_inputs, load_graphs, run_model
 from .channel import Channel, ChannelError
 from .launcher import LOST_REMEDY
 
@@ -121,10 +121,10 @@ class WorkerCommunicator(Communicator):
             self._inputs = host_inputs(self.cfg, False, self.memories, [self.rank])
         return self._inputs
 
-    def compile(self, graph: Graph) -> CompiledGraph:
-        """Compile a graph in this process. The parent's `compile` does it once for all."""
+    def compile_all(self, graphs: Sequence[Graph]) -> list[CompiledGraph]:
+        """Compile graphs in this process. The parent's `compile_all` does it once for all."""
         self._live()
-        return CompiledGraph(graph.name, self._check_graph(graph), self.session.load(graph))
+        return load_graphs(self.session, graphs, [self._check_graph(g) for g in graphs])
 
     def load(self, model: CompiledGraph) -> Model:
         """The MAX model of a graph that the parent compiled."""
@@ -257,11 +257,12 @@ class Server:
         """Import what `load` will need, while the parent compiles."""
         _ = self.comm.session
 
-    def do_load(self, key: int, artefact: bytes) -> None:
-        """Make a compiled graph ready to run."""
+    def do_load(self, names: dict[int, str], artefact: bytes) -> None:
+        """Make compiled graphs ready to run. `names`: the graph of each key."""
         import max.engine.api
 
-        self.models[key] = self.comm.session.init(max.engine.api.read(io.BytesIO(artefact)))
+        models = self.comm.session.init_all(max.engine.api.read(io.BytesIO(artefact)))
+        self.models |= {key: models[name] for key, name in names.items()}
 
     def do_execute(self, model: CompiledGraph, args: list[Any], check: bool) -> list[Any]:
         """Run a graph on this rank."""

@@ -31,15 +31,16 @@ class SwiGLU:
 
     @staticmethod
     def random(seed: int, n_experts: int, hidden_size: int, width: int = 16) -> SwiGLU:
-        """Normal weights that keep the size of a token about 1. The same seed gives the same weights."""
+        """Uniform weights that keep the size of a token about 1. The same seed gives the same weights."""
         shapes = [(width, hidden_size), (width, hidden_size), (hidden_size, width)]
         weights = [np.empty((n_experts, *shape), np.float32) for shape in shapes]
 
         def fill(expert: int) -> None:
             rng = np.random.default_rng([seed, expert])
             for array in weights:
-                rng.standard_normal(out=array[expert], dtype=np.float32)
-                array[expert] *= np.float32(array.shape[2] ** -0.5)
+                rng.random(out=array[expert], dtype=np.float32)
+                array[expert] -= np.float32(0.5)
+                array[expert] *= np.float32((12 / array.shape[2]) ** 0.5)  # variance 1 / inputs
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(fill, range(n_experts)))
@@ -119,8 +120,8 @@ def dense_moe(
         ffn: As in `expert_outputs`.
 
     Returns:
-        (out [N, H] = sum over k of weights * ffn(x); size [N] = sum over k of |weight| * norm(ffn(x))). The size is what
-        errors are measured against: unlike norm(out) it does not vanish where terms cancel.
+        (out [N, H] = sum over k of weight * ffn(x); size [N] = sum over k of |weight| * norm(ffn(x))). Errors are
+        measured against the size: unlike norm(out) it does not vanish where terms cancel.
     """
     out = np.zeros_like(x)
     size = np.zeros(x.shape[0], np.float32)

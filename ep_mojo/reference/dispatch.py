@@ -33,9 +33,11 @@ class ReferenceHandle:
             row.
         local_ids: int32 [rows, K]: local expert ids, -1 = not on this rank; "rank" only, else [0, 0].
         local_weights: float32 [rows, K], 0 where the id is -1; "rank" only, else [0, 0].
-        recv_weights: float32 [R, Tmax, K]: every rank's weights, 1 where it gave none, 0 past its tokens.
+        recv_weights: float32 [R, Tmax, K]: every rank's weights, 1 where it gave none, 0 past its tokens; with
+            slots="expert" all 0, because weights do not travel.
         row_map: int32 [R, Tmax, K]: the row of (source, token, k), or -1. "rank": at the first local k only.
-        recv_num_tokens: int32 [R]: tokens of every rank.
+        recv_num_tokens: int32 [R]: tokens of every rank; with slots="expert" one more than the highest token that came
+            from it, because no more is known.
         topk_ids: [T, K] as given.
         weights: float32 [T, K] as given, or None.
         num_tokens: Tokens that count, an int up to T.
@@ -221,6 +223,12 @@ def _receive(
                 local_ids[row] = np.where(here, local, -1)
                 local_weights[row] = np.where(here, recv_weights[s, t], 0)
 
+    recv_num_tokens = np.array(counts, np.int32)
+    if cfg.slots == "expert":
+        recv_weights[:] = 0
+        here = (row_map >= 0).any(axis=2)
+        recv_num_tokens[:] = [max(np.flatnonzero(h), default=-1) + 1 for h in here]
+
     expert_ids = [] if by_rank else [cfg.n_experts] * shared + [first + e for e in range(n_local)]
     if cfg.output_layout == "expert_padded":
         tokens = tokens.reshape(cfg.n_groups, n_ranks * tmax, cfg.token_elements)
@@ -240,7 +248,7 @@ def _receive(
         local_weights=local_weights,
         recv_weights=recv_weights,
         row_map=row_map,
-        recv_num_tokens=np.array(counts, np.int32),
+        recv_num_tokens=recv_num_tokens,
         topk_ids=topk_ids[rank],
         weights=weights[rank],
         num_tokens=counts[rank],

@@ -1,4 +1,24 @@
 """The ep-mojo package: expert-parallel dispatch and combine. Import from here; the ops of MAX graphs register themselves."""
 
-from .formats import TokenFormat, BF16, BlockwiseFP8
+from .api import (
+    TokenHandler,
+    ep_combine_async_kernel_api,
+    ep_combine_wait_kernel_api,
+    ep_dispatch_async_kernel_api,
+    ep_dispatch_wait_kernel_api,
+)
+from .formats import BF16, BlockwiseFP8, TokenFormat, spread_scales
+from .peers import Bytes, View, typed
+from .settings import Settings
+from .setup import (
+    check_counters,
+    combine_count_bytes,
+    combine_recv_bytes,
+    counters_words,
+    dispatch_count_bytes,
+    dispatch_recv_bytes,
+    expert_slots_settings,
+    init_counters,
+)
+from .team import HostTeam, Team, copy_bytes, zero_bytes
 from . import ops

@@ -55,7 +55,24 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             recv_ptrs: Addresses of the recv windows.
             recv_count_ptrs: Addresses of the count windows.
         """
-        self.s = Settings(settings)
+        self = Self(counters, Settings(settings), recv_ptrs, recv_count_ptrs)
+
+    def __init__(
+        out self,
+        counters: View[DType.int32],
+        settings: Settings,
+        recv_ptrs: View[DType.uint64],
+        recv_count_ptrs: View[DType.uint64],
+    ):
+        """Put the parts together, from settings that are not in a tensor.
+
+        Args:
+            counters: `atomic_counters`.
+            settings: The settings.
+            recv_ptrs: Addresses of the recv windows.
+            recv_count_ptrs: Addresses of the count windows.
+        """
+        self.s = settings
         self.head = Head(counters.bytes())
         self.recv = PeerTable(recv_ptrs)
         self.count = PeerTable(recv_count_ptrs)
@@ -98,7 +115,9 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         var waited = self.head.u64(Self.waited_index)
         var buffers = UInt64(self.s.num_buffers)
         if epoch - waited > buffers:
-            self.head.fail(KIND_ORDER, stage, expected=waited + buffers, seen=epoch)
+            self.head.fail(
+                KIND_ORDER, stage, expected=waited + buffers, seen=epoch
+            )
             return epoch
         if epoch <= buffers:
             return epoch
@@ -126,7 +145,11 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         """
         var offset = self.window.header(self.buffer(epoch), self.me)
         for i in range(self.s.n_ranks):
-            publish(self.count[(self.me + i) % self.s.n_ranks], offset, word(epoch, value))
+            publish(
+                self.count[(self.me + i) % self.s.n_ranks],
+                offset,
+                word(epoch, value),
+            )
 
     def end_send(self, epoch: UInt64):
         """Close a sending launch.
@@ -164,9 +187,18 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             T of the peer, or `NO_SIGNAL`.
         """
         var offset = self.window.header(self.buffer(epoch), peer)
-        return waiter.reach(self.own_count(), offset, epoch, peer=peer, chunk=CHUNK_HEADER, header=offset)
+        return waiter.reach(
+            self.own_count(),
+            offset,
+            epoch,
+            peer=peer,
+            chunk=CHUNK_HEADER,
+            header=offset,
+        )
 
-    def chunk_of(self, waiter: Waiter, epoch: UInt64, peer: Int, chunk: Int) -> Bool:
+    def chunk_of(
+        self, waiter: Waiter, epoch: UInt64, peer: Int, chunk: Int
+    ) -> Bool:
         """Await the signal of a chunk.
 
         Args:
@@ -197,7 +229,11 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         """
         var value = FAILED if self.head.failed() else 0
         for i in range(self.s.n_ranks):
-            publish(self.count[(self.me + i) % self.s.n_ranks], self.window.credit(self.me), word(epoch, value))
+            publish(
+                self.count[(self.me + i) % self.s.n_ranks],
+                self.window.credit(self.me),
+                word(epoch, value),
+            )
         self.head.set_u64(Self.waited_index, epoch)
 
 
@@ -211,10 +247,48 @@ def check_head(counters: View[DType.int32], settings: View[DType.int64]) raises:
     Raises:
         CorruptHeadError, ConfigMismatchError: As text in front of the message.
     """
-    if counters.size < HEAD_WORDS or settings.size != SETTINGS_WORDS:
-        raise Error("ep_mojo.CorruptHeadError: atomic_counters or settings too short; pass those of a communicator")
+    if settings.size != SETTINGS_WORDS:
+        raise Error(
+            "ep_mojo.CorruptHeadError: settings has ",
+            settings.size,
+            " words; pass those of a communicator",
+        )
+    check_identity(
+        counters,
+        Settings(settings),
+        HEAD_CONFIG_HASH,
+        config_hash(settings),
+    )
+
+
+def check_identity(
+    counters: View[DType.int32], s: Settings, hash_index: Int, hash: UInt64
+) raises:
+    """Refuse counters that were not made for these settings.
+
+    Args:
+        counters: `atomic_counters`, in host memory.
+        s: The settings.
+        hash_index: Which hash of the head to compare, `HEAD_*_HASH`.
+        hash: What it must be.
+
+    Raises:
+        CorruptHeadError, ConfigMismatchError: As text in front of the message.
+    """
+    var words = HEAD_WORDS + (s.max_tokens if s.expert_slots else 0)
+    if counters.size < words:
+        raise Error(
+            "ep_mojo.CorruptHeadError: atomic_counters has ",
+            counters.size,
+            " words, not ",
+            words,
+            "; pass those of a communicator",
+        )
     var head = Head(counters.bytes())
-    if head.i32(HEAD_MAGIC) != MAGIC or head.i32(HEAD_LAYOUT_VERSION) != LAYOUT_VERSION:
+    if (
+        head.i32(HEAD_MAGIC) != MAGIC
+        or head.i32(HEAD_LAYOUT_VERSION) != LAYOUT_VERSION
+    ):
         raise Error(
             "ep_mojo.CorruptHeadError: atomic_counters begins with magic ",
             head.i32(HEAD_MAGIC),
@@ -226,10 +300,15 @@ def check_head(counters: View[DType.int32], settings: View[DType.int64]) raises:
             LAYOUT_VERSION,
             "; make a new communicator",
         )
-    if head.u64(HEAD_CONFIG_HASH) != config_hash(settings):
+    if head.u64(hash_index) != hash:
         raise Error(
             "ep_mojo.ConfigMismatchError: these counters belong to a communicator with another config than the settings"
         )
     var rank = head.my_rank()
-    if rank < 0 or Int64(rank) >= settings[0] or settings[0] > Int64(MAX_RANKS):
-        raise Error("ep_mojo.CorruptHeadError: atomic_counters names rank ", rank, " of ", settings[0])
+    if rank < 0 or rank >= s.n_ranks or s.n_ranks > MAX_RANKS:
+        raise Error(
+            "ep_mojo.CorruptHeadError: atomic_counters names rank ",
+            rank,
+            " of ",
+            s.n_ranks,
+        )

@@ -47,6 +47,12 @@ comptime HEAD_COMBINE_SENT = 12
 """(u64) epoch of the last combine_async."""
 comptime HEAD_COMBINE_WAITED = 14
 """(u64) epoch of the last combine_wait."""
+comptime HEAD_DISPATCH_HASH = 16
+"""(u64) FNV-1a of the settings that the seed-named dispatch functions know."""
+comptime HEAD_COMBINE_HASH = 18
+"""(u64) FNV-1a of the settings that the seed-named combine functions know."""
+comptime HEAD_TOP_K = 20
+"""K."""
 comptime REC_STATE = 32
 """0 no failure, 1 being written, 2 set."""
 comptime REC_KIND = 33
@@ -101,9 +107,13 @@ comptime FIELD_TOKENS: Int32 = 1
 """Rows of x against max_tokens_per_rank."""
 comptime FIELD_NUM_TOKENS: Int32 = 2
 """The num_tokens input against the rows of x."""
+comptime FIELD_SRC_INFO: Int32 = 3
+"""A pair of src_info that names no source token and choice."""
 
 comptime EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
+comptime ROUTED_MASKS = HEAD_WORDS
+"""ExpertSlots: first of Tm words behind the head; word t says which choices of this rank's token t were sent."""
 
 
 @always_inline
@@ -158,9 +168,13 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         self.signals = self.headers + align_up(8 * blocks)
         self.signal_block = align_up(8 * s.n_signals(s.max_tokens))
         self.ids = self.signals + blocks * self.signal_block
-        self.ids_block = align_up(2 * s.max_tokens * s.top_k) if Self.has_table else 0
+        self.ids_block = align_up(
+            2 * s.max_tokens * s.top_k
+        ) if Self.has_table else 0
         self.weights = self.ids + blocks * self.ids_block
-        self.weights_block = align_up(4 * s.max_tokens * s.top_k) if Self.has_table else 0
+        self.weights_block = align_up(
+            4 * s.max_tokens * s.top_k
+        ) if Self.has_table else 0
         self.total = self.weights + blocks * self.weights_block
 
     @always_inline
@@ -200,7 +214,11 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         Returns:
             Byte offset of a u64.
         """
-        return self.signals + (buffer * self.n_ranks + source) * self.signal_block + 8 * chunk
+        return (
+            self.signals
+            + (buffer * self.n_ranks + source) * self.signal_block
+            + 8 * chunk
+        )
 
     @always_inline
     def table_ids(self, buffer: Int, source: Int) -> Int:
@@ -226,7 +244,9 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         Returns:
             Byte offset.
         """
-        return self.weights + (buffer * self.n_ranks + source) * self.weights_block
+        return (
+            self.weights + (buffer * self.n_ranks + source) * self.weights_block
+        )
 
 
 comptime DispatchWindow = CountWindow[True]
@@ -248,7 +268,9 @@ def message_offset(s: Settings, buffer: Int, source: Int, token: Int) -> Int:
     Returns:
         Byte offset.
     """
-    return ((buffer * s.n_ranks + source) * s.max_tokens + token) * s.message_bytes
+    return (
+        (buffer * s.n_ranks + source) * s.max_tokens + token
+    ) * s.message_bytes
 
 
 @always_inline
@@ -264,7 +286,9 @@ def partial_offset(s: Settings, buffer: Int, rank: Int, token: Int) -> Int:
     Returns:
         Byte offset.
     """
-    return (buffer * s.combine_slots * s.max_tokens + rank * s.max_tokens + token) * s.row_bytes
+    return (
+        buffer * s.combine_slots * s.max_tokens + rank * s.max_tokens + token
+    ) * s.row_bytes
 
 
 @always_inline
@@ -280,7 +304,9 @@ def row_offset(s: Settings, buffer: Int, token: Int, k: Int) -> Int:
     Returns:
         Byte offset.
     """
-    return (buffer * s.combine_slots * s.max_tokens + token * s.top_k + k) * s.row_bytes
+    return (
+        buffer * s.combine_slots * s.max_tokens + token * s.top_k + k
+    ) * s.row_bytes
 
 
 @always_inline
@@ -296,4 +322,34 @@ def expert_slot_offset(s: Settings, expert: Int, source: Int, slot: Int) -> Int:
     Returns:
         Byte offset.
     """
-    return ((expert * s.n_ranks + source) * s.max_tokens + slot) * s.message_bytes
+    return (
+        (expert * s.n_ranks + source) * s.max_tokens + slot
+    ) * s.message_bytes
+
+
+@always_inline
+def expert_count_offset(s: Settings, expert: Int, source: Int) -> Int:
+    """A word in the dispatch count window of ExpertSlots: messages from a source to an expert.
+
+    Args:
+        s: The settings.
+        expert: Local expert of the window's owner.
+        source: The sending rank.
+
+    Returns:
+        Byte offset of a u64.
+    """
+    return 8 * (expert * s.n_ranks + source)
+
+
+@always_inline
+def expert_signal_offset(expert: Int) -> Int:
+    """A word in the combine count window of ExpertSlots: an expert's rows have arrived.
+
+    Args:
+        expert: Global expert.
+
+    Returns:
+        Byte offset of a u64.
+    """
+    return 8 * expert

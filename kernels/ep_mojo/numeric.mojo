@@ -7,7 +7,9 @@ from .peers import Bytes, typed
 
 
 @always_inline
-def load_f32[dtype: DType, width: Int](row: Bytes, i: Int) -> SIMD[DType.float32, width]:
+def load_f32[
+    dtype: DType, width: Int
+](row: Bytes, i: Int) -> SIMD[DType.float32, width]:
     """Load values of a row and widen them, exactly.
 
     Parameters:
@@ -21,16 +23,24 @@ def load_f32[dtype: DType, width: Int](row: Bytes, i: Int) -> SIMD[DType.float32
     Returns:
         The values.
     """
-    comptime assert dtype == DType.bfloat16 or dtype == DType.float32, "rows are bfloat16 or float32"
+    comptime assert (
+        dtype == DType.bfloat16 or dtype == DType.float32
+    ), "rows are bfloat16 or float32"
     comptime if dtype == DType.bfloat16:
-        var bits = typed[DType.uint16](row, 0).unsafe_load[width=width, alignment=2, invariant=False](i)
+        var bits = typed[DType.uint16](row, 0).unsafe_load[
+            width=width, alignment=2, invariant=False
+        ](i)
         return bitcast[DType.float32](bits.cast[DType.uint32]() << 16)
     else:
-        return typed[DType.float32](row, 0).unsafe_load[width=width, alignment=4, invariant=False](i)
+        return typed[DType.float32](row, 0).unsafe_load[
+            width=width, alignment=4, invariant=False
+        ](i)
 
 
 @always_inline
-def store_f32[dtype: DType, width: Int](row: Bytes, i: Int, value: SIMD[DType.float32, width]):
+def store_f32[
+    dtype: DType, width: Int
+](row: Bytes, i: Int, value: SIMD[DType.float32, width]):
     """Round values once (to nearest even) and store them. NaN stays NaN, subnormals stay subnormal.
 
     Parameters:
@@ -47,15 +57,21 @@ def store_f32[dtype: DType, width: Int](row: Bytes, i: Int, value: SIMD[DType.fl
         var rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         var nan = (bits & 0x7FFFFFFF).gt(0x7F800000)
         var out = nan.select((bits >> 16) | 0x40, rounded).cast[DType.uint16]()
-        typed[DType.uint16](row, 0).unsafe_store[width=width, alignment=2](i, out)
+        typed[DType.uint16](row, 0).unsafe_store[width=width, alignment=2](
+            i, out
+        )
     else:
-        typed[DType.float32](row, 0).unsafe_store[width=width, alignment=4](i, value)
+        typed[DType.float32](row, 0).unsafe_store[width=width, alignment=4](
+            i, value
+        )
 
 
 @always_inline
-def accumulate[dtype: DType, width: Int](
-    acc: SIMD[DType.float32, width], row: Bytes, i: Int, weight: Float32
-) -> SIMD[DType.float32, width]:
+def accumulate[
+    dtype: DType, width: Int
+](acc: SIMD[DType.float32, width], row: Bytes, i: Int, weight: Float32) -> SIMD[
+    DType.float32, width
+]:
     """Add a weighted row: fma(w, x, acc), rounded once.
 
     Parameters:
@@ -71,4 +87,6 @@ def accumulate[dtype: DType, width: Int](
     Returns:
         The new sum.
     """
-    return fma(SIMD[DType.float32, width](weight), load_f32[dtype, width](row, i), acc)
+    return fma(
+        SIMD[DType.float32, width](weight), load_f32[dtype, width](row, i), acc
+    )

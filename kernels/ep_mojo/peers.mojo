@@ -39,7 +39,9 @@ struct View[dtype: DType](ImplicitlyCopyable, Movable):
             address: Address of the first element.
             size: Number of elements.
         """
-        self.ptr = Self.Element(unsafe_from_address=address if address != 0 else 64)
+        self.ptr = Self.Element(
+            unsafe_from_address=address if address != 0 else 64
+        )
         self.size = size
 
     @always_inline
@@ -96,7 +98,9 @@ struct View[dtype: DType](ImplicitlyCopyable, Movable):
 
 
 @always_inline
-def typed[dtype: DType](base: Bytes, offset: Int) -> Pointer[Scalar[dtype], MutUntrackedOrigin]:
+def typed[
+    dtype: DType
+](base: Bytes, offset: Int) -> Pointer[Scalar[dtype], MutUntrackedOrigin]:
     """A typed pointer at a byte offset of a window.
 
     Parameters:
@@ -109,7 +113,9 @@ def typed[dtype: DType](base: Bytes, offset: Int) -> Pointer[Scalar[dtype], MutU
     Returns:
         The pointer.
     """
-    return Pointer[Scalar[dtype], MutUntrackedOrigin](unsafe_from_address=Int(base.unsafe_offset(offset)))
+    return Pointer[Scalar[dtype], MutUntrackedOrigin](
+        unsafe_from_address=Int(base.unsafe_offset(offset))
+    )
 
 
 struct PeerTable(ImplicitlyCopyable, Movable):

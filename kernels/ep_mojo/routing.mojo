@@ -29,7 +29,9 @@ def normal_id(id: Int64, n_experts: Int) -> Int16:
 
 
 @always_inline
-def destinations(ids: View[DType.int16], token: Int, top_k: Int, n_local: Int) -> UInt32:
+def destinations(
+    ids: View[DType.int16], token: Int, top_k: Int, n_local: Int
+) -> UInt32:
     """The ranks that a token goes to.
 
     Args:
@@ -67,8 +69,15 @@ def local_group(s: Settings, id: Int16, rank: Int) -> Int:
     return local + Int(s.shared_expert)
 
 
-def count_rows[layout: StaticString](
-    s: Settings, ids: View[DType.int16], tokens: Int, source: Int, rank: Int, counts: View[DType.int32]
+def count_rows[
+    layout: StaticString
+](
+    s: Settings,
+    ids: View[DType.int16],
+    tokens: Int,
+    source: Int,
+    rank: Int,
+    counts: View[DType.int32],
 ):
     """Count the rows that a source adds to each group of a rank.
 
@@ -86,7 +95,10 @@ def count_rows[layout: StaticString](
     counts.fill(0)
     comptime if layout == "rank":
         for t in range(tokens):
-            if (destinations(ids, t, s.top_k, s.n_local_experts()) >> UInt32(rank)) & 1 == 1:
+            if (
+                destinations(ids, t, s.top_k, s.n_local_experts())
+                >> UInt32(rank)
+            ) & 1 == 1:
                 counts[0] += 1
     else:
         for i in range(tokens * s.top_k):
@@ -97,8 +109,13 @@ def count_rows[layout: StaticString](
             counts[0] = Int32(tokens)
 
 
-def row_starts[layout: StaticString](
-    s: Settings, counts: View[DType.int32], row_offsets: View[DType.uint32], totals: View[DType.int32]
+def row_starts[
+    layout: StaticString
+](
+    s: Settings,
+    counts: View[DType.int32],
+    row_offsets: View[DType.uint32],
+    totals: View[DType.int32],
 ) -> Int:
     """Turn counts into row starts, in place.
 
@@ -139,7 +156,10 @@ def row_starts[layout: StaticString](
         totals[g] = Int32(run - first)
         largest = max(largest, run - first)
         comptime if layout == "expert":
-            run = first + (run - first + s.alignment - 1) // s.alignment * s.alignment
+            run = (
+                first
+                + (run - first + s.alignment - 1) // s.alignment * s.alignment
+            )
     comptime if layout == "expert_padded":
         row_offsets[groups] = UInt32(groups * room)
         return largest
@@ -147,7 +167,9 @@ def row_starts[layout: StaticString](
     return run
 
 
-def map_rows[layout: StaticString](
+def map_rows[
+    layout: StaticString
+](
     s: Settings,
     ids: View[DType.int16],
     tokens: Int,

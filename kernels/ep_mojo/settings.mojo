@@ -5,6 +5,14 @@ from .peers import View
 comptime SETTINGS_WORDS = 16
 """Words (int64) of the settings tensor."""
 
+# Sets of words that a hash leaves out, one bit a word.
+comptime CONFIG_UNHASHED: UInt32 = 0x1800
+"""Words 11 and 12: what ranks may choose for themselves."""
+comptime DISPATCH_UNHASHED: UInt32 = 0x1E44
+"""Also K, G and what describes combine rows: the seed-named dispatch functions do not know them."""
+comptime COMBINE_UNHASHED: UInt32 = 0x9940
+"""Also G and what describes messages: the seed-named combine functions do not know them."""
+
 
 struct Settings(ImplicitlyCopyable, Movable):
     """What is the same on all ranks and known on the host at launch: the settings tensor (int64 [16]) by name."""
@@ -65,6 +73,88 @@ struct Settings(ImplicitlyCopyable, Movable):
         self.shared_expert = words[14] != 0
         self.format_tag = Int(words[15])
 
+    def __init__(
+        out self,
+        *,
+        n_ranks: Int,
+        n_experts: Int,
+        top_k: Int,
+        max_tokens: Int,
+        hidden_size: Int,
+        message_bytes: Int,
+        row_bytes: Int,
+        format_tag: Int,
+    ):
+        """Settings of ExpertSlots: one buffer, no alignment, no shared expert.
+
+        Args:
+            n_ranks: R.
+            n_experts: E.
+            top_k: K.
+            max_tokens: Tm.
+            hidden_size: H.
+            message_bytes: Bytes of one dispatch message, its header included.
+            row_bytes: Bytes of one combine row.
+            format_tag: Hash of the format's name and options.
+        """
+        self.n_ranks = n_ranks
+        self.n_experts = n_experts
+        self.top_k = top_k
+        self.max_tokens = max_tokens
+        self.num_buffers = 1
+        self.alignment = 1
+        self.tokens_per_signal = 8
+        self.hidden_size = hidden_size
+        self.message_bytes = message_bytes
+        self.row_bytes = row_bytes
+        self.combine_slots = top_k
+        self.n_sms = 0
+        self.virtual = False
+        self.expert_slots = True
+        self.shared_expert = False
+        self.format_tag = format_tag
+
+    def words(self) -> Array[Int64, SETTINGS_WORDS]:
+        """The settings as a tensor's words.
+
+        Returns:
+            What `Settings(words)` reads.
+        """
+        var w = Array[Int64, SETTINGS_WORDS](fill=0)
+        w[0] = Int64(self.n_ranks)
+        w[1] = Int64(self.n_experts)
+        w[2] = Int64(self.top_k)
+        w[3] = Int64(self.max_tokens)
+        w[4] = Int64(self.num_buffers)
+        w[5] = Int64(self.alignment)
+        w[6] = Int64(self.tokens_per_signal)
+        w[7] = Int64(self.hidden_size)
+        w[8] = Int64(self.message_bytes)
+        w[9] = Int64(self.row_bytes)
+        w[10] = Int64(self.combine_slots)
+        w[11] = Int64(self.n_sms)
+        w[12] = Int64(Int(self.virtual))
+        w[13] = Int64(Int(self.expert_slots))
+        w[14] = Int64(Int(self.shared_expert))
+        w[15] = Int64(self.format_tag)
+        return w^
+
+    def hash(self, unhashed: UInt32) -> UInt64:
+        """FNV-1a over the settings as little-endian bytes.
+
+        Args:
+            unhashed: Words that count as 0, `*_UNHASHED`.
+
+        Returns:
+            The hash.
+        """
+        var w = self.words()
+        var h = settings_hash(
+            View[DType.int64](Int(Pointer(to=w)), SETTINGS_WORDS), unhashed
+        )
+        _ = w^  # must live until here: a view keeps nothing alive
+        return h
+
     @always_inline
     def n_local_experts(self) -> Int:
         """Experts of one rank.
@@ -96,8 +186,27 @@ struct Settings(ImplicitlyCopyable, Movable):
         return (tokens + self.tokens_per_signal - 1) // self.tokens_per_signal
 
 
+def settings_hash(words: View[DType.int64], unhashed: UInt32) -> UInt64:
+    """FNV-1a over the settings as little-endian bytes.
+
+    Args:
+        words: The settings tensor.
+        unhashed: Words that count as 0, `*_UNHASHED`.
+
+    Returns:
+        The hash.
+    """
+    var h: UInt64 = 0xCBF29CE484222325
+    for i in range(SETTINGS_WORDS):
+        var skip = (unhashed >> UInt32(i)) & 1 == 1
+        var word = UInt64(0) if skip else UInt64(words[i])
+        for b in range(8):
+            h = (h ^ ((word >> UInt64(8 * b)) & 0xFF)) * 0x100000001B3
+    return h
+
+
 def config_hash(words: View[DType.int64]) -> UInt64:
-    """FNV-1a over the settings as little-endian bytes; the words that may differ by rank (11, 12) count as 0.
+    """FNV-1a over the settings that all ranks share.
 
     Args:
         words: The settings tensor.
@@ -105,9 +214,4 @@ def config_hash(words: View[DType.int64]) -> UInt64:
     Returns:
         The hash that every rank's head must hold.
     """
-    var h: UInt64 = 0xCBF29CE484222325
-    for i in range(SETTINGS_WORDS):
-        var word = UInt64(0) if i == 11 or i == 12 else UInt64(words[i])
-        for b in range(8):
-            h = (h ^ ((word >> UInt64(8 * b)) & 0xFF)) * 0x100000001B3
-    return h
+    return settings_hash(words, CONFIG_UNHASHED)

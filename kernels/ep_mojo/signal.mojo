@@ -74,7 +74,9 @@ def publish(window: Bytes, offset: Int, w: UInt64):
         offset: Byte offset of the word.
         w: The word.
     """
-    Atomic[UInt64].store[ordering=Ordering.RELEASE](typed[DType.uint64](window, offset), w)
+    Atomic[UInt64].store[ordering=Ordering.RELEASE](
+        typed[DType.uint64](window, offset), w
+    )
 
 
 @always_inline
@@ -88,7 +90,9 @@ def poll(window: Bytes, offset: Int) -> UInt64:
     Returns:
         The word.
     """
-    return Atomic[UInt64].load[ordering=Ordering.ACQUIRE](typed[DType.uint64](window, offset))
+    return Atomic[UInt64].load[ordering=Ordering.ACQUIRE](
+        typed[DType.uint64](window, offset)
+    )
 
 
 @always_inline
@@ -135,7 +139,9 @@ struct Head(ImplicitlyCopyable, Movable):
         Returns:
             The word.
         """
-        return typed[DType.int32](self.base, 4 * index).unsafe_load[invariant=False](0)
+        return typed[DType.int32](self.base, 4 * index).unsafe_load[
+            invariant=False
+        ](0)
 
     @always_inline
     def set_i32(self, index: Int, value: Int32):
@@ -157,7 +163,9 @@ struct Head(ImplicitlyCopyable, Movable):
         Returns:
             The field.
         """
-        return typed[DType.uint64](self.base, 4 * index).unsafe_load[invariant=False](0)
+        return typed[DType.uint64](self.base, 4 * index).unsafe_load[
+            invariant=False
+        ](0)
 
     @always_inline
     def set_u64(self, index: Int, value: UInt64):
@@ -185,7 +193,12 @@ struct Head(ImplicitlyCopyable, Movable):
         Returns:
             True after the first failure.
         """
-        return Atomic[Int32].load[ordering=Ordering.ACQUIRE](typed[DType.int32](self.base, 4 * REC_STATE)) != 0
+        return (
+            Atomic[Int32].load[ordering=Ordering.ACQUIRE](
+                typed[DType.int32](self.base, 4 * REC_STATE)
+            )
+            != 0
+        )
 
     def fail(
         self,
@@ -253,8 +266,17 @@ struct Waiter(ImplicitlyCopyable, Movable):
         var limit = Int(head.u64(HEAD_DEADLINE_NS))
         self.until = clock_ns() + limit if limit > 0 else 0
 
-    def reach[at_least: Bool = False](
-        self, window: Bytes, offset: Int, epoch: UInt64, *, peer: Int, chunk: Int32, header: Int
+    def reach[
+        at_least: Bool = False
+    ](
+        self,
+        window: Bytes,
+        offset: Int,
+        epoch: UInt64,
+        *,
+        peer: Int,
+        chunk: Int32,
+        header: Int,
     ) -> Int:
         """Wait until a word holds the epoch.
 
@@ -293,20 +315,37 @@ struct Waiter(ImplicitlyCopyable, Movable):
                 return self._peer_failed(h, epoch, peer, chunk)
             if self.virtual:
                 self.head.fail(
-                    KIND_ORDER, self.stage, peer=peer, chunk=chunk, expected=epoch, seen=epoch_of(w)
+                    KIND_ORDER,
+                    self.stage,
+                    peer=peer,
+                    chunk=chunk,
+                    expected=epoch,
+                    seen=epoch_of(w),
                 )
                 return NO_SIGNAL
             if self.head.failed():
                 return NO_SIGNAL
             if self.until != 0 and clock_ns() > self.until:
                 self.head.fail(
-                    KIND_TIMEOUT, self.stage, peer=peer, chunk=chunk, expected=epoch, seen=epoch_of(w)
+                    KIND_TIMEOUT,
+                    self.stage,
+                    peer=peer,
+                    chunk=chunk,
+                    expected=epoch,
+                    seen=epoch_of(w),
                 )
                 return NO_SIGNAL
             yield_thread()
 
-    def _peer_failed(self, w: UInt64, epoch: UInt64, peer: Int, chunk: Int32) -> Int:
+    def _peer_failed(
+        self, w: UInt64, epoch: UInt64, peer: Int, chunk: Int32
+    ) -> Int:
         self.head.fail(
-            KIND_PEER_FAILED, self.stage, peer=peer, chunk=chunk, expected=epoch, seen=epoch_of(w)
+            KIND_PEER_FAILED,
+            self.stage,
+            peer=peer,
+            chunk=chunk,
+            expected=epoch,
+            seen=epoch_of(w),
         )
         return NO_SIGNAL

@@ -115,7 +115,9 @@ def copy_bytes[T: Team](source: Bytes, target: Bytes, n: Int):
     comptime stride = T.lanes * V
     var whole = n // stride * stride
     for i in range(T.lane() * V, whole, stride):
-        target.unsafe_store[width=V, alignment=1](i, source.unsafe_load[width=V, alignment=1, invariant=False](i))
+        target.unsafe_store[width=V, alignment=1](
+            i, source.unsafe_load[width=V, alignment=1, invariant=False](i)
+        )
     for i in range(whole + T.lane(), n, T.lanes):
         target.unsafe_store(i, source.unsafe_load[invariant=False](i))
 

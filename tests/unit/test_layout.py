@@ -43,6 +43,9 @@ CONFIGS = [
 ]
 
 
+HASHES = (0x10A9FBFC3896C3DE, 0x03F9C458A99B9488, 0x3941032883AD699A)
+
+
 def regions(cfg, window):
     """(start, end) of everything in a count window."""
     for rank in range(cfg.n_ranks):
@@ -159,7 +162,27 @@ def test_head_round_trip():
     assert layout.read_epochs(head) == (2**39 + 7,) * 4
     assert layout.get_u64(head, layout.HEAD_DEADLINE_NS) == 1_500_000_000
     assert layout.get_u64(head, layout.HEAD_CONFIG_HASH) == cfg.config_hash()
+    assert layout.get_u64(head, layout.HEAD_DISPATCH_HASH) == cfg.config_hash("dispatch") != cfg.config_hash()
+    assert layout.get_u64(head, layout.HEAD_COMBINE_HASH) == cfg.config_hash("combine") != cfg.config_hash("dispatch")
+    assert head[layout.HEAD_TOP_K] == 3
     assert layout.decode_record(head) is None
+
+
+def test_hashes_of_a_known_config():
+    """The same numbers stand in tests/mojo/test_layout.mojo: a Mojo program fits a communicator made in Python."""
+    sizes = {"hidden_size": 256, "top_k": 4, "n_experts": 12, "max_tokens_per_rank": 20, "n_ranks": 3}
+    cfg = EPConfig(**sizes, slots="expert", dispatch_format=BlockwiseFP8())
+    assert (cfg.config_hash(), cfg.config_hash("dispatch"), cfg.config_hash("combine")) == HASHES
+
+
+def test_side_hashes_leave_out_what_the_side_does_not_know():
+    cfg = config(slots="expert")
+    for side, same, other in (
+        ("dispatch", {"combine_dtype": "float32", "top_k": 2, "tokens_per_signal": 1}, {"max_tokens_per_rank": 11}),
+        ("combine", {"dispatch_format": BlockwiseFP8(), "n_sms": 3}, {"top_k": 2}),
+    ):
+        assert cfg.config_hash(side) == cfg.replace(**same).config_hash(side)
+        assert cfg.config_hash(side) != cfg.replace(**other).config_hash(side)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +256,8 @@ RECORDS = [
         ["rows of x = 11", "0 to 10", "max_tokens_per_rank"],
     ),
     (record(5, chunk=2, value=-1, limit=10), config(), ShapeError, ["num_tokens = -1"]),
+    (record(5, chunk=3, stage=3, value=77, limit=59), config(), ShapeError, ["src_info = 77", "dispatch_wait gave"]),
+    (record(3, peer=-1, stage=1), config(slots="expert"), OrderError, ["alternate", "all four stages"]),
     (record(77), config(), CorruptHeadError, ["77"]),
     (record(1, stage=9, rank=2), config(), PeerTimeoutError, ["stage 9", "rank 2"]),
 ]

@@ -10,15 +10,13 @@ Writes the source's combine windows of buffer `epoch mod B`: rows, then signal c
 c*G .. c*G+G-1 are there, also where there were none; a header first. `begin_send` has awaited the buffer's credits.
 """
 
-from max.algorithm import sync_parallelize
-
 from ..launch import Endpoint
 from ..layout import partial_offset, row_offset
 from ..numeric import accumulate, store_f32
 from ..peers import Bytes, View
 from ..signal import publish, word
 from ..team import HostTeam, copy_bytes, zero_bytes
-from .workers import n_workers
+from .workers import n_workers, share
 
 comptime WIDTH = 32
 """Channels that are summed at a time."""
@@ -77,6 +75,9 @@ def combine_async[
         ep: The rank.
         x: The rows.
         stage: `STAGE_*`, for the failure record.
+
+    Raises:
+        What the worker pool raises; failures of the protocol go on record instead.
     """
     comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
     var s = ep.s
@@ -89,7 +90,9 @@ def combine_async[
     for i in range(s.n_ranks):
         var peer = (ep.me + i) % s.n_ranks
         publish(
-            ep.count[peer], ep.window.header(buffer, ep.me), word(epoch, Int(x.num_tokens[peer]))
+            ep.count[peer],
+            ep.window.header(buffer, ep.me),
+            word(epoch, Int(x.num_tokens[peer])),
         )
     if x.shared_out.present():
         var own = min(Int(x.num_tokens[ep.me]) * row_bytes, x.shared_out.size)
@@ -118,22 +121,33 @@ def combine_async[
                     for k in range(s.top_k):
                         var row = Int(x.row_map[at + k])
                         if row >= 0:
-                            var to = ep.recv[source].unsafe_offset(row_offset(s, buffer, t, k))
-                            copy_bytes[HostTeam](x.rows.bytes(row * row_bytes), to, row_bytes)
+                            var to = ep.recv[source].unsafe_offset(
+                                row_offset(s, buffer, t, k)
+                            )
+                            copy_bytes[HostTeam](
+                                x.rows.bytes(row * row_bytes), to, row_bytes
+                            )
                 else:
-                    var to = ep.recv[source].unsafe_offset(partial_offset(s, buffer, ep.me, t))
-                    _send_partial[dtype, hidden, layout == "rank"](x, at, s.top_k, to)
-            publish(ep.count[source], ep.window.signal(buffer, ep.me, chunk), word(epoch, 0))
+                    var to = ep.recv[source].unsafe_offset(
+                        partial_offset(s, buffer, ep.me, t)
+                    )
+                    _send_partial[dtype, hidden, layout == "rank"](
+                        x, at, s.top_k, to
+                    )
+            publish(
+                ep.count[source],
+                ep.window.signal(buffer, ep.me, chunk),
+                word(epoch, 0),
+            )
 
-    if workers == 1:
-        work(0)
-    else:
-        sync_parallelize(work, workers)
+    share(work, workers)
     ep.end_send(epoch)
 
 
 @always_inline
-def _send_partial[dtype: DType, hidden: Int, unweighted: Bool](x: CombineInput, at: Int, top_k: Int, to: Bytes):
+def _send_partial[
+    dtype: DType, hidden: Int, unweighted: Bool
+](x: CombineInput, at: Int, top_k: Int, to: Bytes):
     """Sum a token's rows of this rank, if it has any, into the source's window."""
     comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
     var rows = Array[Int, 32](fill=0)
@@ -155,7 +169,9 @@ def _send_partial[dtype: DType, hidden: Int, unweighted: Bool](x: CombineInput, 
     def sum[width: Int](i: Int) {imm}:
         var acc = SIMD[DType.float32, width](0)
         for j in range(n):
-            acc = accumulate[dtype, width](acc, x.rows.bytes(rows[j] * row_bytes), i, weights[j])
+            acc = accumulate[dtype, width](
+                acc, x.rows.bytes(rows[j] * row_bytes), i, weights[j]
+            )
         store_f32[dtype, width](to, i, acc)
 
     comptime whole = hidden // WIDTH * WIDTH

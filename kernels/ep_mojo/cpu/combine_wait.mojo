@@ -10,8 +10,6 @@ ranks that own one of the chunk's experts, then, in float32 and in this order,
 and rounds once to the output type. Rows past T come back zero. Then the buffer goes back by a credit.
 """
 
-from max.algorithm import sync_parallelize
-
 from ..launch import Endpoint
 from ..layout import partial_offset, row_offset
 from ..numeric import accumulate, load_f32, store_f32
@@ -21,7 +19,11 @@ from ..signal import NO_SIGNAL, Waiter
 from ..team import HostTeam, zero_bytes
 from .combine_async import WIDTH
 from .dispatch_async import token_count
-from .workers import n_workers
+from .workers import n_workers, share
+
+
+comptime MAX_TERMS = 32
+"""The most rows of one sum: K or R."""
 
 
 struct CombineOutput[ids_dtype: DType](ImplicitlyCopyable, Movable):
@@ -80,6 +82,117 @@ struct CombineOutput[ids_dtype: DType](ImplicitlyCopyable, Movable):
         self.bias1 = bias1
         self.shared_rows = shared_rows
 
+    @always_inline
+    def weight(self, token: Int, k: Int, top_k: Int) -> Float32:
+        """The router's weight of a choice.
+
+        Args:
+            token: The token.
+            k: The choice.
+            top_k: K.
+
+        Returns:
+            The weight, or 1 where there are none.
+        """
+        if self.weights.present():
+            return self.weights[token * top_k + k]
+        return 1
+
+
+struct Terms(Movable):
+    """The rows that a token's sum is made of, in order: offsets in a window, and a weight for each."""
+
+    var window: Bytes
+    """The rank's own recv window."""
+    var offset: Array[Int, MAX_TERMS]
+    """Byte offset of each row."""
+    var weight: Array[Float32, MAX_TERMS]
+    """Weight of each row."""
+    var n: Int
+    """Number of rows."""
+
+    @always_inline
+    def __init__(out self, window: Bytes):
+        """Begin without rows.
+
+        Args:
+            window: The rank's own recv window.
+        """
+        self.window = window
+        self.offset = Array[Int, MAX_TERMS](fill=0)
+        self.weight = Array[Float32, MAX_TERMS](fill=0)
+        self.n = 0
+
+    @always_inline
+    def add(mut self, offset: Int, weight: Float32):
+        """Append a row.
+
+        Args:
+            offset: Its byte offset in the window.
+            weight: Its weight; 1 for a plain addition, since fma(1, x, acc) is acc + x.
+        """
+        self.offset[self.n] = offset
+        self.weight[self.n] = weight
+        self.n += 1
+
+
+@always_inline
+def sum_token[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+](x: CombineOutput[ids_dtype], token: Int, terms: Terms):
+    """Write a token's output: biases, shared row and terms, added in that order in float32, rounded once.
+
+    Parameters:
+        dtype: Type of the terms and of the shared expert's rows.
+        out_dtype: Type of the output.
+        bias_dtype: Type of both biases.
+        ids_dtype: Type of the ids.
+        hidden: H.
+
+    Args:
+        x: The rank's tokens.
+        token: Which one.
+        terms: The rows.
+    """
+    comptime out_bytes = hidden * (2 if out_dtype == DType.bfloat16 else 4)
+    comptime bias_bytes = hidden * (2 if bias_dtype == DType.bfloat16 else 4)
+    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
+    var y = x.y.bytes(token * out_bytes)
+
+    @always_inline
+    def sum[width: Int](i: Int) {imm}:
+        var acc = SIMD[DType.float32, width](0)
+        if x.bias0.present():
+            acc += load_f32[bias_dtype, width](
+                x.bias0.bytes(token * bias_bytes), i
+            )
+        if x.bias1.present():
+            acc += load_f32[bias_dtype, width](
+                x.bias1.bytes(token * bias_bytes), i
+            )
+        if x.shared_rows.present():
+            acc += load_f32[dtype, width](
+                x.shared_rows.bytes(token * row_bytes), i
+            )
+        for j in range(terms.n):
+            acc = accumulate[dtype, width](
+                acc,
+                terms.window.unsafe_offset(terms.offset[j]),
+                i,
+                terms.weight[j],
+            )
+        store_f32[out_dtype, width](y, i, acc)
+
+    comptime whole = hidden // WIDTH * WIDTH
+    for i in range(0, whole, WIDTH):
+        sum[WIDTH](i)
+    for i in range(whole, hidden, 8):
+        sum[8](i)
+
 
 def combine_wait[
     dtype: DType,
@@ -105,10 +218,11 @@ def combine_wait[
         ep: The rank.
         x: Its tokens.
         stage: `STAGE_*`, for the failure record.
+
+    Raises:
+        What the worker pool raises; failures of the protocol go on record instead.
     """
     comptime out_bytes = hidden * (2 if out_dtype == DType.bfloat16 else 4)
-    comptime bias_bytes = hidden * (2 if bias_dtype == DType.bfloat16 else 4)
-    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
     comptime by_row = reduce == "source" and layout != "rank"
     var s = ep.s
     var K = s.top_k
@@ -122,37 +236,6 @@ def combine_wait[
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * out_bytes)
 
-    @always_inline
-    def sum_token(t: Int, ids: View[DType.int16], mask: UInt32) {imm}:
-        var y = x.y.bytes(t * out_bytes)
-        var own = ep.recv[ep.me]
-
-        @always_inline
-        def sum[width: Int](i: Int) {imm}:
-            var acc = SIMD[DType.float32, width](0)
-            if x.bias0.present():
-                acc += load_f32[bias_dtype, width](x.bias0.bytes(t * bias_bytes), i)
-            if x.bias1.present():
-                acc += load_f32[bias_dtype, width](x.bias1.bytes(t * bias_bytes), i)
-            if x.shared_rows.present():
-                acc += load_f32[dtype, width](x.shared_rows.bytes(t * row_bytes), i)
-            comptime if by_row:
-                for k in range(K):
-                    if ids[k] >= 0:
-                        var w = x.weights[t * K + k] if x.weights.present() else Float32(1)
-                        acc = accumulate[dtype, width](acc, own.unsafe_offset(row_offset(s, buffer, t, k)), i, w)
-            else:
-                for r in range(s.n_ranks):
-                    if (mask >> UInt32(r)) & 1 == 1:
-                        acc += load_f32[dtype, width](own.unsafe_offset(partial_offset(s, buffer, r, t)), i)
-            store_f32[out_dtype, width](y, i, acc)
-
-        comptime whole = hidden // WIDTH * WIDTH
-        for i in range(0, whole, WIDTH):
-            sum[WIDTH](i)
-        for i in range(whole, hidden, 8):
-            sum[8](i)
-
     def work(worker: Int) raises {imm}:
         var store = Array[Int16, 32](fill=0)
         var ids = View[DType.int16](Int(Pointer(to=store)), 32)
@@ -162,7 +245,9 @@ def combine_wait[
             var first = chunk * s.tokens_per_signal
             for t in range(first, min(first + s.tokens_per_signal, T)):
                 for k in range(K):
-                    ids[k] = normal_id(x.ids[t * K + k].cast[DType.int64](), s.n_experts)
+                    ids[k] = normal_id(
+                        x.ids[t * K + k].cast[DType.int64](), s.n_experts
+                    )
                 var mask = destinations(ids, 0, K, s.n_local_experts())
                 for r in range(s.n_ranks):
                     var bit = UInt32(1) << UInt32(r)
@@ -170,13 +255,23 @@ def combine_wait[
                         if not ep.chunk_of(waiter, epoch, r, chunk):
                             return
                         arrived |= bit
-                sum_token(t, ids, mask)
+                var terms = Terms(ep.recv[ep.me])
+                comptime if by_row:
+                    for k in range(K):
+                        if ids[k] >= 0:
+                            terms.add(
+                                row_offset(s, buffer, t, k), x.weight(t, k, K)
+                            )
+                else:
+                    for r in range(s.n_ranks):
+                        if (mask >> UInt32(r)) & 1 == 1:
+                            terms.add(partial_offset(s, buffer, r, t), 1)
+                sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
+                    x, t, terms
+                )
 
     if not ep.head.failed():
-        if workers == 1:
-            work(0)
-        else:
-            sync_parallelize(work, workers)
+        share(work, workers)
     var done = 0 if ep.head.failed() else T * out_bytes
     zero_bytes[HostTeam](x.y.bytes(done), x.y.size - done)
     ep.end_wait(epoch)

@@ -10,16 +10,14 @@ Why the order holds: table before header, messages before their signal, each sig
 stored what it covers. The buffer is free: `begin_send` has awaited every reader's credit.
 """
 
-from max.algorithm import sync_parallelize
-
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import FIELD_NUM_TOKENS, FIELD_TOKENS, KIND_SHAPE, message_offset
-from ..peers import View
+from ..peers import Bytes, View
 from ..routing import destinations, normal_id
 from ..signal import publish, word
 from ..team import HostTeam, copy_bytes
-from .workers import n_workers
+from .workers import n_workers, share
 
 
 struct DispatchInput[ids_dtype: DType](ImplicitlyCopyable, Movable):
@@ -73,8 +71,34 @@ struct DispatchInput[ids_dtype: DType](ImplicitlyCopyable, Movable):
         self.num_tokens = num_tokens
         self.factor = factor
 
+    @always_inline
+    def write[F: TokenFormat, encoded: Bool](self, token: Int, message: Bytes):
+        """Write a token's message.
 
-def token_count(ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]) -> Int:
+        Parameters:
+            F: The format.
+            encoded: Whether tokens and scales are in the format already.
+
+        Args:
+            token: The token.
+            message: Where to.
+        """
+        comptime if encoded:
+            F.pack[HostTeam](
+                self.tokens.bytes(token * F.token_bytes),
+                self.scales.bytes(token * F.scales_per_token * 4),
+                message,
+            )
+        else:
+            var factor = self.factor[0] if self.factor.present() else Float32(1)
+            F.encode[HostTeam](
+                self.tokens.bytes(token * F.hidden_size * 2), factor, message
+            )
+
+
+def token_count(
+    ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]
+) -> Int:
     """T of this launch; records a failure where it is out of range.
 
     Args:
@@ -89,13 +113,21 @@ def token_count(ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.in
     if ep.head.failed():
         return 0
     if rows > ep.s.max_tokens:
-        ep.head.fail(KIND_SHAPE, stage, chunk=FIELD_TOKENS, value=rows, limit=ep.s.max_tokens)
+        ep.head.fail(
+            KIND_SHAPE,
+            stage,
+            chunk=FIELD_TOKENS,
+            value=rows,
+            limit=ep.s.max_tokens,
+        )
         return 0
     if not num_tokens.present():
         return rows
     var given = Int(num_tokens[0])
     if given < 0 or given > rows:
-        ep.head.fail(KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows)
+        ep.head.fail(
+            KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows
+        )
         return 0
     return given
 
@@ -114,6 +146,9 @@ def dispatch_async[
         ep: The rank.
         x: Its tokens.
         stage: `STAGE_*`, for the failure record.
+
+    Raises:
+        What the worker pool raises; failures of the protocol go on record instead.
     """
     var epoch = ep.begin_send(stage)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
@@ -125,11 +160,8 @@ def dispatch_async[
     var ids = _send_table(ep, x, T, buffer)
     ep.announce(epoch, T)
 
-    var factor = x.factor[0] if x.factor.present() else Float32(1)
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * F.message_bytes)
-    var item = size_of_input[F, encoded]()
-    var scale_bytes = F.scales_per_token * 4
 
     def work(worker: Int) raises {imm}:
         for chunk in range(worker, n_chunks, workers):
@@ -146,44 +178,31 @@ def dispatch_async[
                         continue
                     var message = ep.recv[peer].unsafe_offset(offset)
                     if written >= 0:
-                        copy_bytes[HostTeam](ep.recv[written].unsafe_offset(offset), message, F.message_bytes)
+                        copy_bytes[HostTeam](
+                            ep.recv[written].unsafe_offset(offset),
+                            message,
+                            F.message_bytes,
+                        )
                         continue
-                    var token = x.tokens.bytes(t * item)
-                    comptime if encoded:
-                        F.pack[HostTeam](token, x.scales.bytes(t * scale_bytes), message)
-                    else:
-                        F.encode[HostTeam](token, factor, message)
+                    x.write[F, encoded](t, message)
                     written = peer
             for i in range(s.n_ranks):
                 var peer = (ep.me + i) % s.n_ranks
-                publish(ep.count[peer], ep.window.signal(buffer, ep.me, chunk), word(epoch, 0))
+                publish(
+                    ep.count[peer],
+                    ep.window.signal(buffer, ep.me, chunk),
+                    word(epoch, 0),
+                )
 
-    if workers == 1:
-        work(0)
-    else:
-        sync_parallelize(work, workers)
+    share(work, workers)
     ep.end_send(epoch)
-
-
-def size_of_input[F: TokenFormat, encoded: Bool]() -> Int:
-    """Bytes of one input row.
-
-    Parameters:
-        F: The format.
-        encoded: Whether rows are in the format already.
-
-    Returns:
-        The row stride of `tokens`.
-    """
-    comptime if encoded:
-        return F.token_bytes
-    else:
-        return F.hidden_size * 2
 
 
 def _send_table[
     ids_dtype: DType
-](ep: Endpoint[True], x: DispatchInput[ids_dtype], T: Int, buffer: Int) -> View[DType.int16]:
+](ep: Endpoint[True], x: DispatchInput[ids_dtype], T: Int, buffer: Int) -> View[
+    DType.int16
+]:
     """Write the routing table into my own window, then copy it to every peer's."""
     var n = T * ep.s.top_k
     var ids_at = ep.window.table_ids(buffer, ep.me)
@@ -197,6 +216,10 @@ def _send_table[
     for peer in range(ep.s.n_ranks):
         if peer != ep.me:
             var there = ep.count[peer]
-            copy_bytes[HostTeam](ids.bytes(), there.unsafe_offset(ids_at), 2 * n)
-            copy_bytes[HostTeam](weights.bytes(), there.unsafe_offset(weights_at), 4 * n)
+            copy_bytes[HostTeam](
+                ids.bytes(), there.unsafe_offset(ids_at), 2 * n
+            )
+            copy_bytes[HostTeam](
+                weights.bytes(), there.unsafe_offset(weights_at), 4 * n
+            )
     return ids

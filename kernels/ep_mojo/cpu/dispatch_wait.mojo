@@ -7,8 +7,6 @@ its 0 to K rows. When all is read the buffer goes back by a credit to every send
 Writes the outputs alone. They are the handle's own copies: nothing in them points into a window.
 """
 
-from max.algorithm import sync_parallelize
-
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset
@@ -17,7 +15,7 @@ from ..routing import NO_ROW, count_rows, local_group, map_rows, row_starts
 from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter
 from ..team import HostTeam, copy_bytes, zero_bytes
-from .workers import n_workers
+from .workers import n_workers, share
 
 
 struct DispatchOutput(ImplicitlyCopyable, Movable):
@@ -131,7 +129,10 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
         comptime unit = 4
         comptime if Self.F.scales_by_column:
             Self.F.unpack[HostTeam](
-                message, self.out.tokens.bytes(row * Self.F.token_bytes), self.out.scales.bytes(row * unit), self.capacity
+                message,
+                self.out.tokens.bytes(row * Self.F.token_bytes),
+                self.out.scales.bytes(row * unit),
+                self.capacity,
             )
         else:
             Self.F.unpack[HostTeam](
@@ -147,15 +148,26 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
         Args:
             row: A padding row.
         """
-        zero_bytes[HostTeam](self.out.tokens.bytes(row * Self.F.token_bytes), Self.F.token_bytes)
+        zero_bytes[HostTeam](
+            self.out.tokens.bytes(row * Self.F.token_bytes), Self.F.token_bytes
+        )
         for i in range(Self.F.scales_per_token):
             comptime if Self.F.scales_by_column:
-                zero_bytes[HostTeam](self.out.scales.bytes((i * self.capacity + row) * 4), 4)
+                zero_bytes[HostTeam](
+                    self.out.scales.bytes((i * self.capacity + row) * 4), 4
+                )
             else:
-                zero_bytes[HostTeam](self.out.scales.bytes((row * Self.F.scales_per_token + i) * 4), 4)
+                zero_bytes[HostTeam](
+                    self.out.scales.bytes(
+                        (row * Self.F.scales_per_token + i) * 4
+                    ),
+                    4,
+                )
 
 
-def dispatch_wait[F: TokenFormat, layout: StaticString](ep: Endpoint[True], out_: DispatchOutput, stage: Int32) raises:
+def dispatch_wait[
+    F: TokenFormat, layout: StaticString
+](ep: Endpoint[True], out_: DispatchOutput, stage: Int32) raises:
     """Receive.
 
     Parameters:
@@ -166,6 +178,9 @@ def dispatch_wait[F: TokenFormat, layout: StaticString](ep: Endpoint[True], out_
         ep: The rank.
         out_: The outputs.
         stage: `STAGE_*`, for the failure record.
+
+    Raises:
+        What the worker pool raises; failures of the protocol go on record instead.
     """
     var s = ep.s
     var epoch = ep.begin_wait(stage)
@@ -192,12 +207,20 @@ def name_groups(s: Settings, rank: Int, out_: DispatchOutput):
     """
     for g in range(out_.expert_ids.size):
         var local = g - Int(s.shared_expert)
-        out_.expert_ids[g] = Int32(s.n_experts if local < 0 else rank * s.n_local_experts() + local)
+        out_.expert_ids[g] = Int32(
+            s.n_experts if local < 0 else rank * s.n_local_experts() + local
+        )
 
 
 def _receive[
     F: TokenFormat, layout: StaticString
-](ep: Endpoint[True], epoch: UInt64, waiter: Waiter, rows: Rows[F], stage: Int32) raises:
+](
+    ep: Endpoint[True],
+    epoch: UInt64,
+    waiter: Waiter,
+    rows: Rows[F],
+    stage: Int32,
+) raises:
     var s = ep.s
     var out_ = rows.out
     var buffer = ep.buffer(epoch)
@@ -216,15 +239,21 @@ def _receive[
         var mine = View[DType.int32](Int(start.bytes(r * groups)), groups)
         var to = View[DType.int32](Int(out_.row_map.bytes(r * block)), block)
         map_rows[layout](s, _table(ep, buffer, r), T, ep.me, mine, to)
-        var weights = ep.own_count().unsafe_offset(ep.window.table_weights(buffer, r))
+        var weights = ep.own_count().unsafe_offset(
+            ep.window.table_weights(buffer, r)
+        )
         var kept = out_.recv_weights.bytes(r * block)
         copy_bytes[HostTeam](weights, kept, 4 * T * s.top_k)
-        zero_bytes[HostTeam](kept.unsafe_offset(4 * T * s.top_k), 4 * (block - T * s.top_k))
+        zero_bytes[HostTeam](
+            kept.unsafe_offset(4 * T * s.top_k), 4 * (block - T * s.top_k)
+        )
 
     for r in range(s.n_ranks):
         count(r)
     var needed = row_starts[layout](s, start, out_.row_offsets, out_.counts)
-    var room = s.n_ranks * s.max_tokens if layout == "expert_padded" else rows.capacity
+    var room = (
+        s.n_ranks * s.max_tokens if layout == "expert_padded" else rows.capacity
+    )
     if needed > room:
         ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
         return
@@ -253,7 +282,9 @@ def _receive[
             if not ep.chunk_of(waiter, epoch, r, chunk):
                 return
             for t in range(first, min(first + s.tokens_per_signal, T)):
-                var message = ep.recv[ep.me].unsafe_offset(message_offset(s, buffer, r, t))
+                var message = ep.recv[ep.me].unsafe_offset(
+                    message_offset(s, buffer, r, t)
+                )
                 for k in range(s.top_k):
                     var row = Int(out_.row_map[r * block + t * s.top_k + k])
                     if row < 0:
@@ -266,17 +297,19 @@ def _receive[
                         out_.src_info[2 * row + 1] = Int32(k)
                 if s.shared_expert and r == ep.me:
                     rows.put(message, shared_first + t)
-                    out_.src_info[2 * (shared_first + t)] = Int32(r * s.max_tokens + t)
+                    out_.src_info[2 * (shared_first + t)] = Int32(
+                        r * s.max_tokens + t
+                    )
         comptime if layout == "expert":
             if s.alignment > 1:
                 for g in range(worker, groups, workers):
-                    for row in range(Int(out_.row_offsets[g]) + Int(out_.counts[g]), Int(out_.row_offsets[g + 1])):
+                    for row in range(
+                        Int(out_.row_offsets[g]) + Int(out_.counts[g]),
+                        Int(out_.row_offsets[g + 1]),
+                    ):
                         rows.zero(row)
 
-    if workers == 1:
-        work(0)
-    else:
-        sync_parallelize(work, workers)
+    share(work, workers)
     _ = starts^
 
 
@@ -287,7 +320,14 @@ def _table(ep: Endpoint[True], buffer: Int, source: Int) -> View[DType.int16]:
 
 
 @always_inline
-def _localise(ep: Endpoint[True], buffer: Int, source: Int, token: Int, row: Int, out_: DispatchOutput):
+def _localise(
+    ep: Endpoint[True],
+    buffer: Int,
+    source: Int,
+    token: Int,
+    row: Int,
+    out_: DispatchOutput,
+):
     """Write a row's local ids and weights (layout "rank")."""
     var ids = _table(ep, buffer, source)
     var K = ep.s.top_k
@@ -295,4 +335,6 @@ def _localise(ep: Endpoint[True], buffer: Int, source: Int, token: Int, row: Int
         var local = local_group(ep.s, ids[token * K + k], ep.me)
         if local >= 0:
             out_.local_ids[row * K + k] = Int32(local)
-            out_.local_weights[row * K + k] = out_.recv_weights[(source * ep.s.max_tokens + token) * K + k]
+            out_.local_weights[row * K + k] = out_.recv_weights[
+                (source * ep.s.max_tokens + token) * K + k
+            ]

@@ -45,6 +45,9 @@ def dispatch[
         ep: The rank.
         x: Its tokens.
         out_: The outputs.
+
+    Raises:
+        OrderError with virtual ranks, as text in front of the message.
     """
     refuse_virtual(ep.s)
     dispatch_async[F, ids_dtype, encoded](ep, x, STAGE_DISPATCH)
@@ -75,7 +78,12 @@ def combine[
         ep: The rank.
         x: The expert rows.
         y: The rank's tokens.
+
+    Raises:
+        OrderError with virtual ranks, as text in front of the message.
     """
     refuse_virtual(ep.s)
     combine_async[dtype, hidden, layout, reduce](ep, x, STAGE_COMBINE)
-    combine_wait[dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce](ep, y, STAGE_COMBINE)
+    combine_wait[
+        dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+    ](ep, y, STAGE_COMBINE)

@@ -1,11 +1,21 @@
-"""How CPU stages share their work between cores."""
+"""How CPU stages share their work between cores.
 
-from std.sys import num_physical_cores
+`sync_parallelize` runs its tasks with subnormals flushed to zero. The contract's arithmetic keeps them, and the result
+may not depend on the number of workers: so `share` turns flushing off around each piece of work, also where there is
+one worker only.
+"""
+
+from max.algorithm import sync_parallelize
+from std.sys import CompilationTarget, inlined_assembly, num_physical_cores
 
 from ..settings import Settings
 
 comptime SMALL_BYTES = 1 << 15
 """Below this much payload one thread is faster than waking others."""
+comptime FLUSHING_X86: UInt32 = 0x8040
+"""MXCSR: subnormal operands (bit 6) and results (bit 15) become zero."""
+comptime FLUSHING_ARM: UInt64 = 1 << 24
+"""FPCR: the same."""
 
 
 def n_workers(s: Settings, items: Int, payload_bytes: Int) -> Int:
@@ -25,3 +35,76 @@ def n_workers(s: Settings, items: Int, payload_bytes: Int) -> Int:
     if s.n_sms > 0:
         most = min(most, s.n_sms)
     return max(1, min(most, items))
+
+
+def share[Work: def(Int) raises -> None](work: Work, workers: Int) raises:
+    """Run `work(0)` to `work(workers - 1)`, each with subnormals kept.
+
+    Parameters:
+        Work: Type of `work`.
+
+    Args:
+        work: Does its part of the items.
+        workers: From `n_workers`.
+
+    Raises:
+        What `work` or the worker pool raises.
+    """
+
+    def strict(worker: Int) raises {imm}:
+        var mode = keep_subnormals()
+        try:
+            work(worker)
+        finally:
+            restore_mode(mode)
+
+    if workers == 1:
+        strict(0)
+    else:
+        sync_parallelize(strict, workers)
+
+
+def keep_subnormals() -> UInt64:
+    """Turn flushing to zero off on this thread.
+
+    Returns:
+        The mode before, for `restore_mode`.
+    """
+    comptime if CompilationTarget.is_x86():
+        var word = Array[UInt32, 1](fill=0)
+        inlined_assembly["stmxcsr ($0)", NoneType, constraints="r,~{memory}"](
+            Pointer(to=word)
+        )
+        var before = word[0]
+        word[0] = before & ~FLUSHING_X86
+        inlined_assembly["ldmxcsr ($0)", NoneType, constraints="r,~{memory}"](
+            Pointer(to=word)
+        )
+        _ = word
+        return UInt64(before)
+    else:
+        var before = inlined_assembly[
+            "mrs $0, fpcr", UInt64, constraints="=r,~{memory}"
+        ]()
+        inlined_assembly["msr fpcr, $0", NoneType, constraints="r,~{memory}"](
+            before & ~FLUSHING_ARM
+        )
+        return before
+
+
+def restore_mode(mode: UInt64):
+    """Undo `keep_subnormals`.
+
+    Args:
+        mode: What it returned.
+    """
+    comptime if CompilationTarget.is_x86():
+        var word = Array[UInt32, 1](fill=UInt32(mode))
+        inlined_assembly["ldmxcsr ($0)", NoneType, constraints="r,~{memory}"](
+            Pointer(to=word)
+        )
+        _ = word
+    else:
+        inlined_assembly["msr fpcr, $0", NoneType, constraints="r,~{memory}"](
+            mode
+        )

@@ -1,6 +1,6 @@
 """Token formats: the trait and one file for each format."""
 
-from .token_format import TokenFormat, spread_scales
+from .token_format import TokenFormat, format_tag, spread_scales
 from .bf16 import BF16
 from .blockwise_fp8 import BlockwiseFP8
 from .user import UserFormat, known
@@ -9,8 +9,17 @@ comptime FormatOf[
     name: StaticString, hidden: Int, scale: StaticString, by_column: Bool
 ]: TokenFormat = BF16[hidden] if name == "bf16" else BlockwiseFP8[
     hidden, scale, by_column
-] if name == "blockwise_fp8" else UserFormat[name, hidden]
-"""The format that an op's string parameters name."""
+] if name == "blockwise_fp8" else UserFormat[
+    name, hidden
+]
+"""The format that an op's string parameters name.
+
+Parameters:
+    name: The op's `format` parameter.
+    hidden: H.
+    scale: Scale rule of BlockwiseFP8.
+    by_column: Scales layout of BlockwiseFP8.
+"""
 
 
 def check_format[name: StaticString]():
@@ -19,6 +28,6 @@ def check_format[name: StaticString]():
     Parameters:
         name: The op's `format` parameter.
     """
-    comptime assert name == "bf16" or name == "blockwise_fp8" or known[
-        name
-    ](), "unknown format: build the kernel library with extra_sources=[...] that holds it"
+    comptime assert (
+        name == "bf16" or name == "blockwise_fp8" or known[name]()
+    ), "unknown format: build the kernel library with extra_sources=[...] that holds it"

@@ -30,6 +30,15 @@ struct BF16[hidden: Int](TokenFormat):
     """The token alone."""
 
     @staticmethod
+    def key() -> String:
+        """Name the format; see `TokenFormat.key`.
+
+        Returns:
+            The same string as in Python.
+        """
+        return "bf16"
+
+    @staticmethod
     @always_inline
     def encode[T: Team](token: Bytes, factor: Float32, message: Bytes):
         """Copy the token; see `TokenFormat.encode`.
@@ -42,7 +51,9 @@ struct BF16[hidden: Int](TokenFormat):
             factor: Not applied: nothing is quantised.
             message: Where to.
         """
-        comptime assert Self.hidden % 8 == 0, "BF16: hidden must be a multiple of 8"
+        comptime assert (
+            Self.hidden % 8 == 0
+        ), "BF16: hidden must be a multiple of 8"
         copy_bytes[T](token, message, Self.token_bytes)
 
     @staticmethod
@@ -62,7 +73,9 @@ struct BF16[hidden: Int](TokenFormat):
 
     @staticmethod
     @always_inline
-    def unpack[T: Team](message: Bytes, token: Bytes, scales: Bytes, stride: Int):
+    def unpack[
+        T: Team
+    ](message: Bytes, token: Bytes, scales: Bytes, stride: Int):
         """Copy the message to a row.
 
         Parameters:

@@ -24,7 +24,9 @@ comptime MIN_AMAX: Float32 = 1e-4
 
 
 @always_inline
-def magnitude[n: SIMDLength](x: SIMD[DType.float32, n]) -> SIMD[DType.uint32, n]:
+def magnitude[
+    n: SIMDLength
+](x: SIMD[DType.float32, n]) -> SIMD[DType.uint32, n]:
     """The bits of |x|.
 
     Parameters:
@@ -60,7 +62,9 @@ def to_e4m3[n: SIMDLength](x: SIMD[DType.float32, n]) -> SIMD[DType.uint8, n]:
     # Below: adding 2^14 leaves a multiple of 2^-9 in the low bits, rounded by the adder.
     var sum = bitcast[DType.float32](a) + SIMD[DType.float32, n](16384.0)
     var small = bitcast[DType.uint32](sum) - 0x46800000
-    var code = a.lt(0x3C800000).select(small, normal) | ((bitcast[DType.uint32](x) >> 24) & 0x80)
+    var code = a.lt(0x3C800000).select(small, normal) | (
+        (bitcast[DType.uint32](x) >> 24) & 0x80
+    )
     return nan.select(SIMD[DType.uint32, n](0x7F), code).cast[DType.uint8]()
 
 
@@ -78,7 +82,9 @@ def power_of_two_at_least(x: Float32) -> UInt32:
     return (bits >> 23) + UInt32(1 if (bits & 0x7FFFFF) != 0 else 0)
 
 
-struct BlockwiseFP8[hidden: Int, scale: StaticString = "float32", by_column: Bool = False](TokenFormat):
+struct BlockwiseFP8[
+    hidden: Int, scale: StaticString = "float32", by_column: Bool = False
+](TokenFormat):
     """Tokens quantised to e4m3 in blocks of 128 channels.
 
     Parameters:
@@ -101,12 +107,26 @@ struct BlockwiseFP8[hidden: Int, scale: StaticString = "float32", by_column: Boo
     """Whether scales are exponent bytes."""
     comptime scale_dtype = DType.int32 if Self.packed else DType.float32
     """Element type of a scale."""
-    comptime scales_per_token = (Self.blocks + 3) // 4 if Self.packed else Self.blocks
+    comptime scales_per_token = (
+        Self.blocks + 3
+    ) // 4 if Self.packed else Self.blocks
     """Elements of the scales output per row."""
     comptime scales_by_column = Self.by_column
     """Column-major or not."""
-    comptime message_bytes = align_up(Self.hidden + 4 * Self.scales_per_token, 16)
+    comptime message_bytes = align_up(
+        Self.hidden + 4 * Self.scales_per_token, 16
+    )
     """Channels, then scales."""
+
+    @staticmethod
+    def key() -> String:
+        """Name the format; see `TokenFormat.key`.
+
+        Returns:
+            The same string as in Python.
+        """
+        var layout = "column" if Self.by_column else "row"
+        return String("blockwise_fp8/", Self.scale, "/", layout)
 
     @staticmethod
     @always_inline
@@ -121,7 +141,9 @@ struct BlockwiseFP8[hidden: Int, scale: StaticString = "float32", by_column: Boo
             factor: Multiplies the channels first.
             message: Where to.
         """
-        comptime assert Self.hidden % BLOCK == 0, "BlockwiseFP8: hidden must be a multiple of 128"
+        comptime assert (
+            Self.hidden % BLOCK == 0
+        ), "BlockwiseFP8: hidden must be a multiple of 128"
         comptime per_lane = BLOCK // T.lanes
         comptime V = min(per_lane, 32)
         var first = T.lane() * per_lane
@@ -133,13 +155,17 @@ struct BlockwiseFP8[hidden: Int, scale: StaticString = "float32", by_column: Boo
             var top = SIMD[DType.float32, V](0)
             for i in range(0, per_lane, V):
                 var bits = magnitude(Self._load[V](token, at + i, factor))
-                var known = bits.gt(0x7F800000).select(SIMD[DType.uint32, V](0), bits)
+                var known = bits.gt(0x7F800000).select(
+                    SIMD[DType.uint32, V](0), bits
+                )
                 top = max(top, bitcast[DType.float32](known))
             var amax = max(MIN_AMAX, T.max(top.reduce_max()))
             var scale = amax / E4M3_MAX
             var inverse = E4M3_MAX / amax
             comptime if Self.scale != "float32":
-                scale = bitcast[DType.float32](power_of_two_at_least(scale) << 23)
+                scale = bitcast[DType.float32](
+                    power_of_two_at_least(scale) << 23
+                )
             for i in range(0, per_lane, V):
                 var x = Self._load[V](token, at + i, factor)
                 var y = x * inverse if Self.scale == "float32" else x / scale
@@ -148,15 +174,22 @@ struct BlockwiseFP8[hidden: Int, scale: StaticString = "float32", by_column: Boo
             if T.lane() == 0:
                 comptime if Self.packed:
                     message.unsafe_store(
-                        Self.hidden + block, UInt8(bitcast[DType.uint32](scale) >> 23)
+                        Self.hidden + block,
+                        UInt8(bitcast[DType.uint32](scale) >> 23),
                     )
                 else:
-                    typed[DType.float32](message, Self.hidden).unsafe_store(block, scale)
+                    typed[DType.float32](message, Self.hidden).unsafe_store(
+                        block, scale
+                    )
 
     @staticmethod
     @always_inline
-    def _load[V: Int](token: Bytes, i: Int, factor: Float32) -> SIMD[DType.float32, V]:
-        var bits = typed[DType.uint16](token, 0).unsafe_load[width=V, alignment=2, invariant=False](i)
+    def _load[
+        V: Int
+    ](token: Bytes, i: Int, factor: Float32) -> SIMD[DType.float32, V]:
+        var bits = typed[DType.uint16](token, 0).unsafe_load[
+            width=V, alignment=2, invariant=False
+        ](i)
         return bitcast[DType.float32](bits.cast[DType.uint32]() << 16) * factor
 
     @staticmethod
@@ -173,11 +206,17 @@ struct BlockwiseFP8[hidden: Int, scale: StaticString = "float32", by_column: Boo
             message: Where to.
         """
         copy_bytes[T](token, message, Self.token_bytes)
-        copy_bytes[T](scales, message.unsafe_offset(Self.token_bytes), 4 * Self.scales_per_token)
+        copy_bytes[T](
+            scales,
+            message.unsafe_offset(Self.token_bytes),
+            4 * Self.scales_per_token,
+        )
 
     @staticmethod
     @always_inline
-    def unpack[T: Team](message: Bytes, token: Bytes, scales: Bytes, stride: Int):
+    def unpack[
+        T: Team
+    ](message: Bytes, token: Bytes, scales: Bytes, stride: Int):
         """Copy the message to a row and its scales.
 
         Parameters:

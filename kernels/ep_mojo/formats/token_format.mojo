@@ -32,6 +32,15 @@ trait TokenFormat:
     """Bytes of one message, a multiple of 16."""
 
     @staticmethod
+    def key() -> String:
+        """Name and options as one string, that of the Python format's `key()`; ranks compare its hash.
+
+        Returns:
+            A name; "custom" unless the format says otherwise.
+        """
+        return "custom"
+
+    @staticmethod
     def encode[T: Team](token: Bytes, factor: Float32, message: Bytes):
         """Write one token's message.
 
@@ -60,7 +69,9 @@ trait TokenFormat:
         ...
 
     @staticmethod
-    def unpack[T: Team](message: Bytes, token: Bytes, scales: Bytes, stride: Int):
+    def unpack[
+        T: Team
+    ](message: Bytes, token: Bytes, scales: Bytes, stride: Int):
         """Copy a message to an output row.
 
         Parameters:
@@ -76,7 +87,9 @@ trait TokenFormat:
 
 
 @always_inline
-def spread_scales[T: Team, dtype: DType, count: Int](source: Bytes, target: Bytes, stride: Int):
+def spread_scales[
+    T: Team, dtype: DType, count: Int
+](source: Bytes, target: Bytes, stride: Int):
     """Copy a row's scales from a message to where the output wants them.
 
     Parameters:
@@ -94,3 +107,18 @@ def spread_scales[T: Team, dtype: DType, count: Int](source: Bytes, target: Byte
         typed[dtype](target, i * stride * size).unsafe_store(
             0, typed[dtype](source, i * size).unsafe_load[invariant=False](0)
         )
+
+
+def format_tag[F: TokenFormat]() -> Int:
+    """The settings' `format_tag`.
+
+    Parameters:
+        F: The format.
+
+    Returns:
+        FNV-1a of `F.key()`, without its lowest bit.
+    """
+    var h: UInt64 = 0xCBF29CE484222325
+    for byte in F.key().as_bytes():
+        h = (h ^ UInt64(byte)) * 0x100000001B3
+    return Int(h >> 1)

@@ -4,7 +4,12 @@ from .bf16 import BF16
 from .token_format import TokenFormat
 
 comptime UserFormat[name: StaticString, hidden: Int]: TokenFormat = BF16[hidden]
-"""The user's struct for a name; there is none here, and no name is known."""
+"""The user's struct for a name; there is none here, and no name is known.
+
+Parameters:
+    name: The op's `format` parameter.
+    hidden: H.
+"""
 
 
 def known[name: StaticString]() -> Bool:

@@ -3,13 +3,16 @@
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
+from std.sys import size_of
 
+from ..cpu import expert_slots_combine
 from ..cpu.combine_async import CombineInput, combine_async
 from ..cpu.combine_wait import CombineOutput, combine_wait
 from ..cpu.fused import combine
 from ..launch import Endpoint, check_head
 from ..layout import STAGE_COMBINE_ASYNC, STAGE_COMBINE_WAIT
-from .tensors import host_only, raw, view
+from .checks import check_expert_rows, check_rows, check_sums
+from .tensors import host_only, rank_slots_only, raw, view
 
 
 @extensibility.register("ep_mojo_combine_async")
@@ -32,7 +35,7 @@ struct CombineAsync:
         recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
         recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
         rows: InputTensor[...],
-        row_map: InputTensor[dtype=DType.int32, rank=3, ...],
+        row_map: InputTensor[dtype=DType.int32, ...],
         recv_weights: InputTensor[dtype=DType.float32, rank=3, ...],
         recv_num_tokens: InputTensor[dtype=DType.int32, rank=1, ...],
         ctx: DeviceContext,
@@ -55,16 +58,40 @@ struct CombineAsync:
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.
             rows: Expert rows, in the rows of the dispatch.
-            row_map: From the handle.
+            row_map: From the handle; with slots "expert" the handle's src_info instead.
             recv_weights: From the handle.
             recv_num_tokens: From the handle.
             ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
         host_only[target]()
         check_head(view(counters), view(settings))
-        var input = CombineInput(raw(rows), view(row_map), view(recv_weights), view(recv_num_tokens), raw(shared_out))
-        var ep = Endpoint[False](view(counters), view(settings), view(recv_ptrs), view(recv_count_ptrs))
-        combine_async[rows.dtype, hidden, layout, reduce](ep, input, STAGE_COMBINE_ASYNC)
+        var input = CombineInput(
+            raw(rows),
+            view(row_map),
+            view(recv_weights),
+            view(recv_num_tokens),
+            raw(shared_out),
+        )
+        var ep = Endpoint[False](
+            view(counters),
+            view(settings),
+            view(recv_ptrs),
+            view(recv_count_ptrs),
+        )
+        comptime wire = hidden * size_of[Scalar[rows.dtype]]()
+        comptime if slots == "expert":
+            check_expert_rows(ep.s, raw(rows), view(row_map), wire)
+            expert_slots_combine.combine_async[rows.dtype, hidden](
+                ep, raw(rows), view(row_map), STAGE_COMBINE_ASYNC
+            )
+        else:
+            check_rows(ep.s, input, wire)
+            combine_async[rows.dtype, hidden, layout, reduce](
+                ep, input, STAGE_COMBINE_ASYNC
+            )
 
 
 @extensibility.register("ep_mojo_combine_wait")
@@ -118,6 +145,9 @@ struct CombineWait:
             bias1: Second bias [T, H], or of size 0.
             shared_rows: Output of `ep_mojo_combine_async`; its dtype is that of the wire.
             ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
         host_only[target]()
         check_head(view(counters), view(settings))
@@ -131,10 +161,34 @@ struct CombineWait:
             raw(bias1),
             raw(shared_rows),
         )
-        var ep = Endpoint[False](view(counters), view(settings), view(recv_ptrs), view(recv_count_ptrs))
-        combine_wait[shared_rows.dtype, y.dtype, bias0.dtype, topk_ids.dtype, hidden, layout, reduce](
-            ep, output, STAGE_COMBINE_WAIT
+        var ep = Endpoint[False](
+            view(counters),
+            view(settings),
+            view(recv_ptrs),
+            view(recv_count_ptrs),
         )
+        comptime wire = hidden * size_of[Scalar[shared_rows.dtype]]()
+        check_sums[layout, reduce](
+            ep.s,
+            output,
+            wire,
+            hidden * size_of[Scalar[y.dtype]](),
+            hidden * size_of[Scalar[bias0.dtype]](),
+        )
+        comptime if slots == "expert":
+            expert_slots_combine.combine_wait[
+                shared_rows.dtype, y.dtype, bias0.dtype, topk_ids.dtype, hidden
+            ](ep, output, STAGE_COMBINE_WAIT)
+        else:
+            combine_wait[
+                shared_rows.dtype,
+                y.dtype,
+                bias0.dtype,
+                topk_ids.dtype,
+                hidden,
+                layout,
+                reduce,
+            ](ep, output, STAGE_COMBINE_WAIT)
 
 
 @extensibility.register("ep_mojo_combine")
@@ -196,10 +250,19 @@ struct Combine:
             bias0: First bias [T, H], or of size 0.
             bias1: Second bias [T, H], or of size 0.
             ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
         host_only[target]()
         check_head(view(counters), view(settings))
-        var input = CombineInput(raw(rows), view(row_map), view(recv_weights), view(recv_num_tokens), raw(shared_out))
+        var input = CombineInput(
+            raw(rows),
+            view(row_map),
+            view(recv_weights),
+            view(recv_num_tokens),
+            raw(shared_out),
+        )
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
@@ -210,5 +273,28 @@ struct Combine:
             raw(bias1),
             raw(shared_out),
         )
-        var ep = Endpoint[False](view(counters), view(settings), view(recv_ptrs), view(recv_count_ptrs))
-        combine[rows.dtype, y.dtype, bias0.dtype, topk_ids.dtype, hidden, layout, reduce](ep, input, output)
+        var ep = Endpoint[False](
+            view(counters),
+            view(settings),
+            view(recv_ptrs),
+            view(recv_count_ptrs),
+        )
+        comptime wire = hidden * size_of[Scalar[rows.dtype]]()
+        check_rows(ep.s, input, wire)
+        check_sums[layout, reduce](
+            ep.s,
+            output,
+            wire,
+            hidden * size_of[Scalar[y.dtype]](),
+            hidden * size_of[Scalar[bias0.dtype]](),
+        )
+        rank_slots_only[slots]()
+        combine[
+            rows.dtype,
+            y.dtype,
+            bias0.dtype,
+            topk_ids.dtype,
+            hidden,
+            layout,
+            reduce,
+        ](ep, input, output)

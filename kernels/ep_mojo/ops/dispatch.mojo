@@ -4,13 +4,15 @@ import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
 
+from ..cpu import expert_slots_dispatch
 from ..cpu.dispatch_async import DispatchInput, dispatch_async
 from ..cpu.dispatch_wait import DispatchOutput, dispatch_wait
 from ..cpu.fused import dispatch
 from ..formats import FormatOf, check_format
 from ..launch import Endpoint, check_head
 from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
-from .tensors import host_only, raw, view
+from .checks import check_input, check_output
+from .tensors import host_only, rank_slots_only, raw, view
 
 
 @extensibility.register("ep_mojo_dispatch_async")
@@ -64,6 +66,9 @@ struct DispatchAsync:
             num_tokens: T where it is less than the rows of x, or of size 0.
             input_scale: Factor applied before quantising, or of size 0.
             ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
         host_only[target]()
         check_head(view(counters), view(settings))
@@ -71,10 +76,29 @@ struct DispatchAsync:
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
         var input = DispatchInput[topk_ids.dtype](
-            raw(x), x.dim_size(0), raw(x_scales), view(topk_ids), view(weights), view(num_tokens), view(input_scale)
+            raw(x),
+            x.dim_size(0),
+            raw(x_scales),
+            view(topk_ids),
+            view(weights),
+            view(num_tokens),
+            view(input_scale),
         )
-        var ep = Endpoint[True](view(counters), view(settings), view(recv_ptrs), view(recv_count_ptrs))
-        dispatch_async[F, topk_ids.dtype, encoded](ep, input, STAGE_DISPATCH_ASYNC)
+        var ep = Endpoint[True](
+            view(counters),
+            view(settings),
+            view(recv_ptrs),
+            view(recv_count_ptrs),
+        )
+        check_input[F, encoded, slots == "expert"](ep.s, input)
+        comptime if slots == "expert":
+            expert_slots_dispatch.dispatch_async[F, topk_ids.dtype, encoded](
+                ep, input, STAGE_DISPATCH_ASYNC
+            )
+        else:
+            dispatch_async[F, topk_ids.dtype, encoded](
+                ep, input, STAGE_DISPATCH_ASYNC
+            )
 
 
 @extensibility.register("ep_mojo_dispatch_wait")
@@ -140,6 +164,9 @@ struct DispatchWait:
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.
             ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
         host_only[target]()
         check_head(view(counters), view(settings))
@@ -158,8 +185,19 @@ struct DispatchWait:
             view(row_map),
             view(recv_num_tokens),
         )
-        var ep = Endpoint[True](view(counters), view(settings), view(recv_ptrs), view(recv_count_ptrs))
-        dispatch_wait[F, layout](ep, output, STAGE_DISPATCH_WAIT)
+        var ep = Endpoint[True](
+            view(counters),
+            view(settings),
+            view(recv_ptrs),
+            view(recv_count_ptrs),
+        )
+        check_output[F, layout](ep.s, output)
+        comptime if slots == "expert":
+            expert_slots_dispatch.dispatch_wait[F, layout](
+                ep, output, STAGE_DISPATCH_WAIT
+            )
+        else:
+            dispatch_wait[F, layout](ep, output, STAGE_DISPATCH_WAIT)
 
 
 @extensibility.register("ep_mojo_dispatch")
@@ -237,6 +275,9 @@ struct Dispatch:
             num_tokens: T where it is less than the rows of x, or of size 0.
             input_scale: Factor applied before quantising, or of size 0.
             ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
         host_only[target]()
         check_head(view(counters), view(settings))
@@ -244,7 +285,13 @@ struct Dispatch:
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
         var input = DispatchInput[topk_ids.dtype](
-            raw(x), x.dim_size(0), raw(x_scales), view(topk_ids), view(weights), view(num_tokens), view(input_scale)
+            raw(x),
+            x.dim_size(0),
+            raw(x_scales),
+            view(topk_ids),
+            view(weights),
+            view(num_tokens),
+            view(input_scale),
         )
         var output = DispatchOutput(
             raw(tokens),
@@ -259,5 +306,13 @@ struct Dispatch:
             view(row_map),
             view(recv_num_tokens),
         )
-        var ep = Endpoint[True](view(counters), view(settings), view(recv_ptrs), view(recv_count_ptrs))
+        var ep = Endpoint[True](
+            view(counters),
+            view(settings),
+            view(recv_ptrs),
+            view(recv_count_ptrs),
+        )
+        check_input[F, encoded, slots == "expert"](ep.s, input)
+        check_output[F, layout](ep.s, output)
+        rank_slots_only[slots]()
         dispatch[F, topk_ids.dtype, encoded, layout](ep, input, output)

@@ -29,7 +29,9 @@ def raw(t: ManagedTensorSlice) -> View[DType.uint8]:
     Returns:
         The view, in bytes.
     """
-    return View[DType.uint8](Int(t.unsafe_ptr()), t.size() * size_of[Scalar[t.dtype]]())
+    return View[DType.uint8](
+        Int(t.unsafe_ptr()), t.size() * size_of[Scalar[t.dtype]]()
+    )
 
 
 def host_only[target: StaticString]():
@@ -38,4 +40,17 @@ def host_only[target: StaticString]():
     Parameters:
         target: Where MAX runs the op.
     """
-    comptime assert target == "cpu", "ep_mojo: the stages of this version run on the host; place the ops on a CPU device"
+    comptime assert (
+        target == "cpu"
+    ), "ep_mojo: the stages of this version run on the host; place the ops on a CPU device"
+
+
+def rank_slots_only[slots: StaticString]():
+    """Refuse ExpertSlots in a fused op.
+
+    Parameters:
+        slots: Slot policy, "rank" or "expert".
+    """
+    comptime assert (
+        slots == "rank"
+    ), "ep_mojo: slots='expert' has split ops only; use the async and wait ops"

@@ -1,0 +1,163 @@
+"""The `ep-mojo` command. Reading arguments and printing help needs nothing but the standard library."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from . import __version__
+from .errors import EPError, MissingDependencyError
+
+FORMATS = ("fp8", "fp8-power-of-two", "fp8-ue8m0", "bf16")
+LAYOUTS = ("expert", "expert_padded", "rank")
+PROGRAMS = {
+    "demo": "run one Mixture-of-Experts layer over several ranks on this CPU and check it",
+    "run": "the same on your own tokens and routing, from an .npz file",
+    "doctor": "show what this machine has, what is missing, and how to mend it",
+    "bench": "time a round against NumPy and a plain memory copy",
+}
+ERROR_STATUS = 2
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None = those of the process.
+
+    Returns:
+        Exit status: 0 fine, 1 the result or the machine is not as it should be, 2 wrong arguments or input (one message
+        on stderr), 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["doctor"]:
+        from . import doctor
+
+        return doctor.main(argv[1:])
+    try:
+        args = make_parser().parse_args(argv)
+        return _program(args.program).main(args)
+    except EPError as error:
+        print(f"ep-mojo: {type(error).__name__}: {error}", file=sys.stderr)
+        return ERROR_STATUS
+    except MemoryError as error:
+        print(f"ep-mojo: out of memory: {error}. Remedy: use fewer tokens or a smaller hidden size.", file=sys.stderr)
+        return ERROR_STATUS
+    except KeyboardInterrupt:
+        print("ep-mojo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as in `ep-mojo demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all programs."""
+    parser = argparse.ArgumentParser(
+        prog="ep-mojo",
+        description="Expert-parallel dispatch and combine for Mixture-of-Experts inference. Start with: ep-mojo demo",
+    )
+    parser.add_argument("--version", action="version", version=f"ep-mojo {__version__}")
+    programs = parser.add_subparsers(dest="program", required=True, metavar="PROGRAM")
+    added = {name: programs.add_parser(name, help=text, add_help=name != "doctor") for name, text in PROGRAMS.items()}
+    _demo_arguments(added["demo"])
+    _run_arguments(added["run"])
+    _bench_arguments(added["bench"])
+    return parser
+
+
+def _program(name: str):
+    """The module of a program, imported now: NumPy and MAX may be missing until somebody needs them."""
+    try:
+        return importlib.import_module(f".programs.{name}", __package__)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", __package__):
+            raise
+        raise MissingDependencyError(
+            f"ep-mojo {name} needs the package {missing!r}, which is not installed here",
+            remedy="pip install ep-mojo (it brings MAX and NumPy); `ep-mojo doctor` shows what is missing",
+        ) from error
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run one Mixture-of-Experts layer, expert-parallel over several ranks on this machine's CPU: DeepSeek-V3's "
+        "router picks experts for random tokens, dispatch sends every token to the ranks of its experts, small SwiGLU "
+        "experts work on it, combine brings the weighted sum back. The result is compared with the same layer computed "
+        "without ranks. Exit status 1: they differ by more than rounding. The first run compiles the kernels."
+    )
+    _layer_arguments(parser, default_format="fp8")
+    parser.add_argument("--ranks", type=int, default=4, metavar="R", help="ranks, 1 to 8 (default: 4)")
+    parser.add_argument("--tokens", type=int, default=128, metavar="T", help="tokens of each rank (default: 128)")
+    parser.add_argument("--hidden", type=int, default=7168, metavar="H", help="elements of a token (default: 7168)")
+    parser.add_argument("--experts", type=int, default=256, metavar="E", help="experts in all (default: 256)")
+    parser.add_argument("--top-k", type=int, default=8, metavar="K", help="experts of each token (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of tokens, router and experts (default: 0)")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = """\
+Run one expert-parallel layer on your own tokens and routing, check it, and write what comes back.
+
+arrays in the input file (numpy.savez); R ranks, T tokens a rank, H hidden size, K experts a token:
+  x             [R, T, H]  float32 or float16 (rounded to bfloat16), or uint16 = bits of bfloat16
+  topk_ids      [R, T, K]  int32 or int64: experts of each token; -1 = none
+  topk_weights  [R, T, K]  float32: the router's weights
+  num_tokens    [R]        int32 or int64, optional: tokens that count on each rank, the others come back as zeros
+  w_gate, w_up  [E, F, H]  float32, optional: SwiGLU experts of any width F,
+  w_down        [E, H, F]  float32, all three or none; without them experts give back what they get
+  n_experts     []         integer, optional: E where there are no expert weights (default: the largest id + 1,
+                           rounded up to a multiple of R)
+
+arrays in the output file:
+  out               [R, T, H]  the type of x; float32 where x is float16
+  traffic           [R, R]     int64: tokens sent from rank to rank
+  rows_per_expert   [E]        int64"""
+    parser.add_argument("--input", required=True, metavar="IN.npz", help="file with the arrays above")
+    parser.add_argument("--output", required=True, metavar="OUT.npz", help="file to write (replaced if it exists)")
+    _layer_arguments(parser, default_format="bf16")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time one round (dispatch + combine) in bfloat16 and with fp8 dispatch, against vectorised NumPy and against a "
+        "plain memory copy of the bytes that a round must move; and fp8 encoding against NumPy with ml_dtypes. Results "
+        "are compared with the reference before anything is timed. Exit status 1: a result is wrong. A missed goal is "
+        "only reported. For steady figures let nothing else run."
+    )
+    parser.add_argument("--ranks", type=int, default=4, metavar="R", help="ranks, 1 to 8 (default: 4)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="T", help="tokens of each rank (default: 256)")
+    parser.add_argument("--hidden", type=int, default=7168, metavar="H", help="elements of a token (default: 7168)")
+    parser.add_argument("--experts", type=int, default=64, metavar="E", help="experts in all (default: 64)")
+    parser.add_argument("--top-k", type=int, default=8, metavar="K", help="experts of each token (default: 8)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs of everything (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the JSON to this file")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs pip install 'ep-mojo[plots]')")
+
+
+def _layer_arguments(parser: argparse.ArgumentParser, default_format: str) -> None:
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=default_format,
+        help=f"how tokens travel: bf16, or fp8 with one scale for 128 channels (default: {default_format})",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="expert",
+        help="what dispatch gives the experts: rows grouped by expert; the same padded to equal size (takes much "
+        "memory); or one row for each token of a rank (default: expert)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What `ep-mojo bench` counts and says of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import EPConfig
+from ..layout import align_up
+from .baselines import available_cores
+from .report import _distinct
+
+FORMULA = """\
+Bytes that a round must move: M = message, Y = row of combine, X = token, all in bytes; N tokens, P (token, other rank)
+pairs, Q (token, expert) pairs. A copy of n bytes reads n and writes n, so copy = (read + written) / 2. What a rank
+keeps for itself is not counted as a message.
+  read    = N X + P M + Q Y + P Y        tokens, messages, expert rows, partial sums
+  written = P M + Q M + P Y + N X        messages, rows for the experts, partial sums, output"""
+
+WINDOW_FORMULA = """\
+Payload of dispatch: slots rank B R Tmax M, slots expert L R Tmax (M + 16). Payload of combine: rank B Tmax S Y with
+S = R (reduce="expert"), expert Tmax K Y. The rest are signals and routing tables (docs/protocol.md)."""
+
+
+def round_bytes(cfg: EPConfig, topk_ids: list[np.ndarray]) -> dict[str, int]:
+    """Bytes by `FORMULA`: "read", "written", "copy"."""
+    message, y = cfg.dispatch_format.message_bytes(cfg.hidden_size), cfg.combine_row_bytes
+    token = 2 * cfg.hidden_size
+    n = sum(len(ids) for ids in topk_ids)
+    q = sum(ids.size for ids in topk_ids)
+    p = 0
+    for source, ids in enumerate(topk_ids):
+        owner = ids // cfg.n_local_experts
+        p += _distinct(np.where(owner == source, -1, owner))
+    read = n * token + p * message + q * y + p * y
+    written = p * message + q * message + p * y + n * token
+    return {"read": read, "written": written, "copy": (read + written) // 2}
+
+
+def window_bytes(cfg: EPConfig) -> dict[str, int]:
+    """Window bytes of one rank by the formulas of docs/protocol.md, written out here once more on purpose."""
+    ranks, tmax, k, buffers = cfg.n_ranks, cfg.max_tokens_per_rank, cfg.top_k, cfg.num_buffers
+    message, y = cfg.dispatch_format.message_bytes(cfg.hidden_size), cfg.combine_row_bytes
+    if cfg.slots == "expert":
+        dispatch, combine = cfg.n_local_experts * ranks * tmax * (message + 16), tmax * k * y
+        counts = 8 * cfg.n_local_experts * ranks + 8 * cfg.n_experts
+    else:
+        dispatch, combine = buffers * ranks * tmax * message, buffers * tmax * cfg.combine_slots * y
+        signals = align_up(8 * ranks) + align_up(8 * buffers * ranks) + buffers * ranks * align_up(8 * cfg.n_signals)
+        tables = buffers * ranks * (align_up(2 * tmax * k) + align_up(4 * tmax * k))
+        counts = 2 * signals + tables
+    return {"dispatch_payload": dispatch, "combine_payload": combine, "total": dispatch + combine + counts}
+
+
+def allocated_bytes(comm: Any) -> int:
+    """Bytes of the four windows of rank 0 as they are in memory."""
+    memory = comm.memories[0]
+    parts = ("dispatch_recv", "combine_recv", "dispatch_count", "combine_count")
+    return sum(int(getattr(memory, part).nbytes) for part in parts)
+
+
+def statistics(samples: np.ndarray) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    p10, median, p90 = (float(v) for v in np.percentile(samples, [10, 50, 90]))
+    return {"median": median, "p10": p10, "p90": p90}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, system and versions."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    versions = {}
+    for name in ("max", "numpy", "ml_dtypes"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    return {"cpu": cpu, "cores": available_cores(), "platform": system} | versions
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with "-dirty" where it was changed; None elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,93 @@
+"""Tables and figures as text, and what the programs count."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from .. import layout
+from ..config import EPConfig
+
+BARS = " ▁▂▃▄▅▆▇█"
+DIGITS = " 123456789"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns of text, the first one to the left, the others to the right."""
+    cells = [list(map(str, row)) for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(["  " + first, *others]).rstrip())
+    return "\n".join(lines)
+
+
+def bars(values: np.ndarray, stream: TextIO | None = None) -> str:
+    """One character a value, its height in proportion to the largest; digits where the terminal has no Unicode."""
+    encoding = (getattr(stream or sys.stdout, "encoding", None) or "ascii").lower()
+    symbols = BARS if encoding.replace("-", "").startswith("utf") else DIGITS
+    top = max(int(np.max(values, initial=0)), 1)
+    steps = len(symbols) - 1
+    return "".join(symbols[0 if v <= 0 else max(1, round(int(v) * steps / top))] for v in values)
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB (10^6)."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def traffic_matrix(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:
+    """Tokens that went from rank to rank, as the receivers saw them: int64 [R, R], row = source."""
+    arrived = [(h.row_map >= 0).any(axis=2).sum(axis=1) for h in handles]
+    return np.stack(arrived, axis=1).astype(np.int64)
+
+
+def rows_per_expert(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:
+    """Rows that each expert got, int64 [E]."""
+    if cfg.output_layout != "rank":
+        return np.concatenate([h.counts for h in handles]).astype(np.int64)
+    found = [h.local_ids[: int(h.row_offsets[-1])] for h in handles]
+    return np.concatenate([np.bincount(ids[ids >= 0], minlength=cfg.n_local_experts) for ids in found])
+
+
+def bytes_moved(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> dict[str, dict[str, int]]:
+    """Bytes of one round over the links between ranks (what a rank keeps for itself is left out).
+
+        ours        dispatch: one message for each (token, other rank with an expert of it), and the routing table,
+                    T * K * (2 + 4) bytes, to every other rank; combine: one partial sum for each such pair
+        per_expert  dispatch: one message for each (token, expert elsewhere); combine: one row for each of them
+                    (k of the same expert count each)
+
+    Returns:
+        {"ours": {"dispatch", "combine", "total"}, "per_expert": {the same}}.
+    """
+    pairs = rows = messages = tables = 0
+    for source, ids in enumerate(topk_ids):
+        valid = (ids >= 0) & (ids < cfg.n_experts)
+        remote = valid & (ids // cfg.n_local_experts != source)
+        owner = np.where(remote, ids // cfg.n_local_experts, -1)
+        expert = np.where(remote, ids, -1)
+        rows += int(remote.sum())
+        pairs += _distinct(owner)
+        messages += _distinct(expert)
+        tables += (cfg.n_ranks - 1) * ids.size * 6
+    payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
+    split = {
+        "ours": (pairs * payload + tables, pairs * cfg.combine_row_bytes),
+        "per_expert": (messages * (payload + layout.EXPERT_SLOTS_HEADER), rows * cfg.combine_row_bytes),
+    }
+    return {name: {"dispatch": d, "combine": c, "total": d + c} for name, (d, c) in split.items()}
+
+
+def _distinct(values: np.ndarray) -> int:
+    """Distinct values other than -1 in each row, summed over the rows."""
+    ordered = np.sort(values, axis=1)
+    new = np.ones(ordered.shape, bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return int((new & (ordered >= 0)).sum())

@@ -1,0 +1,144 @@
+"""The host's combine with ExpertSlots: every expert row travels by itself, and the source sums.
+
+Memory, of rank p: recv [Tm][K] rows, count u64 [E].
+
+combine_async, on q, sends each row to the source that `src_info` names, slot (token, k), skips rows with (-1, -1), and
+then publishes count[e] = (epoch, 0) for each of its experts e on every rank, also where it sent nothing.
+
+combine_wait, on p, awaits all E words, and sums as `reduce="source"` does: acc = fma(w, row, acc) over the choices
+that dispatch_async has sent, k ascending. It knows those from the masks behind the head of `atomic_counters`.
+
+Why the order holds: `expert_launch.mojo`.
+"""
+
+from ..expert_launch import begin_send, end_combine_send, end_wait, rows_arrived
+from ..launch import Endpoint
+from ..layout import FIELD_SRC_INFO, KIND_SHAPE, ROUTED_MASKS, row_offset
+from ..peers import View, typed
+from ..signal import Waiter
+from ..team import HostTeam, copy_bytes, zero_bytes
+from .combine_wait import CombineOutput, Terms, sum_token
+from .dispatch_async import token_count
+from .workers import n_workers, share
+
+comptime ROWS_PER_ITEM = 16
+"""Rows of src_info that a worker takes at a time."""
+
+
+def combine_async[
+    dtype: DType, hidden: Int
+](
+    ep: Endpoint[False],
+    rows: View[DType.uint8],
+    src_info: View[DType.int32],
+    stage: Int32,
+) raises:
+    """Send.
+
+    Parameters:
+        dtype: Type of the rows, and on the wire.
+        hidden: H.
+
+    Args:
+        ep: The rank.
+        rows: Expert rows [rows, H] as bytes, in the rows of dispatch_wait.
+        src_info: Int32 [rows, 2] of dispatch_wait.
+        stage: `STAGE_*`, for the failure record.
+
+    Raises:
+        What the worker pool raises; failures of the protocol go on record instead.
+    """
+    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
+    var s = ep.s
+    var epoch = begin_send(ep, stage)
+    if ep.head.failed():
+        end_combine_send(ep, epoch)
+        return
+    var n = min(src_info.size // 2, rows.size // row_bytes)
+    var items = (n + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
+    var workers = n_workers(s, items, n * row_bytes)
+    var limit = s.n_ranks * s.max_tokens
+
+    def work(worker: Int) raises {imm}:
+        for item in range(worker, items, workers):
+            var first = item * ROWS_PER_ITEM
+            for row in range(first, min(first + ROWS_PER_ITEM, n)):
+                var from_ = Int(src_info[2 * row])
+                var k = Int(src_info[2 * row + 1])
+                if from_ == -1 and k == -1:
+                    continue
+                if not (0 <= from_ < limit and 0 <= k < s.top_k):
+                    ep.head.fail(
+                        KIND_SHAPE,
+                        stage,
+                        chunk=FIELD_SRC_INFO,
+                        value=from_,
+                        limit=limit - 1,
+                    )
+                    return
+                var offset = row_offset(s, 0, from_ % s.max_tokens, k)
+                copy_bytes[HostTeam](
+                    rows.bytes(row * row_bytes),
+                    ep.recv[from_ // s.max_tokens].unsafe_offset(offset),
+                    row_bytes,
+                )
+
+    share(work, workers)
+    end_combine_send(ep, epoch)
+
+
+def combine_wait[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+](ep: Endpoint[False], x: CombineOutput[ids_dtype], stage: Int32) raises:
+    """Receive and sum.
+
+    Parameters:
+        dtype: Type on the wire.
+        out_dtype: Type of the output.
+        bias_dtype: Type of both biases.
+        ids_dtype: Type of the ids, which are not read.
+        hidden: H.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        stage: `STAGE_*`, for the failure record.
+
+    Raises:
+        What the worker pool raises; failures of the protocol go on record instead.
+    """
+    comptime out_bytes = hidden * (2 if out_dtype == DType.bfloat16 else 4)
+    var s = ep.s
+    var K = s.top_k
+    var epoch = ep.begin_wait(stage)
+    var waiter = Waiter(ep.head, stage, s.virtual)
+    var T = token_count(ep, stage, x.rows, x.num_tokens)
+    for e in range(s.n_experts):
+        if ep.head.failed() or not rows_arrived(ep, waiter, epoch, e):
+            break
+    var n_chunks = s.n_signals(T)
+    var workers = n_workers(s, n_chunks, T * K * out_bytes)
+    var routed = typed[DType.uint32](ep.head.base, 4 * ROUTED_MASKS)
+
+    def work(worker: Int) raises {imm}:
+        for chunk in range(worker, n_chunks, workers):
+            var first = chunk * s.tokens_per_signal
+            for t in range(first, min(first + s.tokens_per_signal, T)):
+                var terms = Terms(ep.recv[ep.me])
+                var mask = routed.unsafe_load[invariant=False](t)
+                for k in range(K):
+                    if (mask >> UInt32(k)) & 1 == 1:
+                        terms.add(row_offset(s, 0, t, k), x.weight(t, k, K))
+                sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
+                    x, t, terms
+                )
+
+    if not ep.head.failed():
+        share(work, workers)
+    var done = 0 if ep.head.failed() else T * out_bytes
+    zero_bytes[HostTeam](x.y.bytes(done), x.y.size - done)
+    end_wait(ep, epoch)

@@ -1,0 +1,203 @@
+"""Sizes that an op needs, checked before anything is written: a wrong one is a ShapeError and not a stray store."""
+
+from ..cpu.combine_async import CombineInput
+from ..cpu.combine_wait import CombineOutput
+from ..cpu.dispatch_async import DispatchInput
+from ..cpu.dispatch_wait import DispatchOutput
+from ..formats import TokenFormat
+from ..layout import EXPERT_SLOTS_HEADER
+from ..peers import View
+from ..settings import Settings
+
+
+def require(name: StaticString, given: Int, allowed: Int) raises:
+    """Compare a size.
+
+    Args:
+        name: What it is the size of.
+        given: The size.
+        allowed: What it must be.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    if given != allowed:
+        raise Error(
+            "ep_mojo.ShapeError: ",
+            name,
+            " = ",
+            given,
+            "; allowed: ",
+            allowed,
+            "; make graph and communicator with the same config",
+        )
+
+
+def optional(name: StaticString, given: Int, allowed: Int) raises:
+    """Compare the size of a tensor that may be absent.
+
+    Args:
+        name: What it is the size of.
+        given: The size, 0 = absent.
+        allowed: What it must be otherwise.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    if given != 0:
+        require(name, given, allowed)
+
+
+def check_input[
+    F: TokenFormat, encoded: Bool, expert_slots: Bool
+](s: Settings, x: DispatchInput) raises:
+    """What dispatch_async reads.
+
+    Parameters:
+        F: The format.
+        encoded: Whether tokens are in the format already.
+        expert_slots: Slot policy.
+
+    Args:
+        s: The settings.
+        x: The tensors.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    comptime row = F.token_bytes if encoded else 2 * F.hidden_size
+    comptime header = EXPERT_SLOTS_HEADER if expert_slots else 0
+    require("settings: hidden_size", s.hidden_size, F.hidden_size)
+    require(
+        "settings: message_bytes", s.message_bytes, F.message_bytes + header
+    )
+    require("settings: slots", Int(s.expert_slots), Int(expert_slots))
+    require("x: bytes", x.tokens.size, x.rows * row)
+    comptime if encoded:
+        require(
+            "x_scales: bytes", x.scales.size, 4 * x.rows * F.scales_per_token
+        )
+    require("topk_ids: elements", x.ids.size, x.rows * s.top_k)
+    optional("weights: elements", x.weights.size, x.rows * s.top_k)
+    optional("num_tokens: elements", x.num_tokens.size, 1)
+    optional("input_scale: elements", x.factor.size, 1)
+
+
+def check_output[
+    F: TokenFormat, layout: StaticString
+](s: Settings, out_: DispatchOutput) raises:
+    """What dispatch_wait writes.
+
+    Parameters:
+        F: The format.
+        layout: Output layout.
+
+    Args:
+        s: The settings.
+        out_: The tensors.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    comptime by_rank = layout == "rank"
+    var rows = out_.tokens.size // F.token_bytes
+    var groups = s.n_ranks if by_rank else s.n_groups()
+    var choices = s.n_ranks * s.max_tokens * s.top_k
+    require("settings: hidden_size", s.hidden_size, F.hidden_size)
+    require("tokens: bytes", out_.tokens.size, rows * F.token_bytes)
+    comptime if layout == "expert_padded":
+        require("tokens: rows", rows, groups * s.n_ranks * s.max_tokens)
+    require("scales: bytes", out_.scales.size, 4 * rows * F.scales_per_token)
+    require("row_offsets: elements", out_.row_offsets.size, groups + 1)
+    require("counts: elements", out_.counts.size, groups)
+    optional("expert_ids: elements", out_.expert_ids.size, groups)
+    require("src_info: elements", out_.src_info.size, 2 * rows)
+    comptime if by_rank:
+        require("local_ids: elements", out_.local_ids.size, rows * s.top_k)
+        require(
+            "local_weights: elements", out_.local_weights.size, rows * s.top_k
+        )
+    require("recv_weights: elements", out_.recv_weights.size, choices)
+    require("row_map: elements", out_.row_map.size, choices)
+    require("recv_num_tokens: elements", out_.recv_num_tokens.size, s.n_ranks)
+
+
+def check_rows(s: Settings, x: CombineInput, row_bytes: Int) raises:
+    """What combine_async reads.
+
+    Args:
+        s: The settings.
+        x: The tensors.
+        row_bytes: Bytes of a row.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    var choices = s.n_ranks * s.max_tokens * s.top_k
+    require("settings: row_bytes", s.row_bytes, row_bytes)
+    require("rows: bytes", x.rows.size % row_bytes, 0)
+    require("row_map: elements", x.row_map.size, choices)
+    require("recv_weights: elements", x.weights.size, choices)
+    require("recv_num_tokens: elements", x.num_tokens.size, s.n_ranks)
+
+
+def check_expert_rows(
+    s: Settings,
+    rows: View[DType.uint8],
+    src_info: View[DType.int32],
+    row_bytes: Int,
+) raises:
+    """What combine_async reads with ExpertSlots.
+
+    Args:
+        s: The settings.
+        rows: Expert rows as bytes.
+        src_info: Int32 [rows, 2].
+        row_bytes: Bytes of a row.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    require("settings: slots", Int(s.expert_slots), 1)
+    require("settings: row_bytes", s.row_bytes, row_bytes)
+    require("rows: bytes", rows.size, src_info.size // 2 * row_bytes)
+    require("src_info: elements of the last row", src_info.size % 2, 0)
+
+
+def check_sums[
+    layout: StaticString, reduce: StaticString
+](
+    s: Settings,
+    x: CombineOutput,
+    row_bytes: Int,
+    out_bytes: Int,
+    bias_bytes: Int,
+) raises:
+    """What combine_wait reads and writes.
+
+    Parameters:
+        layout: Output layout of the dispatch.
+        reduce: Reduce mode.
+
+    Args:
+        s: The settings.
+        x: The tensors.
+        row_bytes: Bytes of a row on the wire.
+        out_bytes: Bytes of an output row.
+        bias_bytes: Bytes of a bias row.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    comptime by_row = reduce == "source" and layout != "rank"
+    var slots = s.top_k if by_row else s.n_ranks
+    if s.combine_slots < slots:
+        require("settings: combine_slots", s.combine_slots, slots)
+    require("settings: row_bytes", s.row_bytes, row_bytes)
+    require("y: bytes", x.y.size, x.rows * out_bytes)
+    require("topk_ids: elements", x.ids.size, x.rows * s.top_k)
+    optional("weights: elements", x.weights.size, x.rows * s.top_k)
+    optional("num_tokens: elements", x.num_tokens.size, 1)
+    optional("bias0: bytes", x.bias0.size, x.rows * bias_bytes)
+    optional("bias1: bytes", x.bias1.size, x.rows * bias_bytes)
+    optional("shared_rows: bytes", x.shared_rows.size, x.rows * row_bytes)

@@ -1,0 +1,317 @@
+"""Every stage of one virtual rank as a graph of its own, with sizes that are known at run time only.
+
+What the engine fixes at compile time (H, format, layout, reduce mode, element types) makes a variant; R, E, K, Tmax, B,
+alignment and T come with the inputs. All variants are graphs of one module, which MAX compiles in one go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+import ep_mojo as ep
+from ep_mojo.comm import windows
+from ep_mojo.comm.base import run_model
+from ep_mojo.dtypes import storage_dtype, to_buffer, to_numpy
+from ep_mojo.handle import HANDLE_TENSORS, graph_dtype, handle_types
+
+DISPATCH_TABLES, COMBINE_TABLES = slice(1, 4), slice(4, 7)
+LAYOUTS = ("expert", "expert_padded", "rank")
+REDUCE_MODES = ("expert", "source")
+FP8_HIDDEN = 640
+FORMATS = {
+    "bf16": ep.BF16(),
+    **{
+        f"fp8-{scale}-{layout}": ep.BlockwiseFP8(scale, layout)
+        for scale in ep.BlockwiseFP8.SCALES
+        for layout in ("row", "column")
+    },
+}
+"""All formats by name: at H = 8 for bf16, at `FP8_HIDDEN` for the others."""
+COMBINE_TYPES = {
+    8: ("bfloat16", "bfloat16", "bfloat16"),
+    72: ("float32", "float32", "float32"),
+    128: ("bfloat16", "bfloat16", "bfloat16"),
+    FP8_HIDDEN: ("bfloat16", "float32", "float32"),
+}
+"""Types of expert rows, output and bias, by the H at which they are compiled."""
+
+
+@dataclass(frozen=True)
+class Send:
+    """dispatch_async."""
+
+    hidden: int
+    fmt: ep.TokenFormat = ep.BF16()
+    ids: str = "int32"
+    encoded: bool = False
+
+    name = "dispatch_async"
+    tables = DISPATCH_TABLES
+
+    def inputs(self):
+        x = graph_dtype(self.fmt.token_dtype) if self.encoded else "bfloat16"
+        return [
+            (x, ["T", self.hidden]),
+            (self.fmt.scale_dtype or "float32", ["scale_rows", "scale_columns"]),
+            (self.ids, ["T", "K"]),
+            ("float32", ["weight_rows", "weight_columns"]),
+            ("int32", ["one"]),
+            ("float32", ["factor"]),
+        ]
+
+    def shapes(self):
+        return []
+
+    def outputs(self):
+        return []
+
+    def parameters(self):
+        return _format(self.hidden, self.fmt)
+
+
+@dataclass(frozen=True)
+class Receive:
+    """dispatch_wait. The sizes of its outputs come as inputs of size 0."""
+
+    hidden: int
+    fmt: ep.TokenFormat = ep.BF16()
+    layout: str = "expert"
+
+    name = "dispatch_wait"
+    tables = DISPATCH_TABLES
+
+    def inputs(self):
+        return []
+
+    def shapes(self):
+        return [["N", "S0", "S1", "offsets", "groups", 0], ["ids", "L0", "L1", "Tm", "K", 0]]
+
+    def outputs(self):
+        per_token = ["R", "Tm", "K"]
+        return [
+            (graph_dtype(self.fmt.token_dtype), ["N", self.hidden]),
+            (self.fmt.scale_dtype or "float32", ["S0", "S1"]),
+            ("uint32", ["offsets"]),
+            ("int32", ["groups"]),
+            ("int32", ["ids"]),
+            ("int32", ["N", 2]),
+            ("int32", ["L0", "L1"]),
+            ("float32", ["L0", "L1"]),
+            ("float32", per_token),
+            ("int32", per_token),
+            ("int32", ["R"]),
+        ]
+
+    def parameters(self):
+        return _format(self.hidden, self.fmt) | {"layout": self.layout}
+
+
+@dataclass(frozen=True)
+class SendBack:
+    """combine_async."""
+
+    hidden: int
+    layout: str = "expert"
+    reduce: str = "expert"
+    dtype: str = "bfloat16"
+
+    name = "combine_async"
+    tables = COMBINE_TABLES
+
+    def inputs(self):
+        per_token = ["R", "Tm", "K"]
+        return [(self.dtype, ["N", self.hidden]), ("int32", per_token), ("float32", per_token), ("int32", ["R"])]
+
+    def shapes(self):
+        return [["T0", "H0", 0]]
+
+    def outputs(self):
+        return [(self.dtype, ["T0", "H0"])]
+
+    def parameters(self):
+        return {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce}
+
+
+@dataclass(frozen=True)
+class ReceiveBack:
+    """combine_wait."""
+
+    hidden: int
+    layout: str = "expert"
+    reduce: str = "expert"
+    dtype: str = "bfloat16"
+    out: str = "bfloat16"
+    bias: str = "bfloat16"
+    ids: str = "int32"
+
+    name = "combine_wait"
+    tables = COMBINE_TABLES
+
+    def inputs(self):
+        return [
+            (self.ids, ["T", "K"]),
+            ("float32", ["weight_rows", "weight_columns"]),
+            ("int32", ["one"]),
+            (self.bias, ["b0_rows", "b0_columns"]),
+            (self.bias, ["b1_rows", "b1_columns"]),
+            (self.dtype, ["shared_rows", "shared_columns"]),
+        ]
+
+    def shapes(self):
+        return []
+
+    def outputs(self):
+        return [(self.out, ["T", self.hidden])]
+
+    def parameters(self):
+        return {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce}
+
+
+Variant = Send | Receive | SendBack | ReceiveBack
+
+
+def _format(hidden, fmt):
+    name = {ep.BF16: "bf16", ep.BlockwiseFP8: "blockwise_fp8"}[type(fmt)]
+    column = fmt.scales_layout == "column"
+    return {"hidden": hidden, "format": name, "scale": getattr(fmt, "scale", "float32"), "by_column": column}
+
+
+def all_variants() -> list[Variant]:
+    """What `conftest.stages` compiles: every format and layout, every layout and reduce mode, and a few sizes more."""
+    fp8 = ep.BlockwiseFP8()
+    found = [Send(8), Send(8, ids="int64"), Send(72), Send(128, fp8), Send(FP8_HIDDEN, fp8, encoded=True)]
+    found += [Send(FP8_HIDDEN, ep.BlockwiseFP8(scale)) for scale in ep.BlockwiseFP8.SCALES]
+    found.append(Send(FP8_HIDDEN, ep.BlockwiseFP8("ue8m0"), encoded=True))
+    for fmt in FORMATS.values():
+        found += [Receive(8 if fmt == ep.BF16() else FP8_HIDDEN, fmt, layout) for layout in LAYOUTS]
+    found += [Receive(72), Receive(128, fp8)]
+    for hidden in (8, FP8_HIDDEN):
+        for layout in LAYOUTS:
+            found += _back(hidden, layout, "expert") + _back(hidden, layout, "source")
+    found += _back(72, "expert", "expert") + _back(72, "expert", "source")
+    return [*found, ReceiveBack(8, ids="int64"), ReceiveBack(8, reduce="source", ids="int64")]
+
+
+def _back(hidden, layout, reduce):
+    types = COMBINE_TYPES[hidden]
+    return [SendBack(hidden, layout, reduce, types[0]), ReceiveBack(hidden, layout, reduce, *types)]
+
+
+def compile_all(variants) -> dict:
+    """Loaded models by variant: one module, one compilation."""
+    from max.driver import CPU
+    from max.engine import InferenceSession
+    from max.graph import Module
+
+    module, names = Module(), {}
+    for i, variant in enumerate(dict.fromkeys(variants)):
+        names[variant] = f"stage_{i}"
+        _add_graph(module, names[variant], variant)
+    models = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[ep.kernel_library()])
+    return {variant: models[name] for variant, name in names.items()}
+
+
+def _add_graph(module, name, variant):
+    from max.dtype import DType
+    from max.graph import BufferType, DeviceRef, Graph, TensorType, ops
+
+    host = DeviceRef.CPU()
+
+    def tensor(dtype, shape):
+        return TensorType(getattr(DType, dtype), shape, host)
+
+    common = [
+        BufferType(DType.int32, [windows.ORDER_WORDS], host),
+        BufferType(DType.int32, ["words"], host),
+        tensor("int64", [16]),
+        *[tensor("uint64", ["R"])] * 3,
+    ]
+    types = [*common, *(tensor(*t) for t in variant.inputs()), *(tensor("int8", s) for s in variant.shapes())]
+    with Graph(name, input_types=types, custom_extensions=[ep.kernel_library()], module=module) as graph:
+        values = [*(v.buffer for v in graph.inputs[:2]), *(v.tensor for v in graph.inputs[2:])]
+        outputs = ops.inplace_custom(
+            f"ep_mojo_{variant.name}",
+            host,
+            values[: len(values) - len(variant.shapes())],
+            out_types=[tensor(*t) for t in variant.outputs()],
+            parameters=variant.parameters() | {"slots": "rank"},
+        )
+        graph.output(*outputs)
+
+
+class Engine:
+    """The virtual ranks of one config, stage by stage and rank by rank. Nothing raises what ranks have on record.
+
+    Attributes:
+        cfg, comm: The config and its communicator.
+    """
+
+    def __init__(self, models: dict, cfg: ep.EPConfig):
+        self.cfg, self.models = cfg, models
+        self.comm = ep.Communicator.cpu(cfg)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.comm.destroy()
+
+    def send(self, rank, x, ids, weights=None, num_tokens=None, x_scales=None, input_scale=None):
+        """dispatch_async."""
+        fmt = self.cfg.dispatch_format
+        fmt = fmt if fmt == ep.BF16() else ep.BlockwiseFP8(fmt.scale)
+        variant = Send(self.cfg.hidden_size, fmt, ids.dtype.name, x_scales is not None)
+        factor = None if input_scale is None else np.array([input_scale], np.float32)
+        self._run(variant, rank, [x, _or(x_scales, 2), ids, _or(weights, 2), _or(num_tokens, 1), _or(factor, 1)])
+
+    def receive(self, rank):
+        """dispatch_wait: the handle's tensors as NumPy arrays."""
+        cfg = self.cfg
+        types = dict(zip(HANDLE_TENSORS, handle_types(cfg), strict=True))
+        dims = {name: [int(d) for d in t.shape] for name, t in types.items()}
+        shapes = [
+            [cfg.rows_capacity, *dims["scales"], *dims["row_offsets"], *dims["counts"], 0],
+            [*dims["expert_ids"], *dims["local_ids"], cfg.max_tokens_per_rank, cfg.top_k, 0],
+        ]
+        variant = Receive(cfg.hidden_size, cfg.dispatch_format, cfg.output_layout)
+        handle = SimpleNamespace(**dict(zip(HANDLE_TENSORS, self._run(variant, rank, [], shapes), strict=True)))
+        handle.tokens = handle.tokens.reshape(dims["tokens"])
+        return handle
+
+    def send_back(self, rank, rows, handle, reduce="expert", own_rows=0):
+        """combine_async: the shared expert's rows [own_rows, H], or [0, 0]."""
+        cfg = self.cfg
+        shape = [own_rows, cfg.hidden_size, 0] if cfg.shared_expert else [0, 0, 0]
+        variant = SendBack(cfg.hidden_size, cfg.output_layout, reduce, cfg.combine_dtype)
+        rows = rows.reshape(-1, cfg.hidden_size)
+        given = [rows, handle.row_map, handle.recv_weights, handle.recv_num_tokens]
+        return self._run(variant, rank, given, [shape])[0]
+
+    def receive_back(self, rank, ids, shared, reduce="expert", weights=None, num_tokens=None, bias0=None, bias1=None):
+        """combine_wait: the sums [T, H]."""
+        cfg = self.cfg
+        bias = COMBINE_TYPES[cfg.hidden_size][2]
+        variant = ReceiveBack(
+            cfg.hidden_size, cfg.output_layout, reduce, cfg.combine_dtype, cfg.output_dtype, bias, ids.dtype.name
+        )
+        given = [ids, _or(weights, 2), _or(num_tokens, 1), _or(bias0, 2), _or(bias1, 2), shared]
+        return self._run(variant, rank, given)[0]
+
+    def _run(self, variant, rank, values, shapes=()):
+        settings, *rest = self.comm.inputs()
+        tables = rest[variant.tables.start - 1 : variant.tables.stop - 1]
+        order, counters = rest[6], rest[7 + rank]
+        given = [
+            to_buffer(np.zeros(v.shape, storage_dtype(dtype)) if v.size == 0 else v, dtype)
+            for v, (dtype, _) in zip(values, variant.inputs(), strict=True)
+        ]
+        given += [to_buffer(np.zeros(shape, np.int8)) for shape in shapes]
+        outputs = run_model(self.models[variant], [order, counters, settings, *tables, *given])
+        return [to_numpy(o) for o in outputs]
+
+
+def _or(value, rank):
+    return np.zeros([0] * rank) if value is None else value

@@ -1,0 +1,72 @@
+"""Every format, output layout and reduce mode, bit for bit against the reference; then whole graphs by the public API."""
+
+import numpy as np
+import pytest
+from graph.stages import COMBINE_TYPES, FORMATS, FP8_HIDDEN, LAYOUTS, REDUCE_MODES, Engine
+from graph.virtual import Play, Round, random_round
+from unit.cases import make_case
+
+import ep_mojo as ep
+from ep_mojo import reference
+
+
+def config(hidden, layout, fmt=ep.BF16(), **fields):
+    types = COMBINE_TYPES[hidden]
+    sizes = {"top_k": 4, "n_experts": 12, "max_tokens_per_rank": 11, "n_ranks": 3}
+    return ep.EPConfig(
+        hidden_size=hidden,
+        dispatch_format=fmt,
+        output_layout=layout,
+        combine_dtype=types[0],
+        output_dtype=types[1],
+        **sizes | fields,
+    )
+
+
+def play(models, cfg, rounds, seed=0):
+    with Engine(models, cfg) as engine:
+        differences = Play(engine, rounds).run(np.random.default_rng(seed))
+        engine.comm.check()
+    assert not differences, "\n".join(differences)
+
+
+@pytest.mark.parametrize("reduce", REDUCE_MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_round(stages, fmt, layout, reduce):
+    cfg = config(8 if fmt == ep.BF16() else FP8_HIDDEN, layout, fmt)
+    if layout == "expert":
+        cfg = cfg.replace(alignment=8, shared_expert=True)
+    play(stages, cfg, [random_round(cfg, seed, reduce=reduce, special=0.02) for seed in range(3)])
+
+
+@pytest.mark.parametrize("reduce", REDUCE_MODES)
+def test_float32_rows_and_a_hidden_size_between_vectors(stages, reduce):
+    cfg = config(72, "expert", reduce=reduce)
+    play(stages, cfg, [random_round(cfg, seed, reduce=reduce) for seed in range(3)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_payload_than_one_worker_takes(stages, layout):
+    cfg = config(FP8_HIDDEN, layout, ep.BlockwiseFP8(), max_tokens_per_rank=70, alignment=16 if layout == "expert" else 1)
+    rounds = [random_round(cfg, seed, reduce=mode, ragged=False, special=0.05) for seed, mode in enumerate(REDUCE_MODES)]
+    play(stages, cfg, rounds)
+
+
+@pytest.mark.parametrize("n_sms", [1, 2])
+def test_budget_of_workers(stages, n_sms):
+    cfg = config(FP8_HIDDEN, "expert", ep.BlockwiseFP8(), max_tokens_per_rank=40, n_sms=n_sms, tokens_per_signal=3)
+    play(stages, cfg, [random_round(cfg, 5, ragged=False)])
+
+
+@pytest.mark.parametrize("scale", ["float32", "ue8m0"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_that_are_quantised_already(stages, scale, layout):
+    fmt = ep.BlockwiseFP8(scale)
+    cfg = config(FP8_HIDDEN, layout, fmt)
+    case = make_case(cfg.replace(output_layout="expert"), 3, "uniform")
+    case.topk_ids = [np.argsort(np.random.default_rng(r).random((len(x), 12)))[:, :4].astype(np.int32) for r, x in enumerate(case.xs)]
+    case.cfg = cfg
+    encoded = [reference.encode(cfg, x, None) for x in case.xs]
+    case.xs, scales = [e[0] for e in encoded], [e[1] for e in encoded]
+    play(stages, cfg, [Round(case, x_scales=scales).solve()])

@@ -1,0 +1,183 @@
+"""ExpertSlots through MAX graphs on virtual ranks, against the reference, bit by bit; and its rules of order."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import ep_mojo as ep
+from ep_mojo import reference
+from ep_mojo.dtypes import float32_to_bfloat16_bits
+from ep_mojo.errors import CapacityError, OrderError, ShapeError
+from ep_mojo.handle import HANDLE_TENSORS
+
+TMAX, K = 20, 4
+SIZES = {"top_k": K, "n_experts": 12, "max_tokens_per_rank": TMAX, "slots": "expert"}
+BF16 = ep.EPConfig(hidden_size=72, dispatch_format=ep.BF16(), n_ranks=3, **SIZES)
+FP8 = ep.EPConfig(
+    hidden_size=256,
+    dispatch_format=ep.BlockwiseFP8(scales_layout="column"),
+    n_ranks=2,
+    output_layout="expert_padded",
+    combine_dtype="float32",
+    output_dtype="float32",
+    **SIZES,
+)
+
+
+def graph(comm, body, inputs):
+    """Compile a graph with `inputs` (lists of (dtype, shape) over ranks, kind by kind) and the communicator's."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType
+
+    host = DeviceRef.CPU()
+    types = [TensorType(getattr(DType, dtype), shape, host) for dtype, shape in inputs]
+    with Graph("g", input_types=[*types, *comm.input_types()], custom_extensions=[ep.kernel_library()]) as g:
+        ranks = comm.bind(g.inputs[-comm.num_inputs :])
+        g.output(*body(ranks, [v.tensor for v in g.inputs[: len(types)]]))
+    return comm.compile(g)
+
+
+def by_kind(handles):
+    return [h[i] for i in range(len(HANDLE_TENSORS)) for h in (h.flat() for h in handles)]
+
+
+@pytest.fixture(scope="module")
+def bf16():
+    """A whole round: x, ids, weights and bias in, handle and sums out."""
+    cfg, R = BF16, BF16.n_ranks
+    with ep.Communicator.cpu(cfg) as comm:
+
+        def body(ranks, v):
+            xs, ids, weights, n, bias = (v[i : i + R] for i in range(0, 5 * R, R))
+            hs = ep.dispatch(ranks, xs, ids, weights, num_tokens=n)
+            return [*by_kind(hs), *ep.combine(ranks, [h.tokens for h in hs], hs, bias0=bias)]
+
+        kinds = [
+            ("bfloat16", cfg.hidden_size),
+            ("int64", K),
+            ("float32", K),
+            ("int32", None),
+            ("float32", cfg.hidden_size),
+        ]
+        inputs = [(d, [1] if w is None else [f"T{r}", w]) for d, w in kinds for r in range(R)]
+        yield comm, graph(comm, body, inputs)
+
+
+def draw(cfg, rng, sizes, ids=None):
+    xs = [float32_to_bfloat16_bits(rng.standard_normal((t, cfg.hidden_size), np.float32)) for t in sizes]
+    if ids is None:
+        ids = [rng.integers(-1, cfg.n_experts + 1, (t, K)) for t in sizes]
+    weights = [rng.random((t, K), np.float32) for t in sizes]
+    return xs, ids, weights
+
+
+def check_handles(cfg, wanted, out):
+    for r, want in enumerate(wanted):
+        got = SimpleNamespace(**{name: out[i * cfg.n_ranks + r] for i, name in enumerate(HANDLE_TENSORS)})
+        assert reference.handle_differences(cfg, want, got) == []
+
+
+def check_round(comm, model, xs, ids, weights, num_tokens, rng):
+    cfg = comm.cfg
+    bias = [rng.standard_normal(x.shape, np.float32) for x in xs]
+    counts = [np.array([n], np.int32) for n in num_tokens]
+    out = comm.execute(model, *xs, *ids, *weights, *counts, *bias)
+    handles = reference.dispatch(cfg, xs, ids, weights, counts)
+    check_handles(cfg, handles, out)
+    ys = reference.combine(cfg, [h.tokens for h in handles], handles, bias0=bias)
+    for want, got in zip(ys, out[len(HANDLE_TENSORS) * cfg.n_ranks :], strict=True):
+        assert reference.output_difference("y", want, got) is None
+
+
+@pytest.mark.parametrize("sizes", [(20, 0, 7), (0, 0, 0), (20, 20, 20), (1, 13, 2)])
+def test_rounds(bf16, sizes):
+    rng = np.random.default_rng(sum(sizes))
+    for _ in range(3):
+        xs, ids, weights = draw(BF16, rng, sizes)
+        check_round(*bf16, xs, ids, weights, [int(rng.integers(0, t + 1)) for t in sizes], rng)
+
+
+@pytest.mark.parametrize("ids", [[5, 5, 5, 5], [-1, 12, -1, 99], [0, 11, 0, 11], [2**40, -(2**40), 3, 3]])
+def test_duplicates_and_ids_out_of_range(bf16, ids):
+    rng = np.random.default_rng(0)
+    sizes = (20, 20, 3)
+    tables = [np.tile(np.array(ids), (t, 1)) for t in sizes]
+    check_round(*bf16, *draw(BF16, rng, sizes, tables), sizes, rng)
+
+
+def test_nan_and_inf_pass_unchanged(bf16):
+    rng = np.random.default_rng(1)
+    xs, ids, weights = draw(BF16, rng, (9, 9, 9))
+    for x in xs:
+        x[rng.random(x.shape) < 0.1] = 0x7FC1
+        x[rng.random(x.shape) < 0.1] = 0xFF80
+    check_round(*bf16, xs, ids, weights, (9, 9, 9), rng)
+
+
+def test_bad_num_tokens_then_reset(bf16):
+    comm, model = bf16
+    R = BF16.n_ranks
+    rng = np.random.default_rng(2)
+    xs, ids, weights = draw(BF16, rng, (4, 4, 4))
+    counts = [np.array([n], np.int32) for n in (4, 5, 4)]
+    bias = [np.zeros(x.shape, np.float32) for x in xs]
+    out = comm.execute(model, *xs, *ids, *weights, *counts, *bias, check=False)
+    assert not any(out[HANDLE_TENSORS.index("counts") * R + r].any() for r in range(R))
+    assert not any(y.any() for y in out[-R:])
+    with pytest.raises(ShapeError, match="num_tokens"):
+        comm.check()
+    comm.reset()
+    check_round(comm, model, xs, ids, weights, (4, 4, 4), rng)
+
+
+def test_fp8_padded():
+    """One graph: dispatch in fp8, then combine of other rows, with weights at combine."""
+    cfg, R = FP8, FP8.n_ranks
+    rng = np.random.default_rng(3)
+    with ep.Communicator.cpu(cfg) as comm:
+
+        def body(ranks, v):
+            xs, ids, weights, ys = (v[i : i + R] for i in range(0, 4 * R, R))
+            hs = ep.dispatch(ranks, xs, ids)
+            return [*by_kind(hs), *ep.combine(ranks, ys, hs, weights=weights)]
+
+        kinds = [("bfloat16", cfg.hidden_size), ("int32", K), ("float32", K)]
+        inputs = [(d, [f"T{r}", w]) for d, w in kinds for r in range(R)]
+        rows = [cfg.n_groups, R * TMAX, cfg.hidden_size]
+        model = graph(comm, body, [*inputs, *[("float32", rows)] * R])
+        for sizes in ((20, 0), (7, 20), (20, 20)):
+            xs, ids, weights = draw(cfg, rng, sizes)
+            ids = [np.sort(i, axis=1).astype(np.int32) for i in ids]
+            for i in ids:  # a padded group has no room for a token's second copy when all ranks are full
+                i[:, 1:][i[:, 1:] == i[:, :-1]] = -1
+            ys = [rng.standard_normal(rows, np.float32) for _ in range(R)]
+            out = comm.execute(model, *xs, *ids, *weights, *ys)
+            handles = reference.dispatch(cfg, xs, ids)
+            check_handles(cfg, handles, out)
+            want = reference.combine(cfg, ys, handles, weights=weights)
+            for r in range(R):
+                assert reference.output_difference("y", want[r], out[len(HANDLE_TENSORS) * R + r]) is None
+
+        xs, _, weights = draw(cfg, rng, (20, 20))
+        ids = [np.full((20, K), 7, np.int32) for _ in range(R)]
+        with pytest.raises(CapacityError, match="160"):
+            comm.execute(model, *xs, *ids, *weights, *ys)
+
+
+def test_two_dispatches_without_a_combine():
+    """Dispatch and combine must alternate; the other wrong orders are in tests/mojo/test_api.mojo."""
+    cfg = BF16.replace(n_ranks=1, n_experts=4)
+    xs, ids, _ = draw(cfg, np.random.default_rng(4), (6,))
+    with ep.Communicator.cpu(cfg) as comm:
+
+        def send(ranks, v):
+            ep.dispatch_async(ranks, v[:1], v[1:])
+            return v[1:]
+
+        model = graph(comm, send, [("bfloat16", [6, cfg.hidden_size]), ("int64", [6, K])])
+        for _ in range(2):
+            comm.execute(model, *xs, *ids)
+            with pytest.raises(OrderError, match="dispatch_async: dispatch and combine do not alternate"):
+                comm.execute(model, *xs, *ids)
+            comm.reset()

@@ -71,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _program(name: str):
     """The module of a program, imported now: NumPy and MAX may be missing until somebody needs them."""
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # the experts have threads of their own
+        os.environ.setdefault(variable, "1")
     try:
         return importlib.import_module(f".programs.{name}", __package__)
     except ModuleNotFoundError as error:

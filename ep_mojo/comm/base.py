@@ -199,7 +199,8 @@ class Communicator(ABC):
 
         Args:
             graphs: Graphs with different names whose last inputs are the communicator's: all graphs of one
-                `max.graph.Module`, or each in a module of its own.
+                `max.graph.Module`, or each in a module of its own. With `Communicator.processes` they may be meant for
+                a later communicator over the same workers, `processes(..., workers_of=this)`.
 
         Returns:
             One `CompiledGraph` for each, in the same order.
@@ -305,24 +306,29 @@ class Communicator(ABC):
                 remedy="compile the graph first",
             )
         own, ours = specs[: -self.num_inputs], specs[-self.num_inputs :]
-        expected = self._input_specs
-        if ours != expected:
-            raise ShapeError(
-                "the graph was not built for this communicator",
-                field="its last inputs",
-                value=[str(s) for s in ours],
-                allowed=", ".join(map(str, expected)),
-                remedy="end the graph's input_types with *comm.input_types() of a communicator with the same config",
-            )
+        if ours != self._input_specs:
+            raise self._foreign(ours)
         return own
 
+    def _foreign(self, ours: Sequence[InputSpec]) -> ShapeError:
+        return ShapeError(
+            "the graph was not built for this communicator",
+            field="its last inputs",
+            value=[str(s) for s in ours],
+            allowed=", ".join(map(str, self._input_specs)),
+            remedy="end the graph's input_types with *comm.input_types() of a communicator with the same config",
+        )
+
     def _check_graph(self, graph: Any) -> tuple[InputSpec, ...]:
+        """Specs of a graph's inputs, after checking that the last may be a communicator's; `execute` checks whose."""
         if not hasattr(graph, "inputs") or not hasattr(graph, "output_types"):
             raise DTypeError(
                 field="graph", value=type(graph).__name__, allowed="a max.graph.Graph", remedy="build a Graph first"
             )
         specs = tuple(graph_specs(graph))
-        self._specs(CompiledGraph(graph.name, specs))
+        ours, expected = specs[-self.num_inputs :], self._input_specs
+        if [(s.dtype, len(s.dims)) for s in ours] != [(s.dtype, len(s.dims)) for s in expected]:
+            raise self._foreign(ours)
         return specs
 
 

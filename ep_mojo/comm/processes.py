@@ -63,6 +63,7 @@ class ProcessCommunicator(Communicator):
         fds, self.memories, group = shm.create_all(cfg)
         self._workers: list[Worker] = []
         self._session: Any = None
+        self._known_lost: set[int] = set()
         self._finalizer = weakref.finalize(self, dismiss_at_exit, self._workers, os.getpid())
         try:
             if survivors is None:
@@ -270,10 +271,13 @@ class ProcessCommunicator(Communicator):
         collect(self._workers, behind, self._mark_lost)
 
     def _mark_lost(self, rank: int) -> None:
+        if rank in self._known_lost:
+            return
+        self._known_lost.add(rank)
+        for memory in self.memories:  # first all flags: whoever sees a failure then knows why
+            shm.lost_flags(memory)[rank] = 1
         for memory in self.memories:
-            if not shm.lost_flags(memory)[rank]:
-                shm.lost_flags(memory)[rank] = 1
-                memory.publish_failure(rank)
+            memory.publish_failure(rank)
 
     def _refuse_lost(self, ranks: Iterable[int]) -> None:
         raise_first({r: lost_error(r, self._workers[r]) for r in ranks if not self._workers[r].alive})

@@ -117,9 +117,10 @@ class RankMemory:
         return error
 
     def publish_failure(self, peer: int) -> None:
-        """Say in the place of `peer`, whose process is gone, that it has failed: in this and all later epochs.
+        """Say in the place of `peer` that it has failed, in this and all later epochs.
 
-        Waits of this rank on that peer then end at once, whatever the deadline. `restart` does not undo it.
+        Waits of this rank on that peer then end at once, whatever the deadline. For communicators that have lost a
+        process and so will never work again: `restart` does not undo it.
         """
         dispatch, combine = layout.DispatchWindow(self.cfg), layout.CombineWindow(self.cfg)
         if self.cfg.slots == "rank":

@@ -183,6 +183,9 @@ class WorkerCommunicator(Communicator):
         error = self._own.error()
         lost = [r for r, flag in enumerate(shm.lost_flags(self._own)) if flag]
         if lost:
+            # This rank may run nothing more: its peers must not wait for it until their deadline.
+            for memory in self.memories:
+                memory.publish_failure(self.rank)
             why = "" if error is None else f" ({error})"
             raised = PeerLostError(
                 f"rank {self.rank}: the process of rank {', '.join(map(str, lost))} is gone{why}",

@@ -13,6 +13,7 @@ from ..config import EPConfig
 from ..dtypes import float32_to_bfloat16_bits
 from ..gate import sigmoid
 from ..reference import dequantize
+from .baselines import available_cores
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,16 @@ def expert_outputs(cfg: EPConfig, rank: int, handle: Any, ffn: Any) -> np.ndarra
                 total[row[i]] += handle.local_weights[row[i], k[i], None] * ffn(first + local, x[row[i]])
         y[:rows] = convert(total)
         return y
-    for group, (start, count) in enumerate(zip(handle.row_offsets[:-1], handle.counts, strict=True)):
-        rows = slice(int(start), int(start) + int(count))
-        if count:
-            y[rows] = convert(ffn(first + group, _rows(cfg, flat, handle.scales, rows)))
+
+    def run_group(group: int) -> None:
+        start = int(handle.row_offsets[group])
+        rows = slice(start, start + int(handle.counts[group]))
+        if rows.start < rows.stop:
+            with np.errstate(all="ignore"):  # it holds for one thread
+                y[rows] = convert(ffn(first + group, _rows(cfg, flat, handle.scales, rows)))
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        list(pool.map(run_group, range(len(handle.counts))))
     return y.reshape(*handle.tokens.shape[:-1], cfg.hidden_size)
 
 
@@ -125,14 +132,18 @@ def dense_moe(
     """
     out = np.zeros_like(x)
     size = np.zeros(x.shape[0], np.float32)
-    for expert in range(n_experts):
+
+    def terms_of(expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         token, k = np.nonzero(topk_ids == expert)
-        if not len(token):
-            continue
-        y = ffn(expert, x[token])  # in the engine's order of rows, so that BLAS rounds alike
-        terms = weights[token, k, None] * y
-        sizes = np.abs(weights[token, k]) * np.linalg.norm(y, axis=1)
-        for i in _without_repeats(token):
-            out[token[i]] += terms[i]
-            size[token[i]] += sizes[i]
+        with np.errstate(all="ignore"):  # it holds for one thread
+            y = ffn(expert, x[token])  # in the engine's order of rows, so that BLAS rounds alike
+            w = weights[token, k]
+            return token, w[:, None] * y, np.abs(w) * np.linalg.norm(y, axis=1)
+
+    used = np.unique(topk_ids[(topk_ids >= 0) & (topk_ids < n_experts)])
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for token, terms, sizes in pool.map(terms_of, used.tolist()):
+            for i in _without_repeats(token):
+                out[token[i]] += terms[i]
+                size[token[i]] += sizes[i]
     return out, size

@@ -38,9 +38,10 @@ class GraphSet:
         Raises:
             KernelBuildError: They could not be compiled.
         """
-        from max.graph import Module
-
         self.library = build_kernels(progress)
+        with progress.step("start", "Starting MAX"):
+            import max.engine  # noqa: F401  # seconds, so not silently in the next step
+            from max.graph import Module
         self.compiled: dict[str, CompiledGraph] = {}
         self._progress = progress
         self._module = Module()

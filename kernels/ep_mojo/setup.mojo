@@ -151,9 +151,7 @@ def counters_words(s: Settings) -> Int:
 
 
 @always_inline
-def tile_view[
-    dtype: DType
-](t: TileTensor[dtype, ...]) -> View[dtype]:
+def tile_view[dtype: DType](t: TileTensor[dtype, ...]) -> View[dtype]:
     """A tensor's elements.
 
     Parameters:

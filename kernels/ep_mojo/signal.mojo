@@ -23,6 +23,10 @@ comptime NO_SIGNAL = -1
 """What an await returns when it gave up."""
 comptime SPINS_BETWEEN_CHECKS = 64
 """Polls of the awaited word between two looks at header, record and clock."""
+comptime SPINS_BEFORE_SLEEP = 4096
+"""Polls after which a waiting CPU thread sleeps between looks: the peer may need this very core."""
+comptime SLEEP_MICROSECONDS = 50
+"""How long it sleeps each time."""
 
 
 @always_inline
@@ -109,10 +113,17 @@ def clock_ns() -> Int:
 
 
 @always_inline
-def yield_thread():
-    """Let other threads of this core run; peers may be waiting for it."""
+def let_others_run(spins: Int):
+    """Give this core to other threads, which may be the peers waited for; a GPU thread just goes on.
+
+    Args:
+        spins: Polls so far; a long wait sleeps.
+    """
     comptime if not is_gpu():
-        _ = external_call["sched_yield", Int32]()
+        if spins < SPINS_BEFORE_SLEEP:
+            _ = external_call["sched_yield", Int32]()
+        else:
+            _ = external_call["usleep", Int32](UInt32(SLEEP_MICROSECONDS))
 
 
 struct Head(ImplicitlyCopyable, Movable):
@@ -335,7 +346,7 @@ struct Waiter(ImplicitlyCopyable, Movable):
                     seen=epoch_of(w),
                 )
                 return NO_SIGNAL
-            yield_thread()
+            let_others_run(spins)
 
     def _peer_failed(
         self, w: UInt64, epoch: UInt64, peer: Int, chunk: Int32

@@ -1,7 +1,6 @@
 """Compiled graphs that several test files share."""
 
 import pytest
-
 from graph import stages as stages_module
 
 

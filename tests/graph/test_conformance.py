@@ -1,4 +1,4 @@
-"""Every format, output layout and reduce mode, bit for bit against the reference; then whole graphs by the public API."""
+"""Every format, output layout and reduce mode of virtual ranks, bit for bit against the reference."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ from unit.cases import make_case
 import ep_mojo as ep
 from ep_mojo import reference
 
+BF16 = ep.BF16()
 
-def config(hidden, layout, fmt=ep.BF16(), **fields):
+
+def config(hidden, layout, fmt=BF16, **fields):
     types = COMBINE_TYPES[hidden]
     sizes = {"top_k": 4, "n_experts": 12, "max_tokens_per_rank": 11, "n_ranks": 3}
     return ep.EPConfig(
@@ -34,7 +36,7 @@ def play(models, cfg, rounds, seed=0):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_round(stages, fmt, layout, reduce):
-    cfg = config(8 if fmt == ep.BF16() else FP8_HIDDEN, layout, fmt)
+    cfg = config(8 if fmt == BF16 else FP8_HIDDEN, layout, fmt)
     if layout == "expert":
         cfg = cfg.replace(alignment=8, shared_expert=True)
     play(stages, cfg, [random_round(cfg, seed, reduce=reduce, special=0.02) for seed in range(3)])
@@ -48,8 +50,12 @@ def test_float32_rows_and_a_hidden_size_between_vectors(stages, reduce):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_payload_than_one_worker_takes(stages, layout):
-    cfg = config(FP8_HIDDEN, layout, ep.BlockwiseFP8(), max_tokens_per_rank=70, alignment=16 if layout == "expert" else 1)
-    rounds = [random_round(cfg, seed, reduce=mode, ragged=False, special=0.05) for seed, mode in enumerate(REDUCE_MODES)]
+    cfg = config(
+        FP8_HIDDEN, layout, ep.BlockwiseFP8(), max_tokens_per_rank=70, alignment=16 if layout == "expert" else 1
+    )
+    rounds = [
+        random_round(cfg, seed, reduce=mode, ragged=False, special=0.05) for seed, mode in enumerate(REDUCE_MODES)
+    ]
     play(stages, cfg, rounds)
 
 
@@ -65,7 +71,9 @@ def test_tokens_that_are_quantised_already(stages, scale, layout):
     fmt = ep.BlockwiseFP8(scale)
     cfg = config(FP8_HIDDEN, layout, fmt)
     case = make_case(cfg.replace(output_layout="expert"), 3, "uniform")
-    case.topk_ids = [np.argsort(np.random.default_rng(r).random((len(x), 12)))[:, :4].astype(np.int32) for r, x in enumerate(case.xs)]
+    case.topk_ids = [
+        np.argsort(np.random.default_rng(r).random((len(x), 12)))[:, :4].astype(np.int32) for r, x in enumerate(case.xs)
+    ]
     case.cfg = cfg
     encoded = [reference.encode(cfg, x, None) for x in case.xs]
     case.xs, scales = [e[0] for e in encoded], [e[1] for e in encoded]

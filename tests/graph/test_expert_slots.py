@@ -1,14 +1,18 @@
-"""ExpertSlots through MAX graphs on virtual ranks, against the reference, bit by bit; and its rules of order."""
+"""ExpertSlots through MAX graphs on virtual ranks, and in processes, against the reference, bit by bit.
+
+Wrong orders of the stages, deadlines and failures of single stages are in tests/mojo/test_api.mojo.
+"""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from graph import rounds
 
 import ep_mojo as ep
 from ep_mojo import reference
 from ep_mojo.dtypes import float32_to_bfloat16_bits
-from ep_mojo.errors import CapacityError, OrderError, ShapeError
+from ep_mojo.errors import CapacityError, PeerTimeoutError, ShapeError
 from ep_mojo.handle import HANDLE_TENSORS
 
 TMAX, K = 20, 4
@@ -165,19 +169,39 @@ def test_fp8_padded():
             comm.execute(model, *xs, *ids, *weights, *ys)
 
 
-def test_two_dispatches_without_a_combine():
-    """Dispatch and combine must alternate; the other wrong orders are in tests/mojo/test_api.mojo."""
-    cfg = BF16.replace(n_ranks=1, n_experts=4)
-    xs, ids, _ = draw(cfg, np.random.default_rng(4), (6,))
-    with ep.Communicator.cpu(cfg) as comm:
+@pytest.fixture(scope="module")
+def processes():
+    """A process for each of three ranks, a whole round in one graph, and twelve rounds with different T."""
+    cfg = BF16.replace(timeout_s=5.0)
+    with ep.Communicator.processes(cfg) as comm:
 
-        def send(ranks, v):
-            ep.dispatch_async(ranks, v[:1], v[1:])
-            return v[1:]
+        def body(ranks, v):
+            (h,) = ep.dispatch(ranks, *([t] for t in v))
+            return [*h.flat(), *ep.combine(ranks, [h.tokens], [h])]
 
-        model = graph(comm, send, [("bfloat16", [6, cfg.hidden_size]), ("int64", [6, K])])
-        for _ in range(2):
-            comm.execute(model, *xs, *ids)
-            with pytest.raises(OrderError, match="dispatch_async: dispatch and combine do not alternate"):
-                comm.execute(model, *xs, *ids)
-            comm.reset()
+        inputs = [("bfloat16", ["T", cfg.hidden_size]), ("int32", ["T", K]), ("float32", ["T", K])]
+        yield comm, graph(comm, body, inputs), rounds.make_steps(cfg, 12, seed=1)
+
+
+def play(processes, n):
+    comm, model, steps = processes
+    arguments = [[(7, rank, 0.2, 0.003), mine] for rank, mine in enumerate(steps)]
+    results = comm.run(rounds.play_fused, model, n, per_rank=arguments)
+    assert [differences for differences, _ in results] == [[]] * comm.cfg.n_ranks
+    return [digest for _, digest in results]
+
+
+def test_processes_with_random_delays(processes):
+    """Dispatch and combine alternate without a credit: 500 rounds, the ranks out of step as far as they can be."""
+    play(processes, 500)
+    assert play(processes, 50) == play(processes, 50)
+
+
+def test_processes_with_a_missing_peer(processes):
+    comm, model, steps = processes
+    inputs = [getattr(s[0], name) for name in ("x", "ids", "weights") for s in steps]
+    with pytest.raises(PeerTimeoutError, match="dispatch_wait.* from rank 1 within 5 s") as caught:
+        comm.execute(model, *inputs, ranks=[0, 2])
+    assert sorted(caught.value.by_rank) == [0, 2]
+    comm.reset()
+    play(processes, 12)

@@ -1,25 +1,32 @@
-"""`Communicator.processes` without its ops: launching, calls, shared windows, deaths of workers and of the parent."""
+"""`Communicator.processes` without its ops: calls, graphs, shared windows, error records."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.util
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
-import time
 
 import numpy as np
 import pytest
+from graph.process_calls import (
+    CFG,
+    about,
+    add_order_graph,
+    check_here,
+    echo,
+    execute_here,
+    leave_by,
+    raise_on,
+    raise_stubborn,
+    read_own,
+    reset_here,
+    return_lambda,
+    start_more,
+    write_to_peers,
+)
 
 from ep_mojo import layout
-from ep_mojo.comm import Communicator, launcher, shm, windows
-from ep_mojo.comm import processes as processes_module
-from ep_mojo.config import EPConfig
+from ep_mojo.comm import Communicator, shm
 from ep_mojo.errors import (
     CapacityError,
     ConfigError,
@@ -27,136 +34,10 @@ from ep_mojo.errors import (
     CorruptHeadError,
     DTypeError,
     EPError,
-    OrderError,
-    PeerLostError,
     PeerTimeoutError,
     ShapeError,
-    SharedMemoryError,
     UnsupportedError,
 )
-
-CFG = EPConfig(hidden_size=16, top_k=2, n_experts=6, max_tokens_per_rank=5, n_ranks=3)
-
-
-# What workers run
-
-
-def about(comm, *args):
-    return comm.rank, os.getpid(), args
-
-
-def echo(comm, value):
-    return value
-
-
-def raise_on(comm, rank, error):
-    if comm.rank == rank:
-        raise error
-    return "fine"
-
-
-class Stubborn(Exception):
-    """Cannot be pickled back: its constructor wants two arguments."""
-
-    def __init__(self, a, b):
-        super().__init__(f"{a} and {b}")
-
-
-def raise_stubborn(comm):
-    raise Stubborn(comm.rank, comm.rank)
-
-
-def leave_by(comm, rank, how):
-    if comm.rank == rank:
-        if how == "exit":
-            sys.exit(7)
-        os.kill(os.getpid(), how)
-    time.sleep(0.3)
-    return comm.rank
-
-
-def return_lambda(comm):
-    return lambda: None
-
-
-def write_to_peers(comm, seed):
-    """Fill this rank's slice of every peer's window."""
-    for m in comm.memories:
-        part = m.dispatch_recv[comm.rank * 64 : (comm.rank + 1) * 64]
-        part[:] = seed + 10 * comm.rank + m.rank
-
-
-def read_own(comm):
-    return comm.memories[comm.rank].dispatch_recv[: 64 * comm.cfg.n_ranks].reshape(-1, 64).copy()
-
-
-def check_here(comm):
-    comm.check()
-
-
-def reset_here(comm):
-    comm.reset()
-
-
-def start_more(comm):
-    Communicator.processes(comm.cfg)
-
-
-def execute_here(comm, model, rounds):
-    x = np.array([comm.rank], np.int32)
-    for _ in range(rounds):
-        (x,) = comm.execute_local(model, x)
-    return x, int(comm.inputs()[7].to_numpy()[0])
-
-
-def sleep(comm, seconds):
-    time.sleep(seconds)
-
-
-def report_and_spin(comm, path):
-    """Say that the call has begun, then keep the interpreter busy."""
-    with open(f"{path}.{comm.rank}", "w") as f:
-        f.write(str(os.getpid()))
-    while True:
-        sum(range(1000))
-
-
-# Helpers
-
-
-def add_order_graph(comm):
-    """y = x + 1 (int32 [n]); order[0] grows by 1 a run."""
-    from max.dtype import DType
-    from max.graph import DeviceRef, Graph, TensorType, ops
-
-    x_type = TensorType(DType.int32, ["n"], DeviceRef.CPU())
-    with Graph("add_order", input_types=[x_type, *comm.input_types()]) as graph:
-        (rank,) = comm.bind(graph.inputs[-comm.num_inputs :])
-        ops.buffer_store(rank.order, rank.order[...] + 1)
-        graph.output(graph.inputs[0].tensor + 1)
-    return graph
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
-        return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    return True
-
-
-def wait_gone(pids, seconds=10.0):
-    end = time.monotonic() + seconds
-    while any(map(is_running, pids)):
-        assert time.monotonic() < end, f"still running: {[p for p in pids if is_running(p)]}"
-        time.sleep(0.02)
-
-
-def kill(comm, rank):
-    os.kill(comm.pids[rank], signal.SIGKILL)
-    comm._workers[rank].process.wait(10)
 
 
 @pytest.fixture(scope="module")
@@ -360,184 +241,3 @@ def test_workers_refuse_blocks_of_another_config(monkeypatch, what):
     with pytest.raises(error, match=match) as caught:
         Communicator.processes(CFG)
     assert sorted(caught.value.by_rank) == [0, 1, 2]
-
-
-# Ends
-
-
-def test_destroy_ends_the_workers_and_is_final():
-    comm = Communicator.processes(CFG)
-    pids = comm.pids
-    comm.destroy()
-    wait_gone(pids, 1)
-    comm.destroy()
-    for call in (comm.check, comm.reset, comm.inputs, lambda: comm.run(about), lambda: comm.execute(None)):
-        with pytest.raises(OrderError, match="destroyed"):
-            call()
-
-
-def test_a_forgotten_communicator_ends_its_workers():
-    comm = Communicator.processes(CFG)
-    pids = comm.pids
-    del comm
-    gc.collect()
-    wait_gone(pids)
-
-
-def test_a_worker_that_does_not_leave_is_killed(comm, monkeypatch):
-    monkeypatch.setattr(launcher, "LEAVE_S", 0.3)
-    os.kill(comm.pids[1], signal.SIGSTOP)
-    comm.destroy()
-    wait_gone(comm.pids, 1)
-
-
-def test_a_forked_child_leaves_the_workers_alone(comm):
-    pid = os.fork()
-    if pid == 0:
-        with contextlib.suppress(BaseException):
-            comm._finalizer()
-        os._exit(0)
-    os.waitpid(pid, 0)
-    assert comm.run(echo, 3) == [3, 3, 3]
-
-
-def test_workers_outlive_the_thread_that_started_them():
-    made = []
-    thread = threading.Thread(target=lambda: made.append(Communicator.processes(CFG)))
-    thread.start()
-    thread.join()
-    with made[0] as comm:
-        time.sleep(0.2)
-        assert comm.run(echo, 3) == [3, 3, 3]
-
-
-def test_a_worker_that_does_not_start_in_time():
-    with pytest.raises(PeerTimeoutError, match=r"ranks \[0, 1, 2\] did not start within 0.001 s"):
-        Communicator.processes(CFG, start_timeout_s=0.001)
-
-
-def test_a_worker_that_ends_while_starting(monkeypatch):
-    monkeypatch.setattr(launcher, "BOOT", "raise SystemExit(3)")
-    with pytest.raises(PeerLostError, match="rank 0.*exit code 3"):
-        Communicator.processes(CFG)
-
-
-def test_too_little_shared_memory_starts_nothing(monkeypatch):
-    monkeypatch.setattr(shm, "free_bytes", lambda: 4096)
-    monkeypatch.setattr(processes_module, "Worker", None)
-    with pytest.raises(SharedMemoryError, match=f"{3 * windows.block_bytes(CFG)}"):
-        Communicator.processes(CFG)
-
-
-# Deaths
-
-
-def test_a_worker_killed_between_calls(comm):
-    kill(comm, 1)
-    for call in (comm.check, comm.reset, lambda: comm.run(about), lambda: comm.compile(add_order_graph(comm))):
-        with pytest.raises(PeerLostError, match="rank 1: its process.*SIGKILL.*workers_of") as caught:
-            call()
-        assert caught.value.rank == 1
-    assert comm.lost == [1]
-    errors = comm.run(check_here, ranks=[0, 2], raise_errors=False)
-    assert isinstance(errors[0], PeerLostError)
-    assert "rank 0: the process of rank 1 is gone" in str(errors[0])
-    assert comm.run(echo, 9, ranks=[0, 2]) == [9, None, 9]
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV], ids=lambda s: s.name)
-def test_a_worker_killed_in_the_middle_of_a_call(comm, how):
-    with pytest.raises(PeerLostError, match=f"rank 2: its process.*{how.name}") as caught:
-        comm.run(leave_by, 2, how)
-    assert list(caught.value.by_rank) == [2]
-    assert comm.run(echo, 1, ranks=[0, 1]) == [1, 1, None]
-
-
-def test_survivors_go_on_in_a_new_communicator(comm):
-    kill(comm, 0)
-    with pytest.raises(ConfigError, match="1 to 2"):
-        Communicator.processes(CFG, workers_of=comm)
-    survivors = comm.pids[1:]
-    with Communicator.processes(CFG.replace(n_ranks=2), workers_of=comm) as fresh:
-        assert fresh.pids == survivors
-        with pytest.raises(OrderError, match="destroyed"):
-            comm.check()
-        assert [r for r, _, _ in fresh.run(about)] == [0, 1]
-        fresh.check()
-        fresh.run(check_here)
-        fresh.run(write_to_peers, 0)
-        assert (fresh.run(read_own)[1][0] == 1).all()
-    wait_gone(survivors)
-
-
-def test_workers_left_over_are_ended(comm):
-    pids = comm.pids
-    with Communicator.processes(CFG.replace(n_ranks=1), workers_of=comm) as fresh:
-        assert fresh.pids == pids[:1]
-        wait_gone(pids[1:])
-        assert fresh.run(echo, 2) == [2]
-
-
-def test_memory_that_does_not_fit_leaves_the_old_communicator_alone(comm, monkeypatch):
-    monkeypatch.setattr(shm, "free_bytes", lambda: 0)
-    with pytest.raises(SharedMemoryError):
-        Communicator.processes(CFG, workers_of=comm)
-    assert comm.run(echo, 4) == [4, 4, 4]
-
-
-def test_ctrl_c_leaves_the_communicator_in_order(comm):
-    """The first call is interrupted; its answers are dropped, reset waits for it, and the next call is right."""
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        comm.run(sleep, 1.5)
-    assert time.monotonic() - begin < 1.4
-    comm.reset()
-    assert time.monotonic() - begin > 1.4
-    assert comm.run(echo, 8) == [8, 8, 8]
-
-
-PARENT = """
-    import os, sys, time, signal, threading
-    sys.path[:] = {path!r}
-    import test_processes as t
-    from ep_mojo.comm import Communicator
-    comm = Communicator.processes(t.CFG)
-    print(*comm.pids, flush=True)
-    {then}
-"""
-SPIN = "comm.run(t.report_and_spin, {path!r})"
-ENDS = {
-    "kill_idle": ("time.sleep(60)", signal.SIGKILL, False),
-    "kill_busy": (SPIN, signal.SIGKILL, True),
-    "term_busy": (SPIN, signal.SIGTERM, True),
-    "ctrl_c_busy": (SPIN, signal.SIGINT, True),
-    "exit": ("pass", None, False),
-    "error": ("raise SystemExit(1)", None, False),
-    "hard_exit": ("os._exit(0)", None, False),
-}
-
-
-@pytest.mark.parametrize(("then", "sig", "busy"), ENDS.values(), ids=ENDS)
-def test_workers_never_outlive_their_parent(tmp_path, then, sig, busy):
-    mark = str(tmp_path / "busy")
-    code = textwrap.dedent(PARENT).format(path=[os.path.dirname(__file__), *sys.path], then=then.format(path=mark))
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        pids = [int(p) for p in parent.stdout.readline().split()]
-        assert len(pids) == 3
-        end = time.monotonic() + 20
-        while busy and not all(os.path.exists(f"{mark}.{r}") for r in range(3)):
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        if sig is not None:
-            parent.send_signal(sig)
-        parent.wait(20)
-        wait_gone(pids)
-    finally:
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
-    if os.path.isdir("/dev/shm"):
-        assert not [n for n in os.listdir("/dev/shm") if n.startswith("epmojo")]

@@ -94,12 +94,18 @@ def one_round(comm, models, steps, delay=0.0):
     return errors, out, seconds
 
 
-def many_rounds(comm, model, steps, path):
-    """Rounds until something happens."""
+def many_rounds(comm, models, split, path, steps):
+    """Rounds until something happens, in one graph or in four."""
     open(f"{path}.{comm.rank}", "w").close()
     while True:
         for step in steps:
-            comm.execute_local(model, *step.inputs)
+            if not split:
+                comm.execute_local(models["round"], *step.inputs)
+                continue
+            comm.execute_local(models["send"], *step.inputs)
+            handle = comm.execute_local(models["receive"], step.ids, step.weights)
+            comm.execute_local(models["send_back"], *handle, step.weights)
+            comm.execute_local(models["receive_back"], *handle, step.weights)
 
 
 def die_between_dispatch_and_combine(comm, models, victim, steps):
@@ -197,8 +203,9 @@ def test_reset_after_uneven_numbers_of_rounds(comm, models, steps):
 # Killed
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
 @pytest.mark.parametrize("timeout_s", [0, 60], ids=["no_deadline", "long_deadline"])
-def test_a_rank_killed_in_the_middle(tmp_path, steps, timeout_s, models):
+def test_a_rank_killed_in_the_middle(tmp_path, steps, timeout_s, split):
     """Survivors do not wait for the deadline; a communicator over them works."""
     path = str(tmp_path / "begun")
     cfg = CFG.replace(timeout_s=timeout_s)
@@ -215,7 +222,7 @@ def test_a_rank_killed_in_the_middle(tmp_path, steps, timeout_s, models):
         killer.start()
         begin = time.monotonic()
         with pytest.raises(ep.PeerLostError) as caught:
-            comm.run(many_rounds, loaded["round"], per_rank=[[s, path] for s in steps])
+            comm.run(many_rounds, loaded, split, path, per_rank=[[s] for s in steps])
         assert time.monotonic() - begin < 20
         killer.join()
         assert sorted(caught.value.by_rank) == [0, 1, 2, 3]
@@ -226,15 +233,14 @@ def test_a_rank_killed_in_the_middle(tmp_path, steps, timeout_s, models):
         for call in (comm.check, comm.reset, lambda: comm.execute(loaded["round"], *inputs(steps))):
             with pytest.raises(ep.PeerLostError, match="rank 2.*SIGKILL"):
                 call()
-        if timeout_s:
-            expect_survivors_to_work(comm)
+        expect_survivors_to_work(comm, loaded["round_of_3"])
 
 
-def expect_survivors_to_work(comm):
-    cfg = comm.cfg.replace(n_ranks=3)
-    mine = rounds.make_steps(cfg, 2, seed=5)
-    with ep.Communicator.processes(cfg, workers_of=comm) as fresh:
-        model = rounds.build(fresh, ("round",))["round"]
+def expect_survivors_to_work(comm, model):
+    mine = rounds.make_steps(rounds.SMALLER, 2, seed=5)
+    survivors = [pid for rank, pid in enumerate(comm.pids) if rank != 2]
+    with ep.Communicator.processes(rounds.SMALLER, workers_of=comm) as fresh:
+        assert fresh.pids == survivors
         for i in (0, 1, 0):
             expect_right_round(fresh, model, mine, i)
 

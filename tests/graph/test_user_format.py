@@ -57,7 +57,11 @@ def test_in_a_max_graph(my_formats):
     library = ep.kernel_library(extra_sources=[my_formats])
     cpu = DeviceRef.CPU()
     with ep.Communicator.cpu(cfg) as comm:
-        types = [TensorType(dtype, [f"T{r}", n], cpu) for dtype, n in ((DType.bfloat16, H), (DType.int32, K)) for r in range(R)]
+        types = [
+            TensorType(dtype, [f"T{r}", n], cpu)
+            for dtype, n in ((DType.bfloat16, H), (DType.int32, K))
+            for r in range(R)
+        ]
         with Graph("user_format", input_types=[*types, *comm.input_types()], custom_extensions=[library]) as graph:
             ranks = comm.bind(graph.inputs[-comm.num_inputs :])
             values = [v.tensor for v in graph.inputs[: 2 * R]]

@@ -1,4 +1,4 @@
-"""Rounds of virtual ranks, played stage by stage in any order that the protocol allows, and compared with the reference."""
+"""Rounds of virtual ranks, stage by stage in any order that the protocol allows, compared with the reference."""
 
 from __future__ import annotations
 

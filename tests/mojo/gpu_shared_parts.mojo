@@ -207,9 +207,7 @@ def main():
     ]()
     print("kernel sum_rows", String(sum.asm).byte_length())
     comptime if ALL:
-        show_format[BlockwiseFP8[HIDDEN, "float32", True]](
-            "fp8_float32_column"
-        )
+        show_format[BlockwiseFP8[HIDDEN, "float32", True]]("fp8_float32_column")
         show_format[BlockwiseFP8[HIDDEN, "power_of_two"]]("fp8_power_of_two")
         show_format[BlockwiseFP8[HIDDEN, "ue8m0"]]("fp8_ue8m0")
         show_layout["expert_padded"]()

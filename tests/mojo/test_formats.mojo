@@ -39,7 +39,9 @@ def nearest(x: Float32) -> Int:
         return 126
     var best = 0
     for code in range(127):
-        var d = abs(value_of(code).cast[DType.float64]() - a.cast[DType.float64]())
+        var d = abs(
+            value_of(code).cast[DType.float64]() - a.cast[DType.float64]()
+        )
         var least = abs(
             value_of(best).cast[DType.float64]() - a.cast[DType.float64]()
         )
@@ -205,7 +207,9 @@ def check_fp8[
     F.pack[HostTeam](bytes_of(row), bytes_of(packed), bytes_of(again))
     for i in range(hidden + 4 * S):
         assert_equal(again[i], message[i])
+    _ = row^  # byte pointers keep nothing alive
     _ = packed^
+    _ = x^
 
 
 def test_blockwise_fp8() raises:
@@ -240,7 +244,7 @@ def test_bf16() raises:
     F.unpack[HostTeam](bytes_of(message), bytes_of(row), bytes_of(row), 1)
     for i in range(72):
         assert_equal(row[i], x[i])
-    _ = x^
+    _ = message^
 
 
 def test_sizes_and_keys() raises:

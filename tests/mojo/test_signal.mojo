@@ -71,9 +71,7 @@ struct Memory(Movable):
             self.window(), 0, UInt64(epoch), peer=5, chunk=7, header=8
         )
 
-    def check_record(
-        mut self, kind: Int32, expected: Int, seen: Int
-    ) raises:
+    def check_record(mut self, kind: Int32, expected: Int, seen: Int) raises:
         var head = self.head()
         assert_true(head.failed())
         assert_equal(head.i32(REC_KIND), kind)

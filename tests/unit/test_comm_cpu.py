@@ -173,6 +173,17 @@ def test_a_graph_of_another_communicator_is_refused(compiled):
             other.compile("model.mef")
 
 
+def test_a_graph_without_the_communicators_inputs_is_refused_before_it_compiles(compiled):
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType
+
+    comm, _ = compiled
+    with Graph("forgot", input_types=[TensorType(DType.int32, [3], DeviceRef.CPU())]) as graph:
+        graph.output(graph.inputs[0])
+    with pytest.raises(ShapeError, match="comm.input_types"):
+        comm.compile(graph)
+
+
 def test_some_ranks_only_is_unsupported(compiled):
     comm, model = compiled
     with pytest.raises(UnsupportedError, match="processes"):

@@ -239,9 +239,8 @@ def combine_wait[
     def work(worker: Int) raises {imm}:
         var store = Array[Int16, 32](fill=0)
         var ids = View[DType.int16](Int(Pointer(to=store)), 32)
-        var arrived: UInt32 = 0
         for chunk in range(worker, n_chunks, workers):
-            arrived = 0
+            var arrived: UInt32 = 0
             var first = chunk * s.tokens_per_signal
             for t in range(first, min(first + s.tokens_per_signal, T)):
                 for k in range(K):
@@ -269,6 +268,7 @@ def combine_wait[
                 sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
                     x, t, terms
                 )
+        _ = store^  # a view keeps nothing alive
 
     if not ep.head.failed():
         share(work, workers)

@@ -17,7 +17,12 @@ Why the order holds: `expert_launch.mojo`.
 
 from std.bit import count_trailing_zeros, pop_count
 
-from ..expert_launch import begin_send, end_dispatch_send, end_wait, message_count
+from ..expert_launch import (
+    begin_send,
+    end_dispatch_send,
+    end_wait,
+    message_count,
+)
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import (

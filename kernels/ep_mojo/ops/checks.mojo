@@ -122,8 +122,33 @@ def check_output[
     require("recv_num_tokens: elements", out_.recv_num_tokens.size, s.n_ranks)
 
 
-def check_rows(s: Settings, x: CombineInput, row_bytes: Int) raises:
-    """What combine_async reads.
+def check_slots[layout: StaticString, reduce: StaticString](s: Settings) raises:
+    """Whether the combine window has a slot for every row that this reduce mode sends.
+
+    Parameters:
+        layout: Output layout of the dispatch.
+        reduce: Reduce mode.
+
+    Args:
+        s: The settings.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    comptime by_row = reduce == "source" and layout != "rank"
+    var slots = s.top_k if by_row else s.n_ranks
+    if s.combine_slots < slots:
+        require("settings: combine_slots", s.combine_slots, slots)
+
+
+def check_rows[
+    layout: StaticString, reduce: StaticString
+](s: Settings, x: CombineInput, row_bytes: Int) raises:
+    """What combine_async reads, and whether there is room for what it sends.
+
+    Parameters:
+        layout: Output layout of the dispatch.
+        reduce: Reduce mode.
 
     Args:
         s: The settings.
@@ -134,6 +159,7 @@ def check_rows(s: Settings, x: CombineInput, row_bytes: Int) raises:
         ShapeError: As text in front of the message.
     """
     var choices = s.n_ranks * s.max_tokens * s.top_k
+    check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)
     require("rows: bytes", x.rows.size % row_bytes, 0)
     require("row_map: elements", x.row_map.size, choices)
@@ -189,10 +215,7 @@ def check_sums[
     Raises:
         ShapeError: As text in front of the message.
     """
-    comptime by_row = reduce == "source" and layout != "rank"
-    var slots = s.top_k if by_row else s.n_ranks
-    if s.combine_slots < slots:
-        require("settings: combine_slots", s.combine_slots, slots)
+    check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)
     require("y: bytes", x.y.size, x.rows * out_bytes)
     require("topk_ids: elements", x.ids.size, x.rows * s.top_k)

@@ -88,7 +88,7 @@ struct CombineAsync:
                 ep, raw(rows), view(row_map), STAGE_COMBINE_ASYNC
             )
         else:
-            check_rows(ep.s, input, wire)
+            check_rows[layout, reduce](ep.s, input, wire)
             combine_async[rows.dtype, hidden, layout, reduce](
                 ep, input, STAGE_COMBINE_ASYNC
             )
@@ -280,7 +280,7 @@ struct Combine:
             view(recv_count_ptrs),
         )
         comptime wire = hidden * size_of[Scalar[rows.dtype]]()
-        check_rows(ep.s, input, wire)
+        check_rows[layout, reduce](ep.s, input, wire)
         check_sums[layout, reduce](
             ep.s,
             output,

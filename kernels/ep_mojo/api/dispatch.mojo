@@ -1,0 +1,267 @@
+"""The seed-named functions of dispatch."""
+
+from layout import TileTensor
+from max.gpu.host import DeviceContext
+from std.sys import size_of
+
+from ..cpu import expert_slots_dispatch
+from ..cpu.dispatch_async import DispatchInput
+from ..cpu.dispatch_wait import DispatchOutput
+from ..formats import TokenFormat, format_tag
+from ..launch import Endpoint, check_identity
+from ..layout import (
+    EXPERT_SLOTS_HEADER,
+    HEAD_DISPATCH_HASH,
+    HEAD_TOP_K,
+    STAGE_DISPATCH_ASYNC,
+    STAGE_DISPATCH_WAIT,
+)
+from ..ops.checks import check_input, require
+from ..peers import View
+from ..settings import DISPATCH_UNHASHED, Settings
+from ..setup import MAX_TOP_K, tile_bytes, tile_view
+from ..signal import Head
+from .target import check_ranks, check_target
+
+comptime InputScales = def[dtype: DType](Int) capturing -> Scalar[dtype]
+"""Gives the factor for an expert; only the factor for expert 0 is used, for all."""
+
+
+struct TokenHandler[
+    token_fmt_type: TokenFormat,
+    tokens_origin: Origin[mut=True],
+    scales_origin: Origin[mut=True] = tokens_origin,
+](ImplicitlyCopyable, Movable):
+    """A format together with the tensors that dispatch_wait writes for it: `TokenHandler[Format](tokens, scales)`.
+
+    Parameters:
+        token_fmt_type: The format.
+        tokens_origin: Where the tokens live; inferred.
+        scales_origin: Where the scales live; inferred.
+    """
+
+    var tokens: View[DType.uint8]
+    """Output rows as bytes."""
+    var scales: View[DType.uint8]
+    """Their scales as bytes; size 0 without scales."""
+
+    def __init__(
+        out self,
+        output_tokens: TileTensor[mut=True, _, _, Self.tokens_origin, ...],
+    ):
+        """Wrap the output of a format without scales.
+
+        Args:
+            output_tokens: [rows, H] in the format's token dtype.
+        """
+        comptime F = Self.token_fmt_type
+        comptime assert F.scales_per_token == 0, "this format has scales"
+        comptime assert output_tokens.dtype == F.token_dtype, "tokens: dtype"
+        self.tokens = tile_bytes(output_tokens)
+        self.scales = View[DType.uint8](0, 0)
+
+    def __init__(
+        out self,
+        output_tokens: TileTensor[mut=True, _, _, Self.tokens_origin, ...],
+        output_scales: TileTensor[mut=True, _, _, Self.scales_origin, ...],
+    ):
+        """Wrap the outputs of a format with scales.
+
+        Args:
+            output_tokens: [rows, H] in the format's token dtype.
+            output_scales: [rows, S], or [S, rows] where the format says so.
+        """
+        comptime F = Self.token_fmt_type
+        comptime assert output_tokens.dtype == F.token_dtype, "tokens: dtype"
+        comptime assert output_scales.dtype == F.scale_dtype, "scales: dtype"
+        self.tokens = tile_bytes(output_tokens)
+        self.scales = tile_bytes(output_scales)
+
+
+def ep_dispatch_async_kernel_api[
+    token_fmt_type: TokenFormat,
+    n_experts: Int,
+    max_token_per_rank: Int,
+    n_gpus_per_node: Int,
+    n_nodes: Int,
+    target: StaticString,
+    input_scales_wrapper: Optional[InputScales] = None,
+    use_shmem: Bool = (n_nodes > 1),
+](
+    atomic_counters: TileTensor[mut=True, DType.int32, ...],
+    input_tokens: TileTensor[...],
+    topk_ids: TileTensor[DType.int32, ...],
+    send_ptrs: TileTensor[DType.uint64, ...],
+    recv_ptrs: TileTensor[DType.uint64, ...],
+    recv_count_ptrs: TileTensor[DType.uint64, ...],
+    context: DeviceContext,
+) raises:
+    """Send this rank's tokens to their experts; returns when all have left.
+
+    Parameters:
+        token_fmt_type: How tokens travel.
+        n_experts: E, experts of all ranks.
+        max_token_per_rank: Tm, the most tokens of a rank.
+        n_gpus_per_node: R, ranks.
+        n_nodes: 1.
+        target: Where to run: "cpu".
+        input_scales_wrapper: Input scales; that of expert 0 multiplies all tokens before they are quantised.
+        use_shmem: False.
+
+    Args:
+        atomic_counters: Int32, of this rank.
+        input_tokens: [T, H] in the format's input dtype.
+        topk_ids: Int32 [T, K]; an id outside [0, E) means "no expert".
+        send_ptrs: Uint64 [R]: staging buffers. Not used.
+        recv_ptrs: Uint64 [R]: dispatch recv windows, [L][R][Tm] messages.
+        recv_count_ptrs: Uint64 [R]: dispatch count windows, u64 [L][R].
+        context: The device.
+
+    Raises:
+        CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
+    """
+    check_target[target, use_shmem, n_nodes]()
+    comptime F = token_fmt_type
+    comptime assert (
+        input_tokens.dtype == F.input_dtype
+    ), "input_tokens: not in the format's input dtype"
+    var ep = _dispatch_endpoint[
+        F, n_experts, max_token_per_rank, n_gpus_per_node
+    ](
+        tile_view(atomic_counters),
+        tile_view(recv_ptrs),
+        tile_view(recv_count_ptrs),
+    )
+    var factor: Float32 = 1
+    comptime if input_scales_wrapper:
+        comptime scale_of = input_scales_wrapper.value()
+        factor = scale_of[DType.float32](0)
+    var input = DispatchInput[DType.int32](
+        tile_bytes(input_tokens),
+        Int(input_tokens.dim(0)),
+        View[DType.uint8](0, 0),
+        tile_view(topk_ids),
+        View[DType.float32](0, 0),
+        View[DType.int32](0, 0),
+        View[DType.float32](Int(Pointer(to=factor)), 1),
+    )
+    check_input[F, False, True](ep.s, input)
+    expert_slots_dispatch.dispatch_async[F, DType.int32, False](
+        ep, input, STAGE_DISPATCH_ASYNC
+    )
+    _ = factor
+
+
+def ep_dispatch_wait_kernel_api[
+    token_fmt_type: TokenFormat,
+    //,
+    n_experts: Int,
+    max_token_per_rank: Int,
+    n_gpus_per_node: Int,
+    n_nodes: Int,
+    target: StaticString,
+    input_scales_wrapper: Optional[InputScales] = None,
+](
+    token_handler: TokenHandler[token_fmt_type, ...],
+    row_offsets: TileTensor[mut=True, DType.uint32, ...],
+    expert_ids: TileTensor[mut=True, DType.int32, ...],
+    src_info: TileTensor[mut=True, DType.int32, ...],
+    recv_ptrs: TileTensor[DType.uint64, ...],
+    recv_count_ptrs: TileTensor[DType.uint64, ...],
+    atomic_counters: TileTensor[mut=True, DType.int32, ...],
+    context: DeviceContext,
+    num_input_tokens: Int = -1,
+) raises:
+    """Receive the tokens of this rank's experts, sorted by (expert, source rank, source token, k).
+
+    Parameters:
+        token_fmt_type: How tokens travel.
+        n_experts: E, experts of all ranks.
+        max_token_per_rank: Tm, the most tokens of a rank.
+        n_gpus_per_node: R, ranks.
+        n_nodes: 1.
+        target: Where to run: "cpu".
+        input_scales_wrapper: Accepted for symmetry; scales were applied before sending.
+
+    Args:
+        token_handler: Output tokens and scales.
+        row_offsets: Uint32 [L + 1], out: first row of each expert.
+        expert_ids: Int32 [L], out: global experts.
+        src_info: Int32 [rows, 2], out: (source rank * Tm + token, k), -1 where there is no row.
+        recv_ptrs: Uint64 [R]: dispatch recv windows.
+        recv_count_ptrs: Uint64 [R]: dispatch count windows.
+        atomic_counters: Int32, of this rank.
+        context: The device.
+        num_input_tokens: Accepted for symmetry: nothing here depends on this rank's own T.
+
+    Raises:
+        CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
+    """
+    check_target[target, False, n_nodes]()
+    comptime F = token_fmt_type
+    var ep = _dispatch_endpoint[
+        F, n_experts, max_token_per_rank, n_gpus_per_node
+    ](
+        tile_view(atomic_counters),
+        tile_view(recv_ptrs),
+        tile_view(recv_count_ptrs),
+    )
+    var rows = token_handler.tokens.size // F.token_bytes
+    var n_local = ep.s.n_local_experts()
+    require("row_offsets: elements", row_offsets.num_elements(), n_local + 1)
+    require("expert_ids: elements", expert_ids.num_elements(), n_local)
+    require("src_info: elements", src_info.num_elements(), 2 * rows)
+    require(
+        "scales: bytes",
+        token_handler.scales.size,
+        rows * F.scales_per_token * size_of[Scalar[F.scale_dtype]](),
+    )
+    var no_ints = View[DType.int32](0, 0)
+    var no_floats = View[DType.float32](0, 0)
+    var counts = List[Int32](length=n_local, fill=0)
+    var output = DispatchOutput(
+        token_handler.tokens,
+        token_handler.scales,
+        tile_view(row_offsets),
+        View[DType.int32](Int(counts.unsafe_ptr()), n_local),
+        tile_view(expert_ids),
+        tile_view(src_info),
+        no_ints,
+        no_floats,
+        no_floats,
+        no_ints,
+        no_ints,
+    )
+    expert_slots_dispatch.dispatch_wait[F, "expert"](
+        ep, output, STAGE_DISPATCH_WAIT
+    )
+    _ = counts^
+
+
+def _dispatch_endpoint[
+    F: TokenFormat, n_experts: Int, max_tokens: Int, n_ranks: Int
+](
+    counters: View[DType.int32],
+    recv_ptrs: View[DType.uint64],
+    recv_count_ptrs: View[DType.uint64],
+) raises -> Endpoint[True]:
+    """Settings from what a dispatch function knows, K from the head; compare them with the head's hash."""
+    check_ranks[n_experts, n_ranks](recv_ptrs, recv_count_ptrs)
+    var s = Settings(
+        n_ranks=n_ranks,
+        n_experts=n_experts,
+        top_k=1,
+        max_tokens=max_tokens,
+        hidden_size=F.hidden_size,
+        message_bytes=F.message_bytes + EXPERT_SLOTS_HEADER,
+        row_bytes=0,
+        format_tag=format_tag[F](),
+    )
+    check_identity(counters, s, HEAD_DISPATCH_HASH, s.hash(DISPATCH_UNHASHED))
+    s.top_k = Int(Head(counters.bytes()).i32(HEAD_TOP_K))
+    if not 1 <= s.top_k <= MAX_TOP_K:
+        raise Error(
+            "ep_mojo.CorruptHeadError: atomic_counters names top_k ", s.top_k
+        )
+    s.combine_slots = s.top_k
+    return Endpoint[True](counters, s, recv_ptrs, recv_count_ptrs)

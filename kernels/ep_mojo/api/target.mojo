@@ -1,0 +1,49 @@
+"""What all seed-named functions refuse: at compile time what is missing, and tables that are not for R ranks."""
+
+from ..ops.checks import require
+from ..peers import MAX_RANKS, View
+
+
+def check_target[target: StaticString, use_shmem: Bool, n_nodes: Int]():
+    """Refuse, at compile time, what is not there yet.
+
+    Parameters:
+        target: Where to run.
+        use_shmem: Whether to send through SHMEM.
+        n_nodes: Number of nodes.
+    """
+    comptime assert n_nodes == 1, (
+        "ep_mojo: n_nodes > 1 needs the NVSHMEM transport, which is missing;"
+        " use n_nodes=1 (up to 8 ranks of one node)"
+    )
+    comptime assert not use_shmem, (
+        "ep_mojo: use_shmem=True needs the NVSHMEM transport, which is missing;"
+        " use use_shmem=False with peer-accessible windows"
+    )
+    comptime assert target == "cpu", (
+        "ep_mojo: target 'gpu' is missing: it comes with the GPU stages; use"
+        " target 'cpu'"
+    )
+
+
+def check_ranks[
+    n_experts: Int, n_ranks: Int
+](recv_ptrs: View[DType.uint64], recv_count_ptrs: View[DType.uint64]) raises:
+    """Refuse tables that do not have one address per rank.
+
+    Parameters:
+        n_experts: E.
+        n_ranks: R.
+
+    Args:
+        recv_ptrs: Addresses of the recv windows.
+        recv_count_ptrs: Addresses of the count windows.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    comptime assert (
+        1 <= n_ranks <= MAX_RANKS and n_experts % n_ranks == 0
+    ), "n_gpus_per_node: 1 to 8, a divisor of n_experts"
+    require("recv_ptrs: elements", recv_ptrs.size, n_ranks)
+    require("recv_count_ptrs: elements", recv_count_ptrs.size, n_ranks)

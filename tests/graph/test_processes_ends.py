@@ -1,0 +1,226 @@
+"""`Communicator.processes`: ends and deaths of workers, and of their parent. Nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from graph.process_calls import (
+    CFG,
+    about,
+    add_order_graph,
+    check_here,
+    echo,
+    kill,
+    leave_by,
+    read_own,
+    sleep,
+    wait_gone,
+    write_to_peers,
+)
+
+from ep_mojo.comm import Communicator, launcher, shm, windows
+from ep_mojo.comm import processes as processes_module
+from ep_mojo.errors import (
+    ConfigError,
+    OrderError,
+    PeerLostError,
+    PeerTimeoutError,
+    SharedMemoryError,
+)
+
+
+@pytest.fixture
+def comm():
+    """A communicator that a test may break."""
+    with Communicator.processes(CFG) as made:
+        yield made
+
+
+# Ends
+
+
+def test_destroy_ends_the_workers_and_is_final():
+    comm = Communicator.processes(CFG)
+    pids = comm.pids
+    comm.destroy()
+    wait_gone(pids, 1)
+    comm.destroy()
+    for call in (comm.check, comm.reset, comm.inputs, lambda: comm.run(about), lambda: comm.execute(None)):
+        with pytest.raises(OrderError, match="destroyed"):
+            call()
+
+
+def test_a_forgotten_communicator_ends_its_workers():
+    comm = Communicator.processes(CFG)
+    pids = comm.pids
+    del comm
+    gc.collect()
+    wait_gone(pids)
+
+
+def test_a_worker_that_does_not_leave_is_killed(comm, monkeypatch):
+    monkeypatch.setattr(launcher, "LEAVE_S", 0.3)
+    os.kill(comm.pids[1], signal.SIGSTOP)
+    comm.destroy()
+    wait_gone(comm.pids, 1)
+
+
+def test_a_forked_child_leaves_the_workers_alone(comm):
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            comm._finalizer()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert comm.run(echo, 3) == [3, 3, 3]
+
+
+def test_workers_outlive_the_thread_that_started_them():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(Communicator.processes(CFG)))
+    thread.start()
+    thread.join()
+    with made[0] as comm:
+        time.sleep(0.2)
+        assert comm.run(echo, 3) == [3, 3, 3]
+
+
+def test_a_worker_that_does_not_start_in_time():
+    with pytest.raises(PeerTimeoutError, match=r"ranks \[0, 1, 2\] did not start within 0.001 s"):
+        Communicator.processes(CFG, start_timeout_s=0.001)
+
+
+def test_a_worker_that_ends_while_starting(monkeypatch):
+    monkeypatch.setattr(launcher, "BOOT", "raise SystemExit(3)")
+    with pytest.raises(PeerLostError, match="rank 0.*exit code 3"):
+        Communicator.processes(CFG)
+
+
+def test_too_little_shared_memory_starts_nothing(monkeypatch):
+    monkeypatch.setattr(shm, "free_bytes", lambda: 4096)
+    monkeypatch.setattr(processes_module, "Worker", None)
+    with pytest.raises(SharedMemoryError, match=f"{3 * windows.block_bytes(CFG)}"):
+        Communicator.processes(CFG)
+
+
+# Deaths
+
+
+def test_a_worker_killed_between_calls(comm):
+    kill(comm, 1)
+    for call in (comm.check, comm.reset, lambda: comm.run(about), lambda: comm.compile(add_order_graph(comm))):
+        with pytest.raises(PeerLostError, match="rank 1: its process.*SIGKILL.*workers_of") as caught:
+            call()
+        assert caught.value.rank == 1
+    assert comm.lost == [1]
+    errors = comm.run(check_here, ranks=[0, 2], raise_errors=False)
+    assert isinstance(errors[0], PeerLostError)
+    assert "rank 0: the process of rank 1 is gone" in str(errors[0])
+    assert comm.run(echo, 9, ranks=[0, 2]) == [9, None, 9]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV], ids=lambda s: s.name)
+def test_a_worker_killed_in_the_middle_of_a_call(comm, how):
+    with pytest.raises(PeerLostError, match=f"rank 2: its process.*{how.name}") as caught:
+        comm.run(leave_by, 2, how)
+    assert list(caught.value.by_rank) == [2]
+    assert comm.run(echo, 1, ranks=[0, 1]) == [1, 1, None]
+
+
+def test_survivors_go_on_in_a_new_communicator(comm):
+    kill(comm, 0)
+    with pytest.raises(ConfigError, match="1 to 2"):
+        Communicator.processes(CFG, workers_of=comm)
+    survivors = comm.pids[1:]
+    with Communicator.processes(CFG.replace(n_ranks=2), workers_of=comm) as fresh:
+        assert fresh.pids == survivors
+        with pytest.raises(OrderError, match="destroyed"):
+            comm.check()
+        assert [r for r, _, _ in fresh.run(about)] == [0, 1]
+        fresh.check()
+        fresh.run(check_here)
+        fresh.run(write_to_peers, 0)
+        assert (fresh.run(read_own)[1][0] == 1).all()
+    wait_gone(survivors)
+
+
+def test_workers_left_over_are_ended(comm):
+    pids = comm.pids
+    with Communicator.processes(CFG.replace(n_ranks=1), workers_of=comm) as fresh:
+        assert fresh.pids == pids[:1]
+        wait_gone(pids[1:])
+        assert fresh.run(echo, 2) == [2]
+
+
+def test_memory_that_does_not_fit_leaves_the_old_communicator_alone(comm, monkeypatch):
+    monkeypatch.setattr(shm, "free_bytes", lambda: 0)
+    with pytest.raises(SharedMemoryError):
+        Communicator.processes(CFG, workers_of=comm)
+    assert comm.run(echo, 4) == [4, 4, 4]
+
+
+def test_ctrl_c_leaves_the_communicator_in_order(comm):
+    """The first call is interrupted; its answers are dropped, reset waits for it, and the next call is right."""
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        comm.run(sleep, 1.5)
+    assert time.monotonic() - begin < 1.4
+    comm.reset()
+    assert time.monotonic() - begin > 1.4
+    assert comm.run(echo, 8) == [8, 8, 8]
+
+
+PARENT = """
+    import os, sys, time, signal, threading
+    sys.path[:] = {path!r}
+    from graph import process_calls as t
+    from ep_mojo.comm import Communicator
+    comm = Communicator.processes(t.CFG)
+    print(*comm.pids, flush=True)
+    {then}
+"""
+SPIN = "comm.run(t.report_and_spin, {path!r})"
+ENDS = {
+    "kill_idle": ("time.sleep(60)", signal.SIGKILL, False),
+    "kill_busy": (SPIN, signal.SIGKILL, True),
+    "term_busy": (SPIN, signal.SIGTERM, True),
+    "ctrl_c_busy": (SPIN, signal.SIGINT, True),
+    "exit": ("pass", None, False),
+    "error": ("raise SystemExit(1)", None, False),
+    "hard_exit": ("os._exit(0)", None, False),
+}
+
+
+@pytest.mark.parametrize(("then", "sig", "busy"), ENDS.values(), ids=ENDS)
+def test_workers_never_outlive_their_parent(tmp_path, then, sig, busy):
+    mark = str(tmp_path / "busy")
+    code = textwrap.dedent(PARENT).format(path=sys.path, then=then.format(path=mark))
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        pids = [int(p) for p in parent.stdout.readline().split()]
+        assert len(pids) == 3
+        end = time.monotonic() + 20
+        while busy and not all(os.path.exists(f"{mark}.{r}") for r in range(3)):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        if sig is not None:
+            parent.send_signal(sig)
+        parent.wait(20)
+        wait_gone(pids)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    if os.path.isdir("/dev/shm"):
+        assert not [n for n in os.listdir("/dev/shm") if n.startswith("epmojo")]

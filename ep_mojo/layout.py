@@ -84,6 +84,8 @@ CHUNK_CREDIT = -2
 FIELD_TOKENS = 1
 FIELD_NUM_TOKENS = 2
 FIELD_SRC_INFO = 3
+FIELD_ROW_MAP = 4
+FIELD_RECV_NUM_TOKENS = 5
 
 STAGE_NAMES = {
     STAGE_DISPATCH_ASYNC: "dispatch_async",
@@ -411,10 +413,14 @@ def record_to_error(record: Record, cfg: EPConfig) -> EPError:
             FIELD_TOKENS: ("rows of x", "max_tokens_per_rank"),
             FIELD_NUM_TOKENS: ("num_tokens", "rows of x"),
             FIELD_SRC_INFO: ("src_info", "source rank * Tmax + token; 0 <= k < top_k; or (-1, -1)"),
+            FIELD_ROW_MAP: ("row_map", "rows of the tensor, or -1"),
+            FIELD_RECV_NUM_TOKENS: ("recv_num_tokens", "max_tokens_per_rank"),
         }.get(record.chunk, (f"field {record.chunk}", "limit"))
         fix = "pass fewer tokens, or raise max_tokens_per_rank"
         if record.chunk == FIELD_SRC_INFO:
             fix = "pass the src_info that dispatch_wait gave"
+        elif record.chunk in (FIELD_ROW_MAP, FIELD_RECV_NUM_TOKENS):
+            fix = "pass the handle of the dispatch that the rows come from, with all its rows"
         return ShapeError(
             where,
             field=name,

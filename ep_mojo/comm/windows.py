@@ -12,6 +12,7 @@ and offsets follow from the config alone, so that every process finds the same p
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -152,7 +153,7 @@ def allocate(cfg: EPConfig, rank: int) -> RankMemory:
     """
     size = block_bytes(cfg)
     try:
-        block = mmap.mmap(-1, size)
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as e:
         raise SharedMemoryError(
             f"rank {rank}: no memory for its windows ({e})",
@@ -161,6 +162,9 @@ def allocate(cfg: EPConfig, rank: int) -> RankMemory:
             allowed="what the machine has free",
             remedy="lower max_tokens_per_rank, hidden_size or num_buffers",
         ) from e
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, no worse
+            block.madvise(mmap.MADV_HUGEPAGE)
     memory = RankMemory(cfg, rank, block)
     layout.write_head(memory.counters, cfg, rank)
     return memory

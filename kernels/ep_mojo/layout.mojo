@@ -109,6 +109,10 @@ comptime FIELD_NUM_TOKENS: Int32 = 2
 """The num_tokens input against the rows of x."""
 comptime FIELD_SRC_INFO: Int32 = 3
 """A pair of src_info that names no source token and choice."""
+comptime FIELD_ROW_MAP: Int32 = 4
+"""A row of row_map against the rows of the tensor."""
+comptime FIELD_RECV_NUM_TOKENS: Int32 = 5
+"""A source's T in recv_num_tokens against max_tokens_per_rank."""
 
 comptime EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""

@@ -39,13 +39,14 @@ def load_f32[
 
 @always_inline
 def store_f32[
-    dtype: DType, width: Int
+    dtype: DType, width: Int, streams: Bool = False
 ](row: Bytes, i: Int, value: SIMD[DType.float32, width]):
     """Round values once (to nearest even) and store them. NaN stays NaN, subnormals stay subnormal.
 
     Parameters:
         dtype: The row's type, bfloat16 or float32.
         width: How many.
+        streams: Whether the store goes past the caches; then it is aligned to its size, up to 64 bytes.
 
     Args:
         row: The row.
@@ -57,13 +58,17 @@ def store_f32[
         var rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         var nan = (bits & 0x7FFFFFFF).gt(0x7F800000)
         var out = nan.select((bits >> 16) | 0x40, rounded).cast[DType.uint16]()
-        typed[DType.uint16](row, 0).unsafe_store[width=width, alignment=2](
-            i, out
-        )
+        typed[DType.uint16](row, 0).unsafe_store[
+            width=width,
+            alignment=min(64, 2 * width) if streams else 2,
+            non_temporal=streams,
+        ](i, out)
     else:
-        typed[DType.float32](row, 0).unsafe_store[width=width, alignment=4](
-            i, value
-        )
+        typed[DType.float32](row, 0).unsafe_store[
+            width=width,
+            alignment=min(64, 4 * width) if streams else 4,
+            non_temporal=streams,
+        ](i, value)
 
 
 @always_inline

@@ -10,7 +10,7 @@ head; the record is sticky, and every later wait of that rank returns at once.
 
 from std.atomic import Atomic, Ordering
 from std.ffi import external_call
-from std.sys import is_gpu
+from std.sys import CompilationTarget, inlined_assembly, is_gpu
 from std.time import global_perf_counter_ns, perf_counter_ns
 from .layout import *
 from .peers import Bytes, typed
@@ -124,6 +124,16 @@ def let_others_run(spins: Int):
             _ = external_call["sched_yield", Int32]()
         else:
             _ = external_call["usleep", Int32](UInt32(SLEEP_MICROSECONDS))
+
+
+@always_inline
+def finish_streaming():
+    """Order stores that went past the caches before all later stores of this thread.
+
+    On x86 non-temporal stores are ordered by nothing else, a release store included; elsewhere a release is enough.
+    """
+    comptime if CompilationTarget.is_x86():
+        inlined_assembly["sfence", NoneType, constraints="~{memory}"]()
 
 
 struct Head(ImplicitlyCopyable, Movable):

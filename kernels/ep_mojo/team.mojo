@@ -12,6 +12,8 @@ trait Team:
     """Number of lanes."""
     comptime vector_bytes: Int
     """Bytes that one lane moves at a time."""
+    comptime streams: Bool
+    """Whether what it copies goes past the caches; then `finish_streaming` comes before any signal."""
 
     @staticmethod
     def lane() -> Int:
@@ -35,13 +37,19 @@ trait Team:
         ...
 
 
-struct HostTeam(Team):
-    """One host thread."""
+struct HostThread[streaming: Bool](Team):
+    """One host thread.
+
+    Parameters:
+        streaming: Whether copies go past the caches, for more data than these hold.
+    """
 
     comptime lanes = 1
     """A thread works alone."""
     comptime vector_bytes = 64
-    """Two to four registers at a time."""
+    """A cache line at a time."""
+    comptime streams = Self.streaming
+    """As asked."""
 
     @staticmethod
     @always_inline
@@ -67,6 +75,12 @@ struct HostTeam(Team):
         return value
 
 
+comptime HostTeam = HostThread[False]
+"""A host thread whose copies stay in the caches: for what is read again soon."""
+comptime StreamingTeam = HostThread[True]
+"""A host thread whose copies go to memory without being read into a cache first."""
+
+
 struct WarpTeam(Team):
     """One GPU warp."""
 
@@ -74,6 +88,8 @@ struct WarpTeam(Team):
     """32 on NVIDIA, 64 on AMD."""
     comptime vector_bytes = 16
     """The widest access of one lane."""
+    comptime streams = False
+    """Ordinary stores."""
 
     @staticmethod
     @always_inline
@@ -114,6 +130,18 @@ def copy_bytes[T: Team](source: Bytes, target: Bytes, n: Int):
     comptime V = T.vector_bytes
     comptime stride = T.lanes * V
     var whole = n // stride * stride
+    comptime if T.streams:
+        if Int(target) % V == 0:
+            for i in range(0, whole, V):
+                target.unsafe_store[width=V, alignment=V, non_temporal=True](
+                    i,
+                    source.unsafe_load[width=V, alignment=1, invariant=False](
+                        i
+                    ),
+                )
+            for i in range(whole, n):
+                target.unsafe_store(i, source.unsafe_load[invariant=False](i))
+            return
     for i in range(T.lane() * V, whole, stride):
         target.unsafe_store[width=V, alignment=1](
             i, source.unsafe_load[width=V, alignment=1, invariant=False](i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -399,6 +400,34 @@ def test_ops_refuse_a_reduce_mode_without_slots(stages):
         with pytest.raises(ep.ShapeError, match="combine_slots = 1; allowed: 2; make graph and communicator"):
             engine.send_back(0, rnd.ys[0], handle, "expert")
         assert memory_digest(engine.comm) == before
+        assert not play_whole(engine, rnd)
+
+
+HANDLES = {
+    "row": ("row_map", (0, 0, 0), lambda rows: rows, "row_map = {rows}.*0 to {last}"),
+    "row-huge": ("row_map", (1, -1, -1), lambda rows: 2**31 - 1, "row_map = 2147483647.*0 to {last}"),
+    "tokens": ("recv_num_tokens", 1, lambda rows: CFG.max_tokens_per_rank + 1, "recv_num_tokens = .*0 to"),
+    "tokens-negative": ("recv_num_tokens", 0, lambda rows: -1, "recv_num_tokens = -1"),
+}
+
+
+@pytest.mark.parametrize(("field", "at", "value", "text"), HANDLES.values(), ids=HANDLES)
+@pytest.mark.parametrize("reduce", ["expert", "source"])
+def test_a_handle_that_names_what_is_not_there(stages, reduce, field, at, value, text):
+    """Nothing is read or sent; the peers are told; after reset the next round is right."""
+    cfg = CFG.replace(reduce=reduce)
+    rnd = random_round(cfg, 0, reduce=reduce, ragged=False)
+    with Engine(stages, cfg) as engine:
+        handle, rows = copy.copy(rnd.handles[0]), len(rnd.ys[0])
+        changed = getattr(handle, field).copy()
+        changed[at] = value(rows)
+        setattr(handle, field, changed)
+        before = memory_digest(engine.comm, ["dispatch_recv", "combine_recv", "dispatch_count"])
+        with pytest.raises(ep.ShapeError, match=f"(?s){text.format(rows=rows, last=rows - 1)}.*handle of the dispatch"):
+            engine.send_back(0, rnd.ys[0], handle, reduce)
+            engine.comm.check()
+        assert memory_digest(engine.comm, ["dispatch_recv", "combine_recv", "dispatch_count"]) == before
+        engine.comm.reset()
         assert not play_whole(engine, rnd)
 
 

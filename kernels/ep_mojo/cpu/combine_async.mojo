@@ -11,14 +11,20 @@ c*G .. c*G+G-1 are there, also where there were none; a header first. `begin_sen
 """
 
 from ..launch import Endpoint
-from ..layout import partial_offset, row_offset
+from ..layout import (
+    FIELD_RECV_NUM_TOKENS,
+    FIELD_ROW_MAP,
+    KIND_SHAPE,
+    partial_offset,
+    row_offset,
+)
 from ..numeric import accumulate, store_f32
 from ..peers import Bytes, View
-from ..signal import publish, word
+from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, copy_bytes, zero_bytes
-from .workers import n_workers, share
+from .workers import exceeds_caches, n_workers, share
 
-comptime WIDTH = 32
+comptime WIDTH = 64
 """Channels that are summed at a time."""
 
 
@@ -82,6 +88,8 @@ def combine_async[
     comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
     var s = ep.s
     var epoch = ep.begin_send(stage)
+    if not ep.head.failed():
+        _check_handle(ep, x, x.rows.size // row_bytes, stage)
     if ep.head.failed():
         zero_bytes[HostTeam](x.shared_out.bytes(), x.shared_out.size)
         ep.end_send(epoch)
@@ -106,48 +114,82 @@ def combine_async[
     for r in range(s.n_ranks):
         tokens += Int(x.num_tokens[r])
     var workers = n_workers(s, items, tokens * row_bytes)
+    var streams = exceeds_caches(tokens * row_bytes)
 
-    def work(worker: Int) raises {imm}:
-        for i in range(worker, items, workers):
-            var source = (ep.me + i) % s.n_ranks
-            var chunk = i // s.n_ranks
-            var first = chunk * s.tokens_per_signal
-            var T = Int(x.num_tokens[source])
-            if first >= T:
-                continue
-            for t in range(first, min(first + s.tokens_per_signal, T)):
-                var at = source * block + t * s.top_k
-                comptime if reduce == "source" and layout != "rank":
-                    for k in range(s.top_k):
-                        var row = Int(x.row_map[at + k])
-                        if row >= 0:
-                            var to = ep.recv[source].unsafe_offset(
-                                row_offset(s, buffer, t, k)
-                            )
-                            copy_bytes[HostTeam](
-                                x.rows.bytes(row * row_bytes), to, row_bytes
-                            )
-                else:
-                    var to = ep.recv[source].unsafe_offset(
-                        partial_offset(s, buffer, ep.me, t)
-                    )
-                    _send_partial[dtype, hidden, layout == "rank"](
-                        x, at, s.top_k, to
-                    )
-            publish(
-                ep.count[source],
-                ep.window.signal(buffer, ep.me, chunk),
-                word(epoch, 0),
-            )
+    def work(i: Int) raises {imm}:
+        var source = (ep.me + i) % s.n_ranks
+        var chunk = i // s.n_ranks
+        var first = chunk * s.tokens_per_signal
+        var T = Int(x.num_tokens[source])
+        if first >= T:
+            return
+        for t in range(first, min(first + s.tokens_per_signal, T)):
+            var at = source * block + t * s.top_k
+            comptime if reduce == "source" and layout != "rank":
+                for k in range(s.top_k):
+                    var row = Int(x.row_map[at + k])
+                    if row >= 0:
+                        var to = ep.recv[source].unsafe_offset(
+                            row_offset(s, buffer, t, k)
+                        )
+                        copy_bytes[HostTeam](
+                            x.rows.bytes(row * row_bytes), to, row_bytes
+                        )
+            else:
+                var to = ep.recv[source].unsafe_offset(
+                    partial_offset(s, buffer, ep.me, t)
+                )
+                _send_partial[dtype, hidden, layout == "rank"](
+                    x, at, s.top_k, to, streams
+                )
+        finish_streaming()
+        publish(
+            ep.count[source],
+            ep.window.signal(buffer, ep.me, chunk),
+            word(epoch, 0),
+        )
 
-    share(work, workers)
+    share(work, items, workers)
     ep.end_send(epoch)
+
+
+def _check_handle(
+    ep: Endpoint[False], x: CombineInput, rows: Int, stage: Int32
+):
+    """Record a failure where the handle names rows or tokens that are not there."""
+    var s = ep.s
+    for r in range(s.n_ranks):
+        var T = Int(x.num_tokens[r])
+        if T < 0 or T > s.max_tokens:
+            ep.head.fail(
+                KIND_SHAPE,
+                stage,
+                chunk=FIELD_RECV_NUM_TOKENS,
+                value=T,
+                limit=s.max_tokens,
+            )
+            return
+        var highest: Int32 = -1
+        var first = r * s.max_tokens * s.top_k
+        for i in range(first, first + T * s.top_k):
+            highest = max(highest, x.row_map[i])
+        if x.shared_out.present() and r == ep.me:
+            highest = max(highest, Int32(T) - 1)
+        if Int(highest) >= rows:
+            ep.head.fail(
+                KIND_SHAPE,
+                stage,
+                chunk=FIELD_ROW_MAP,
+                value=Int(highest),
+                limit=rows - 1,
+            )
+            return
 
 
 @always_inline
 def _send_partial[
     dtype: DType, hidden: Int, unweighted: Bool
-](x: CombineInput, at: Int, top_k: Int, to: Bytes):
+](x: CombineInput, at: Int, top_k: Int, to: Bytes, streams: Bool):
     """Sum a token's rows of this rank, if it has any, into the source's window."""
     comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
     var rows = Array[Int, 32](fill=0)
@@ -166,16 +208,20 @@ def _send_partial[
         return
 
     @always_inline
-    def sum[width: Int](i: Int) {imm}:
+    def sum[width: Int, streams: Bool](i: Int) {imm}:
         var acc = SIMD[DType.float32, width](0)
         for j in range(n):
             acc = accumulate[dtype, width](
                 acc, x.rows.bytes(rows[j] * row_bytes), i, weights[j]
             )
-        store_f32[dtype, width](to, i, acc)
+        store_f32[dtype, width, streams](to, i, acc)
 
     comptime whole = hidden // WIDTH * WIDTH
-    for i in range(0, whole, WIDTH):
-        sum[WIDTH](i)
+    if streams and Int(to) % 64 == 0:
+        for i in range(0, whole, WIDTH):
+            sum[WIDTH, True](i)
+    else:
+        for i in range(0, whole, WIDTH):
+            sum[WIDTH, False](i)
     for i in range(whole, hidden, 8):
-        sum[8](i)
+        sum[8, False](i)

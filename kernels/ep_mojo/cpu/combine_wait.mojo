@@ -236,42 +236,41 @@ def combine_wait[
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * out_bytes)
 
-    def work(worker: Int) raises {imm}:
+    def work(chunk: Int) raises {imm}:
         var store = Array[Int16, 32](fill=0)
         var ids = View[DType.int16](Int(Pointer(to=store)), 32)
-        for chunk in range(worker, n_chunks, workers):
-            var arrived: UInt32 = 0
-            var first = chunk * s.tokens_per_signal
-            for t in range(first, min(first + s.tokens_per_signal, T)):
-                for k in range(K):
-                    ids[k] = normal_id(
-                        x.ids[t * K + k].cast[DType.int64](), s.n_experts
-                    )
-                var mask = destinations(ids, 0, K, s.n_local_experts())
-                for r in range(s.n_ranks):
-                    var bit = UInt32(1) << UInt32(r)
-                    if mask & bit & ~arrived != 0:
-                        if not ep.chunk_of(waiter, epoch, r, chunk):
-                            return
-                        arrived |= bit
-                var terms = Terms(ep.recv[ep.me])
-                comptime if by_row:
-                    for k in range(K):
-                        if ids[k] >= 0:
-                            terms.add(
-                                row_offset(s, buffer, t, k), x.weight(t, k, K)
-                            )
-                else:
-                    for r in range(s.n_ranks):
-                        if (mask >> UInt32(r)) & 1 == 1:
-                            terms.add(partial_offset(s, buffer, r, t), 1)
-                sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
-                    x, t, terms
+        var arrived: UInt32 = 0
+        var first = chunk * s.tokens_per_signal
+        for t in range(first, min(first + s.tokens_per_signal, T)):
+            for k in range(K):
+                ids[k] = normal_id(
+                    x.ids[t * K + k].cast[DType.int64](), s.n_experts
                 )
+            var mask = destinations(ids, 0, K, s.n_local_experts())
+            for r in range(s.n_ranks):
+                var bit = UInt32(1) << UInt32(r)
+                if mask & bit & ~arrived != 0:
+                    if not ep.chunk_of(waiter, epoch, r, chunk):
+                        return
+                    arrived |= bit
+            var terms = Terms(ep.recv[ep.me])
+            comptime if by_row:
+                for k in range(K):
+                    if ids[k] >= 0:
+                        terms.add(
+                            row_offset(s, buffer, t, k), x.weight(t, k, K)
+                        )
+            else:
+                for r in range(s.n_ranks):
+                    if (mask >> UInt32(r)) & 1 == 1:
+                        terms.add(partial_offset(s, buffer, r, t), 1)
+            sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
+                x, t, terms
+            )
         _ = store^  # a view keeps nothing alive
 
     if not ep.head.failed():
-        share(work, workers)
+        share(work, n_chunks, workers)
     var done = 0 if ep.head.failed() else T * out_bytes
     zero_bytes[HostTeam](x.y.bytes(done), x.y.size - done)
     ep.end_wait(epoch)

@@ -15,9 +15,9 @@ from ..launch import Endpoint
 from ..layout import FIELD_NUM_TOKENS, FIELD_TOKENS, KIND_SHAPE, message_offset
 from ..peers import Bytes, View
 from ..routing import destinations, normal_id
-from ..signal import publish, word
-from ..team import HostTeam, copy_bytes
-from .workers import n_workers, share
+from ..signal import finish_streaming, publish, word
+from ..team import HostTeam, StreamingTeam, copy_bytes
+from .workers import exceeds_caches, n_workers, share
 
 
 struct DispatchInput[ids_dtype: DType](ImplicitlyCopyable, Movable):
@@ -162,39 +162,42 @@ def dispatch_async[
 
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * F.message_bytes)
+    var streams = exceeds_caches(T * F.message_bytes * s.n_ranks)
 
-    def work(worker: Int) raises {imm}:
-        for chunk in range(worker, n_chunks, workers):
-            var first = chunk * s.tokens_per_signal
-            for t in range(first, min(first + s.tokens_per_signal, T)):
-                var mask = destinations(ids, t, s.top_k, s.n_local_experts())
-                if s.shared_expert:
-                    mask |= UInt32(1) << UInt32(ep.me)
-                var offset = message_offset(s, buffer, ep.me, t)
-                var written = -1
-                for i in range(s.n_ranks):
-                    var peer = (ep.me + i) % s.n_ranks
-                    if (mask >> UInt32(peer)) & 1 == 0:
-                        continue
-                    var message = ep.recv[peer].unsafe_offset(offset)
-                    if written >= 0:
-                        copy_bytes[HostTeam](
-                            ep.recv[written].unsafe_offset(offset),
-                            message,
-                            F.message_bytes,
-                        )
-                        continue
-                    x.write[F, encoded](t, message)
-                    written = peer
+    def work(chunk: Int) raises {imm}:
+        var first = chunk * s.tokens_per_signal
+        for t in range(first, min(first + s.tokens_per_signal, T)):
+            var mask = destinations(ids, t, s.top_k, s.n_local_experts())
+            if s.shared_expert:
+                mask |= UInt32(1) << UInt32(ep.me)
+            var offset = message_offset(s, buffer, ep.me, t)
+            var written = -1
             for i in range(s.n_ranks):
                 var peer = (ep.me + i) % s.n_ranks
-                publish(
-                    ep.count[peer],
-                    ep.window.signal(buffer, ep.me, chunk),
-                    word(epoch, 0),
-                )
+                if (mask >> UInt32(peer)) & 1 == 0:
+                    continue
+                var message = ep.recv[peer].unsafe_offset(offset)
+                if written < 0:
+                    x.write[F, encoded](t, message)
+                    written = peer
+                    continue
+                var first_copy = ep.recv[written].unsafe_offset(offset)
+                if streams:
+                    copy_bytes[StreamingTeam](
+                        first_copy, message, F.message_bytes
+                    )
+                else:
+                    copy_bytes[HostTeam](first_copy, message, F.message_bytes)
+        finish_streaming()
+        for i in range(s.n_ranks):
+            var peer = (ep.me + i) % s.n_ranks
+            publish(
+                ep.count[peer],
+                ep.window.signal(buffer, ep.me, chunk),
+                word(epoch, 0),
+            )
 
-    share(work, workers)
+    share(work, n_chunks, workers)
     ep.end_send(epoch)
 
 

@@ -14,8 +14,8 @@ from ..peers import Bytes, View
 from ..routing import NO_ROW, count_rows, local_group, map_rows, row_starts
 from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter
-from ..team import HostTeam, copy_bytes, zero_bytes
-from .workers import n_workers, share
+from ..team import HostTeam, StreamingTeam, Team, copy_bytes, zero_bytes
+from .workers import exceeds_caches, n_workers, share
 
 
 struct DispatchOutput(ImplicitlyCopyable, Movable):
@@ -108,6 +108,8 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
     """The outputs."""
     var capacity: Int
     """Rows that fit."""
+    var streams: Bool
+    """Whether rows go past the caches."""
 
     def __init__(out self, out_: DispatchOutput):
         """Derive the capacity from the outputs.
@@ -116,6 +118,7 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
             out_: The outputs.
         """
         self.out = out_
+        self.streams = False
         self.capacity = out_.tokens.size // Self.F.token_bytes
 
     @always_inline
@@ -126,16 +129,23 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
             message: The message.
             row: The row.
         """
+        if self.streams:
+            self._put[StreamingTeam](message, row)
+        else:
+            self._put[HostTeam](message, row)
+
+    @always_inline
+    def _put[T: Team](self, message: Bytes, row: Int):
         comptime unit = 4
         comptime if Self.F.scales_by_column:
-            Self.F.unpack[HostTeam](
+            Self.F.unpack[T](
                 message,
                 self.out.tokens.bytes(row * Self.F.token_bytes),
                 self.out.scales.bytes(row * unit),
                 self.capacity,
             )
         else:
-            Self.F.unpack[HostTeam](
+            Self.F.unpack[T](
                 message,
                 self.out.tokens.bytes(row * Self.F.token_bytes),
                 self.out.scales.bytes(row * Self.F.scales_per_token * unit),
@@ -163,6 +173,19 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
                     ),
                     4,
                 )
+
+    def zero_padding(self, group: Int):
+        """Zero the rows between a group's last and the next group's first.
+
+        Args:
+            group: The group.
+        """
+        var first = (
+            self.out.row_offsets[group]
+            + self.out.counts[group].cast[DType.uint32]()
+        )
+        for row in range(Int(first), Int(self.out.row_offsets[group + 1])):
+            self.zero(row)
 
 
 def dispatch_wait[
@@ -218,7 +241,7 @@ def _receive[
     ep: Endpoint[True],
     epoch: UInt64,
     waiter: Waiter,
-    rows: Rows[F],
+    var rows: Rows[F],
     stage: Int32,
 ) raises:
     var s = ep.s
@@ -258,6 +281,7 @@ def _receive[
         ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
         return
 
+    rows.streams = exceeds_caches(needed * F.token_bytes)
     out_.src_info.fill(-1)
     var shared_first = Int(start[ep.me * groups])
     var tokens = 0
@@ -271,45 +295,40 @@ def _receive[
     var items = s.n_ranks * per_source
     var workers = n_workers(s, items, tokens * F.message_bytes)
 
-    def work(worker: Int) raises {imm}:
-        for i in range(worker, items, workers):
-            var r = (ep.me + i) % s.n_ranks
-            var chunk = i // s.n_ranks
-            var first = chunk * s.tokens_per_signal
-            var T = Int(out_.recv_num_tokens[r])
-            if first >= T:
-                continue
-            if not ep.chunk_of(waiter, epoch, r, chunk):
-                return
-            for t in range(first, min(first + s.tokens_per_signal, T)):
-                var message = ep.recv[ep.me].unsafe_offset(
-                    message_offset(s, buffer, r, t)
+    def work(i: Int) raises {imm}:
+        if i >= items:
+            rows.zero_padding(i - items)
+            return
+        var r = (ep.me + i) % s.n_ranks
+        var chunk = i // s.n_ranks
+        var first = chunk * s.tokens_per_signal
+        var T = Int(out_.recv_num_tokens[r])
+        if first >= T:
+            return
+        if not ep.chunk_of(waiter, epoch, r, chunk):
+            return
+        for t in range(first, min(first + s.tokens_per_signal, T)):
+            var message = ep.recv[ep.me].unsafe_offset(
+                message_offset(s, buffer, r, t)
+            )
+            for k in range(s.top_k):
+                var row = Int(out_.row_map[r * block + t * s.top_k + k])
+                if row < 0:
+                    continue
+                rows.put(message, row)
+                out_.src_info[2 * row] = Int32(r * s.max_tokens + t)
+                comptime if layout == "rank":
+                    _localise(ep, buffer, r, t, row, out_)
+                else:
+                    out_.src_info[2 * row + 1] = Int32(k)
+            if s.shared_expert and r == ep.me:
+                rows.put(message, shared_first + t)
+                out_.src_info[2 * (shared_first + t)] = Int32(
+                    r * s.max_tokens + t
                 )
-                for k in range(s.top_k):
-                    var row = Int(out_.row_map[r * block + t * s.top_k + k])
-                    if row < 0:
-                        continue
-                    rows.put(message, row)
-                    out_.src_info[2 * row] = Int32(r * s.max_tokens + t)
-                    comptime if layout == "rank":
-                        _localise(ep, buffer, r, t, row, out_)
-                    else:
-                        out_.src_info[2 * row + 1] = Int32(k)
-                if s.shared_expert and r == ep.me:
-                    rows.put(message, shared_first + t)
-                    out_.src_info[2 * (shared_first + t)] = Int32(
-                        r * s.max_tokens + t
-                    )
-        comptime if layout == "expert":
-            if s.alignment > 1:
-                for g in range(worker, groups, workers):
-                    for row in range(
-                        Int(out_.row_offsets[g]) + Int(out_.counts[g]),
-                        Int(out_.row_offsets[g + 1]),
-                    ):
-                        rows.zero(row)
 
-    share(work, workers)
+    var padded = layout == "expert" and s.alignment > 1
+    share(work, items + (groups if padded else 0), workers)
     _ = starts^
 
 

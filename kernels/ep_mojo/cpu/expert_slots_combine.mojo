@@ -59,31 +59,30 @@ def combine_async[
     var workers = n_workers(s, items, n * row_bytes)
     var limit = s.n_ranks * s.max_tokens
 
-    def work(worker: Int) raises {imm}:
-        for item in range(worker, items, workers):
-            var first = item * ROWS_PER_ITEM
-            for row in range(first, min(first + ROWS_PER_ITEM, n)):
-                var from_ = Int(src_info[2 * row])
-                var k = Int(src_info[2 * row + 1])
-                if from_ == -1 and k == -1:
-                    continue
-                if not (0 <= from_ < limit and 0 <= k < s.top_k):
-                    ep.head.fail(
-                        KIND_SHAPE,
-                        stage,
-                        chunk=FIELD_SRC_INFO,
-                        value=from_,
-                        limit=limit - 1,
-                    )
-                    return
-                var offset = row_offset(s, 0, from_ % s.max_tokens, k)
-                copy_bytes[HostTeam](
-                    rows.bytes(row * row_bytes),
-                    ep.recv[from_ // s.max_tokens].unsafe_offset(offset),
-                    row_bytes,
+    def work(item: Int) raises {imm}:
+        var first = item * ROWS_PER_ITEM
+        for row in range(first, min(first + ROWS_PER_ITEM, n)):
+            var from_ = Int(src_info[2 * row])
+            var k = Int(src_info[2 * row + 1])
+            if from_ == -1 and k == -1:
+                continue
+            if not (0 <= from_ < limit and 0 <= k < s.top_k):
+                ep.head.fail(
+                    KIND_SHAPE,
+                    stage,
+                    chunk=FIELD_SRC_INFO,
+                    value=from_,
+                    limit=limit - 1,
                 )
+                return
+            var offset = row_offset(s, 0, from_ % s.max_tokens, k)
+            copy_bytes[HostTeam](
+                rows.bytes(row * row_bytes),
+                ep.recv[from_ // s.max_tokens].unsafe_offset(offset),
+                row_bytes,
+            )
 
-    share(work, workers)
+    share(work, items, workers)
     end_combine_send(ep, epoch)
 
 
@@ -124,21 +123,20 @@ def combine_wait[
     var workers = n_workers(s, n_chunks, T * K * out_bytes)
     var routed = typed[DType.uint32](ep.head.base, 4 * ROUTED_MASKS)
 
-    def work(worker: Int) raises {imm}:
-        for chunk in range(worker, n_chunks, workers):
-            var first = chunk * s.tokens_per_signal
-            for t in range(first, min(first + s.tokens_per_signal, T)):
-                var terms = Terms(ep.recv[ep.me])
-                var mask = routed.unsafe_load[invariant=False](t)
-                for k in range(K):
-                    if (mask >> UInt32(k)) & 1 == 1:
-                        terms.add(row_offset(s, 0, t, k), x.weight(t, k, K))
-                sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
-                    x, t, terms
-                )
+    def work(chunk: Int) raises {imm}:
+        var first = chunk * s.tokens_per_signal
+        for t in range(first, min(first + s.tokens_per_signal, T)):
+            var terms = Terms(ep.recv[ep.me])
+            var mask = routed.unsafe_load[invariant=False](t)
+            for k in range(K):
+                if (mask >> UInt32(k)) & 1 == 1:
+                    terms.add(row_offset(s, 0, t, k), x.weight(t, k, K))
+            sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
+                x, t, terms
+            )
 
     if not ep.head.failed():
-        share(work, workers)
+        share(work, n_chunks, workers)
     var done = 0 if ep.head.failed() else T * out_bytes
     zero_bytes[HostTeam](x.y.bytes(done), x.y.size - done)
     end_wait(ep, epoch)

@@ -89,34 +89,33 @@ def _send[
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * s.message_bytes)
 
-    def work(worker: Int) raises {imm}:
-        for chunk in range(worker, n_chunks, workers):
-            var begin = chunk * s.tokens_per_signal
-            for t in range(begin, min(begin + s.tokens_per_signal, T)):
-                var written = False
-                var first = ep.recv[ep.me]
-                for k in range(K):
-                    var slot = Int(slots[t * K + k])
-                    if slot < 0:
-                        continue
-                    var id = Int(x.ids[t * K + k])
-                    var message = ep.recv[id // n_local].unsafe_offset(
-                        expert_slot_offset(s, id % n_local, ep.me, slot)
-                    )
-                    typed[DType.int32](message, 0).unsafe_store(0, Int32(t))
-                    typed[DType.uint32](message, 4).unsafe_store(
-                        0, masks[t * K + k]
-                    )
-                    typed[DType.uint64](message, 8).unsafe_store(0, UInt64(0))
-                    var payload = message.unsafe_offset(EXPERT_SLOTS_HEADER)
-                    if written:
-                        copy_bytes[HostTeam](first, payload, F.message_bytes)
-                        continue
-                    x.write[F, encoded](t, payload)
-                    first = payload
-                    written = True
+    def work(chunk: Int) raises {imm}:
+        var begin = chunk * s.tokens_per_signal
+        for t in range(begin, min(begin + s.tokens_per_signal, T)):
+            var written = False
+            var first = ep.recv[ep.me]
+            for k in range(K):
+                var slot = Int(slots[t * K + k])
+                if slot < 0:
+                    continue
+                var id = Int(x.ids[t * K + k])
+                var message = ep.recv[id // n_local].unsafe_offset(
+                    expert_slot_offset(s, id % n_local, ep.me, slot)
+                )
+                typed[DType.int32](message, 0).unsafe_store(0, Int32(t))
+                typed[DType.uint32](message, 4).unsafe_store(
+                    0, masks[t * K + k]
+                )
+                typed[DType.uint64](message, 8).unsafe_store(0, UInt64(0))
+                var payload = message.unsafe_offset(EXPERT_SLOTS_HEADER)
+                if written:
+                    copy_bytes[HostTeam](first, payload, F.message_bytes)
+                    continue
+                x.write[F, encoded](t, payload)
+                first = payload
+                written = True
 
-    share(work, workers)
+    share(work, n_chunks, workers)
     _ = slot_memory^
     _ = mask_memory^
 
@@ -250,27 +249,26 @@ def _receive[
     var items = blocks * per_block
     var workers = n_workers(s, items, total * s.message_bytes)
 
-    def work(worker: Int) raises {imm}:
-        for item in range(worker, items, workers):
-            var b = item // per_block
-            var first = item % per_block * s.tokens_per_signal
-            var end = min(first + s.tokens_per_signal, Int(counts[b]))
-            for i in range(first, end):
-                var message = _message(ep, b, i)
-                var source_token = b % R * s.max_tokens + _token(message)
-                var mask = _mask(message)
-                var at = Int(row[Int(base[b]) + i])
-                while mask != 0:
-                    var k = Int(count_trailing_zeros(mask))
-                    mask &= mask - 1
-                    rows.put(message.unsafe_offset(EXPERT_SLOTS_HEADER), at)
-                    out_.src_info[2 * at] = Int32(source_token)
-                    out_.src_info[2 * at + 1] = Int32(k)
-                    if out_.row_map.present():
-                        out_.row_map[source_token * s.top_k + k] = Int32(at)
-                    at += 1
+    def work(item: Int) raises {imm}:
+        var b = item // per_block
+        var first = item % per_block * s.tokens_per_signal
+        var end = min(first + s.tokens_per_signal, Int(counts[b]))
+        for i in range(first, end):
+            var message = _message(ep, b, i)
+            var source_token = b % R * s.max_tokens + _token(message)
+            var mask = _mask(message)
+            var at = Int(row[Int(base[b]) + i])
+            while mask != 0:
+                var k = Int(count_trailing_zeros(mask))
+                mask &= mask - 1
+                rows.put(message.unsafe_offset(EXPERT_SLOTS_HEADER), at)
+                out_.src_info[2 * at] = Int32(source_token)
+                out_.src_info[2 * at + 1] = Int32(k)
+                if out_.row_map.present():
+                    out_.row_map[source_token * s.top_k + k] = Int32(at)
+                at += 1
 
-    share(work, workers)
+    share(work, items, workers)
     _ = row_memory^
     _ = start_memory^
     _ = base_memory^

@@ -6,12 +6,16 @@ one worker only.
 """
 
 from max.algorithm import sync_parallelize
+from std.atomic import Atomic
 from std.sys import CompilationTarget, inlined_assembly, num_physical_cores
 
 from ..settings import Settings
+from ..signal import finish_streaming
 
 comptime SMALL_BYTES = 1 << 15
 """Below this much payload one thread is faster than waking others."""
+comptime CACHED_BYTES = 1 << 23
+"""More than this much output is not found in a cache again: then it need not go through one."""
 comptime FLUSHING_X86: UInt32 = 0x8040
 """MXCSR: subnormal operands (bit 6) and results (bit 15) become zero."""
 comptime FLUSHING_ARM: UInt64 = 1 << 24
@@ -37,31 +41,56 @@ def n_workers(s: Settings, items: Int, payload_bytes: Int) -> Int:
     return max(1, min(most, items))
 
 
-def share[Work: def(Int) raises -> None](work: Work, workers: Int) raises:
-    """Run `work(0)` to `work(workers - 1)`, each with subnormals kept.
+@always_inline
+def exceeds_caches(payload_bytes: Int) -> Bool:
+    """Whether a launch writes so much that its stores had better go past the caches.
+
+    Args:
+        payload_bytes: Bytes that the launch writes.
+
+    Returns:
+        True above `CACHED_BYTES`.
+    """
+    return payload_bytes > CACHED_BYTES
+
+
+def share[
+    Work: def(Int) raises -> None
+](work: Work, items: Int, workers: Int) raises:
+    """Run `work(0)` to `work(items - 1)`, with subnormals kept and streamed stores finished at the end.
+
+    A worker takes the next item when it has done one, since cores wake up late and are taken away: nobody waits for
+    the slowest. Items are begun in ascending order.
 
     Parameters:
         Work: Type of `work`.
 
     Args:
-        work: Does its part of the items.
+        work: Does one item.
+        items: How many there are.
         workers: From `n_workers`.
 
     Raises:
         What `work` or the worker pool raises.
     """
+    var next = Atomic[Int64](0)
 
-    def strict(worker: Int) raises {imm}:
+    def take_items(worker: Int) raises {imm, mut next}:
         var mode = keep_subnormals()
         try:
-            work(worker)
+            while True:
+                var item = Int(next.fetch_add(1))
+                if item >= items:
+                    break
+                work(item)
         finally:
+            finish_streaming()
             restore_mode(mode)
 
     if workers == 1:
-        strict(0)
+        take_items(0)
     else:
-        sync_parallelize(strict, workers)
+        sync_parallelize(take_items, workers)
 
 
 def keep_subnormals() -> UInt64:

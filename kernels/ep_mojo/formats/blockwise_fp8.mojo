@@ -148,8 +148,9 @@ struct BlockwiseFP8[
         comptime V = min(per_lane, 32)
         var first = T.lane() * per_lane
         comptime if Self.packed:
-            for i in range(4 * Self.scales_per_token):
-                message.unsafe_store(Self.hidden + i, UInt8(0))
+            if T.lane() == 0:
+                for i in range(Self.blocks, 4 * Self.scales_per_token):
+                    message.unsafe_store(Self.hidden + i, UInt8(0))
         for block in range(Self.blocks):
             var at = block * BLOCK + first
             var top = SIMD[DType.float32, V](0)

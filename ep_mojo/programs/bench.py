@@ -2,8 +2,9 @@
 
 Times are those of one call each of `Communicator.execute` for dispatch and for combine, on MAX buffers made before:
 checks of the arguments, the run of the graph (it allocates its outputs) and the check of the error records are
-included. The experts are not: their rows are made beforehand. All candidates take turns, so that a disturbance of the
-machine hits all of them alike.
+included. The experts are not: their rows are made beforehand. The candidates of a format take turns, so that a
+disturbance of the machine hits all of them alike; the formats follow one another, so that neither finds the other's
+output in the memory that it gets for its own.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ class FormatBench:
         """One dispatch; its buffers replace those of the one before."""
         self.buffers = self.layer.dispatch(*self.args)
 
+    def rest(self) -> None:
+        """Give the outputs back; the next dispatch makes new ones."""
+        self.buffers = []
+
     def combine(self) -> None:
         """One combine of prepared rows."""
         self.layer.combine(self.ys, self.buffers)
@@ -174,11 +179,16 @@ def main(args: argparse.Namespace) -> int:
         return 1
 
     moved = {b.name: measures.round_bytes(b.cfg, inputs.topk_ids) for b in benches}
-    candidates = _candidates(benches, numpy_round, moved, encoder)
+    groups = [_candidates(bench, numpy_round, moved[bench.name]["copy"]) for bench in benches]
+    groups.append(_encoders(encoder, numpy_round))
+    candidates = [c for group in groups for c in group]
     with progress.step("timing", f"Timing: {args.repeats} rounds of {len(candidates)} candidates"):
-        for i in range(args.repeats + 2):
-            for candidate in candidates:
-                candidate.run(keep=i >= 2)
+        for group in groups:
+            for i in range(args.repeats + 2):
+                for candidate in group:
+                    candidate.run(keep=i >= 2)
+            for bench in benches:
+                bench.rest()
     result = _result(cfg, benches, candidates, moved, args)
     for bench in benches:
         bench.layer.close()
@@ -201,22 +211,28 @@ def _check_numpy(numpy_round: NumPyRound, bench: FormatBench) -> list[str]:
     return [] if worst <= NUMPY_TOLERANCE else [f"NumPy and this package differ by {worst:.4f} of the terms"]
 
 
-def _candidates(
-    benches: list[FormatBench], numpy_round: NumPyRound, moved: dict[str, dict[str, int]], encoder: Encoder
-) -> list[Candidate]:
+def _candidates(bench: FormatBench, numpy_round: NumPyRound, copied: int) -> list[Candidate]:
+    """A format's round, the same in NumPy, and a copy of as many bytes."""
     rows, positions = (a.copy() for a in numpy_round.dispatch())
-    found = []
-    for bench in benches:
-        found.append(Candidate(f"{bench.name} dispatch", bench.dispatch))
-        found.append(Candidate(f"{bench.name} combine", bench.combine))
-        copy = PlainCopy(moved[bench.name]["copy"])
-        found.append(Candidate(f"{bench.name} plain copy, one thread", copy.one_thread))
-        found.append(Candidate(f"{bench.name} plain copy, all cores", copy.all_cores))
-    found.append(Candidate("bf16 NumPy dispatch", numpy_round.dispatch))
-    found.append(Candidate("NumPy combine", lambda: numpy_round.combine(rows, positions)))
-    found.append(Candidate("fp8 encoding", encoder.run, encoder.reset))
-    if has_ml_dtypes():
+    name, copy = bench.name, PlainCopy(copied)
+    found = [
+        Candidate(f"{name} dispatch", bench.dispatch),
+        Candidate(f"{name} combine", bench.combine),
+        Candidate(f"{name} plain copy, one thread", copy.one_thread),
+        Candidate(f"{name} plain copy, all cores", copy.all_cores),
+        Candidate(f"{name} NumPy combine", lambda: numpy_round.combine(rows, positions)),
+    ]
+    if name == "bf16":
+        found.append(Candidate("bf16 NumPy dispatch", numpy_round.dispatch))
+    elif has_ml_dtypes():
         found.append(Candidate("fp8 NumPy dispatch", numpy_round.dispatch_fp8))
+    return found
+
+
+def _encoders(encoder: Encoder, numpy_round: NumPyRound) -> list[Candidate]:
+    """fp8 encoding alone."""
+    found = [Candidate("fp8 encoding", encoder.run, encoder.reset)]
+    if has_ml_dtypes():
         found.append(Candidate("fp8 encoding with ml_dtypes", lambda: quantize_ml_dtypes(numpy_round.x)))
     return found
 
@@ -232,7 +248,7 @@ def _result(
     for name in ("bf16", "fp8"):
         samples[f"{name} round"] = samples[f"{name} dispatch"] + samples[f"{name} combine"]
         if f"{name} NumPy dispatch" in samples:
-            samples[f"{name} NumPy round"] = samples[f"{name} NumPy dispatch"] + samples["NumPy combine"]
+            samples[f"{name} NumPy round"] = samples[f"{name} NumPy dispatch"] + samples[f"{name} NumPy combine"]
     median = {name: float(np.median(values)) for name, values in samples.items()}
     values = {}
     for name in ("bf16", "fp8"):

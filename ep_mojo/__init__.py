@@ -129,7 +129,7 @@ def _load(module: str) -> Any:
 
         raise MissingDependencyError(
             f"ep_mojo.{module} needs the package {missing!r}, which is not installed here",
-            remedy="pip install ep-mojo (it brings MAX and NumPy); `python -m ep_mojo.doctor` shows what is missing",
+            remedy="pip install . in the checkout brings it; `python -m ep_mojo.doctor` shows what is missing",
         ) from error
 
 

@@ -81,7 +81,7 @@ def _program(name: str):
             raise
         raise MissingDependencyError(
             f"ep-mojo {name} needs the package {missing!r}, which is not installed here",
-            remedy="pip install ep-mojo (it brings MAX and NumPy); `ep-mojo doctor` shows what is missing",
+            remedy="pip install . in the checkout brings it; `ep-mojo doctor` shows what is missing",
         ) from error
 
 
@@ -141,7 +141,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")
     parser.add_argument("--output", metavar="FILE.json", help="also write the JSON to this file")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs pip install 'ep-mojo[plots]')")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs pip install '.[plots]')")
 
 
 def _layer_arguments(parser: argparse.ArgumentParser, default_format: str) -> None:

@@ -19,8 +19,6 @@ from .formats import BF16, DTYPE_BYTES, BlockwiseFP8, CustomFormat, TokenFormat,
 __all__ = ["BF16", "BlockwiseFP8", "CustomFormat", "EPConfig", "TokenFormat"]
 
 MAX_RANKS = 8
-MAX_EXPERTS = 2048
-MAX_TOP_K = 32
 MAX_HIDDEN = 1 << 16
 MAX_ALIGNMENT = 1024
 MAX_BUFFERS = 8
@@ -35,7 +33,7 @@ OUTPUT_LAYOUTS = ("expert", "expert_padded", "rank")
 REDUCE_MODES = ("expert", "source", None)
 SLOTS = ("rank", "expert")
 OUTPUT_DTYPES = ("bfloat16", "float32")
-UNHASHED_WORDS = {"all": (11, 12), "dispatch": (2, 6, 9, 10, 11, 12), "combine": (6, 8, 11, 12, 15)}
+UNHASHED_WORDS = {"all": (11, 12), "dispatch": (2, 6, 9, 10, 11, 12, 16), "combine": (6, 8, 11, 12, 15)}
 """Settings that a hash leaves out: always those that ranks may choose for themselves (the SM budget, whether waits
 spin), and those that the Mojo functions named ep_dispatch_* and ep_combine_* do not know."""
 
@@ -56,7 +54,7 @@ class EPConfig:
         hidden_size: H, elements of a token: 8 to 65536, a multiple of 8 (of 128 for `BlockwiseFP8`).
         top_k: K, experts a token: 1 to 32. May be larger than n_experts.
         n_experts: E: 1 to 2048, a multiple of n_ranks. Rank r owns the experts [r * L, (r + 1) * L).
-        max_tokens_per_rank: Tmax: at least 1, with Tmax * K below 2^24.
+        max_tokens_per_rank: Tmax: 1 to 2^22, with Tmax * K below 2^24.
         n_ranks: R: 1 to 8.
         dispatch_format: `BF16()`, `BlockwiseFP8(...)` or `CustomFormat(...)`.
         output_layout: Rows of dispatch. "expert": grouped by expert; "expert_padded": [groups, R * Tmax, H]; "rank":
@@ -203,7 +201,7 @@ class EPConfig:
         return -(-self.max_tokens_per_rank // self.tokens_per_signal)
 
     def settings(self, virtual: bool) -> list[int]:
-        """The 16 int64 words that every op reads.
+        """The 17 int64 words that every op reads.
 
         Args:
             virtual: Ranks share one queue, so a wait that finds its signal missing fails at once.
@@ -225,6 +223,7 @@ class EPConfig:
             int(self.slots == "expert"),
             int(self.shared_expert),
             fnv1a64(self.dispatch_format.key().encode()) >> 1,
+            {None: 0, "expert": 1, "source": 2}[self.reduce],
         ]
 
     def config_hash(self, side: str = "all") -> int:
@@ -267,10 +266,10 @@ class EPConfig:
             self._set("num_buffers", 1 if self.slots == "expert" else 2)
         ranges = {
             "hidden_size": (8, MAX_HIDDEN),
-            "top_k": (1, MAX_TOP_K),
+            "top_k": (1, layout.MAX_TOP_K),
             "n_ranks": (1, MAX_RANKS),
-            "n_experts": (1, MAX_EXPERTS),
-            "max_tokens_per_rank": (1, MAX_PAIRS - 1),  # MAX_PAIRS itself means FAILED in a signal word
+            "n_experts": (1, layout.MAX_EXPERTS),
+            "max_tokens_per_rank": (1, layout.MAX_TOKENS),
             "alignment": (1, MAX_ALIGNMENT),
             "num_buffers": (1, MAX_BUFFERS),
             "tokens_per_signal": (1, MAX_PAIRS),
@@ -306,7 +305,7 @@ class EPConfig:
                 field="max_tokens_per_rank",
                 value=self.max_tokens_per_rank,
                 allowed=f"max_tokens_per_rank * top_k up to {MAX_PAIRS} (2^24 - 1)",
-                remedy=f"choose max_tokens_per_rank up to {min(MAX_PAIRS - 1, MAX_PAIRS // self.top_k)}",
+                remedy=f"choose max_tokens_per_rank up to {MAX_PAIRS // self.top_k}",
             )
         if self.output_layout != "expert":
             for name, default in (("alignment", 1), ("shared_expert", False)):

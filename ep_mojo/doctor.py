@@ -194,9 +194,9 @@ def check_gpus() -> Check:
 def optional_checks() -> list[Check]:
     """Packages of the extras."""
     return [
-        _check_package("torch", "torch", "note", "ep-mojo[torch]", "only for the PyTorch side"),
-        _check_package("matplotlib", "matplotlib", "note", "ep-mojo[plots]", "only for plots of ep-mojo bench"),
-        _check_package("ml_dtypes", "ml_dtypes", "note", "ep-mojo[bench]", "only for the fp8 figures of ep-mojo bench"),
+        _check_package("torch", "torch", "note", ".[torch]", "only for the PyTorch side"),
+        _check_package("matplotlib", "matplotlib", "note", ".[plots]", "only for plots of ep-mojo bench"),
+        _check_package("ml_dtypes", "ml_dtypes", "note", ".[bench]", "only for the fp8 figures of ep-mojo bench"),
     ]
 
 
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_package(name: str, module: str, status_if_absent: str, requirement: str, purpose: str) -> Check:
-    remedy = f"{PIP} '{requirement}'"
+    remedy = f"{PIP} '{requirement}'" + (" in the checkout" if requirement.startswith(".") else "")
     if importlib.util.find_spec(module) is None:
         return Check(name, status_if_absent, "not installed" + (f"; {purpose}" if purpose else ""), remedy)
     try:
@@ -294,25 +294,13 @@ def _run_python(code: str) -> tuple[str, str]:
 
 
 def _memory() -> tuple[int | None, int]:
-    """(total, available) bytes; (None, 0) where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError):
-        try:
-            total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):
-            return None, 0
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = int(file.read())
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
-        total, available = min(total, limit), min(available, max(limit - used, 0))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        pass
-    return total, available
+    """(total, available) bytes; (None, 0) where the system does not tell. Where only the total is known, it twice."""
+    from .memory import available_bytes, total_bytes
+
+    total, available = total_bytes(), available_bytes()
+    if total is None:
+        return None, 0
+    return total, total if available is None else available
 
 
 def _size(count: int) -> str:

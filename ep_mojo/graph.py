@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import EPConfig
-from .errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
 from .formats import BF16, BlockwiseFP8, CustomFormat
-from .handle import HANDLE_TENSORS, Handle, graph_dtype, handle_types
+from .graph_checks import check_combine, check_dispatch, check_length, check_wait
+from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
     from max.graph import TensorType, TensorValue
@@ -109,7 +109,7 @@ def dispatch_wait(ranks: Sequence[Rank], pending: Sequence[PendingDispatch]) -> 
     Returns:
         One `Handle` a rank.
     """
-    _check_length(ranks, pending=pending)
+    check_length(ranks, pending=pending)
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
@@ -176,7 +176,7 @@ def combine_async(
     Raises:
         ShapeError, DTypeError, ConfigError: An argument does not fit the config or the handle.
     """
-    modes = _check_combine(ranks, ys, handles, reduce)
+    modes = check_combine(ranks, ys, handles, reduce)
     pending = []
     for rank, y, h, mode in zip(ranks, ys, handles, modes, strict=True):
         (shared,) = _op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], _reduce(rank.cfg, mode))
@@ -206,7 +206,7 @@ def combine_wait(
     Raises:
         ShapeError, DTypeError, UnsupportedError: An argument does not fit.
     """
-    _check_length(ranks, pending=pending, weights=weights, bias0=bias0, bias1=bias1)
+    check_length(ranks, pending=pending, weights=weights, bias0=bias0, bias1=bias1)
     ys = []
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
         values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
@@ -241,8 +241,8 @@ def combine(
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
         pending = combine_async(ranks, ys, handles, reduce=reduce)
         return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1)
-    modes = _check_combine(ranks, ys, handles, reduce)
-    _check_length(ranks, weights=weights, bias0=bias0, bias1=bias1)
+    modes = check_combine(ranks, ys, handles, reduce)
+    check_length(ranks, weights=weights, bias0=bias0, bias1=bias1)
     outputs = []
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
         values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
@@ -331,23 +331,7 @@ def _wait_values(
     bias0: TensorValue | None,
     bias1: TensorValue | None,
 ) -> list[TensorValue]:
-    T, H = h.topk_ids.shape[0], cfg.hidden_size
-    if weights is not None and (mode != "source" or cfg.output_layout == "rank"):
-        raise UnsupportedError(
-            field="weights",
-            value=f"given, with reduce={mode!r} and output_layout={cfg.output_layout!r}",
-            allowed='weights at combine with reduce="source" and an expert layout only',
-            remedy="give the weights to dispatch",
-        )
-    if weights is not None:
-        _check("weights", weights, [T, cfg.top_k], ["float32"])
-    for name, bias in (("bias0", bias0), ("bias1", bias1)):
-        if bias is not None:
-            _check(name, bias, [T, H], ["bfloat16", "float32"])
-    if bias0 is not None and bias1 is not None and bias0.dtype != bias1.dtype:
-        raise DTypeError(
-            field="bias1", value=bias1.dtype.name, allowed=f"{bias0.dtype.name}, as bias0", remedy="cast one of the two"
-        )
+    check_wait(cfg, h, mode, weights, bias0, bias1)
     given = bias0 if bias0 is not None else bias1
     dtype = "bfloat16" if given is None else given.dtype.name
     weights = h.weights if weights is None else weights
@@ -360,51 +344,8 @@ def _wait_values(
     ]
 
 
-# Checks
-
-
 def _at(values: Sequence | None, i: int) -> Any:
     return None if values is None else values[i]
-
-
-def _check_length(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
-    if not ranks:
-        raise ShapeError(field="ranks", value=0, allowed="at least one rank", remedy="pass comm.bind(...)")
-    for name, values in lists.items():
-        if values is not None and len(values) != len(ranks):
-            raise ShapeError(
-                field=name,
-                value=f"{len(values)} values",
-                allowed=f"{len(ranks)}: one for each rank of the graph",
-                remedy="pass a list with one value a rank",
-            )
-
-
-def _check(name: str, value: TensorValue, shape: list, dtypes: list[str]) -> None:
-    """Raise unless a graph value has this shape (None = any dimension) and one of these dtypes."""
-    if value.dtype.name not in dtypes:
-        raise DTypeError(
-            field=name, value=value.dtype.name, allowed=" or ".join(dtypes), remedy=f"cast {name} before the call"
-        )
-    fits = len(value.shape) == len(shape) and all(
-        want is None or _may_be_equal(got, want) for got, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ["any" if d is None else str(d) for d in shape]
-        raise ShapeError(
-            field=name,
-            value=[str(d) for d in value.shape],
-            allowed=f"[{', '.join(wanted)}]",
-            remedy=f"reshape {name}, or make a config that fits",
-        )
-
-
-def _may_be_equal(got: Any, want: Any) -> bool:
-    """Whether two dimensions are equal; a symbolic one may be anything until the graph runs."""
-    try:
-        return int(got) == int(want)
-    except TypeError:
-        return True
 
 
 def _dispatch_calls(
@@ -416,7 +357,7 @@ def _dispatch_calls(
     x_scales: Values | None,
     input_scale: Values | None,
 ) -> list[tuple[list[TensorValue], PendingDispatch]]:
-    _check_length(
+    check_length(
         ranks,
         xs=xs,
         topk_ids=topk_ids,
@@ -428,7 +369,7 @@ def _dispatch_calls(
     calls = []
     for i, (rank, x, ids) in enumerate(zip(ranks, xs, topk_ids, strict=True)):
         w, n, scales, factor = _at(weights, i), _at(num_tokens, i), _at(x_scales, i), _at(input_scale, i)
-        _check_dispatch(rank.cfg, x, ids, w, n, scales, factor)
+        check_dispatch(rank.cfg, x, ids, w, n, scales, factor)
         values = [
             x,
             _or_absent(scales, "float32", 2),
@@ -439,71 +380,3 @@ def _dispatch_calls(
         ]
         calls.append((values, PendingDispatch(ids, w, n)))
     return calls
-
-
-def _check_dispatch(cfg: EPConfig, x: TensorValue, ids: TensorValue, w: Any, n: Any, scales: Any, factor: Any) -> None:
-    fmt = cfg.dispatch_format
-    quantising = not isinstance(fmt, BF16)
-    encoded = x.dtype.name != "bfloat16"
-    if encoded:
-        passes = isinstance(fmt, BlockwiseFP8) and fmt.scale != "power_of_two"
-        _check("xs", x, [None, cfg.hidden_size], ["bfloat16", graph_dtype(fmt.token_dtype)] if passes else ["bfloat16"])
-        if scales is None:
-            raise ShapeError(
-                field="x_scales",
-                value=None,
-                allowed=f"[T, {cfg.scales_per_token}] with encoded tokens",
-                remedy="pass x_scales, or bfloat16 tokens",
-            )
-        _check("x_scales", scales, [x.shape[0], cfg.scales_per_token], [fmt.scale_dtype])
-    else:
-        _check("xs", x, [None, cfg.hidden_size], ["bfloat16"])
-        if scales is not None:
-            raise UnsupportedError(
-                field="x_scales",
-                value="given with bfloat16 tokens",
-                allowed="scales with tokens that are encoded already",
-                remedy="leave x_scales out",
-            )
-    if factor is not None and (encoded or not quantising):
-        raise UnsupportedError(
-            field="input_scale",
-            value="given, but nothing is quantised",
-            allowed="bfloat16 tokens and a format that quantises",
-            remedy="leave input_scale out",
-        )
-    _check("topk_ids", ids, [x.shape[0], cfg.top_k], ["int32", "int64"])
-    for name, value, shape, dtype in (
-        ("weights", w, [x.shape[0], cfg.top_k], "float32"),
-        ("num_tokens", n, [1], "int32"),
-        ("input_scale", factor, [1], "float32"),
-    ):
-        if value is not None:
-            _check(name, value, shape, [dtype])
-
-
-def _check_combine(ranks: Sequence[Rank], ys: Values, handles: Sequence[Handle], reduce: str | None) -> list[str]:
-    """Check everything, and settle each rank's reduce mode."""
-    _check_length(ranks, ys=ys, handles=handles)
-    modes = []
-    for rank, y, h in zip(ranks, ys, handles, strict=True):
-        cfg = rank.cfg
-        if not isinstance(h, Handle):
-            raise OrderError(
-                field="handles", value=type(h).__name__, allowed="handles of dispatch_wait", remedy="dispatch first"
-            )
-        if h.cfg != cfg:
-            raise ConfigError(
-                field="handles", value=h.cfg, allowed=f"handles of this communicator's config {cfg}", remedy="see value"
-            )
-        mode = reduce or cfg.reduce or "expert"
-        if mode not in ("expert", "source") or (cfg.reduce is not None and mode != cfg.reduce):
-            raise ConfigError(
-                field="reduce",
-                value=reduce,
-                allowed=repr(cfg.reduce) if cfg.reduce else '"expert" or "source"',
-                remedy="set EPConfig.reduce accordingly, or to None",
-            )
-        _check("ys", y, [*h.tokens.shape[:-1], cfg.hidden_size], [cfg.combine_dtype])
-        modes.append(mode)
-    return modes

@@ -109,7 +109,7 @@ def kernel_sources() -> Path:
             return root / PACKAGE
     raise KernelBuildError(
         f"the Mojo sources are neither in {here / '_kernels'} nor in {here.parent / 'kernels'}",
-        remedy="reinstall ep-mojo: pip install --force-reinstall --no-deps ep-mojo",
+        remedy="install ep-mojo again: pip install --force-reinstall --no-deps . in the checkout",
     )
 
 

@@ -22,12 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import (
-    CapacityError,
     ConfigMismatchError,
     CorruptHeadError,
-    EPError,
-    OrderError,
-    PeerTimeoutError,
     ShapeError,
 )
 
@@ -38,9 +34,17 @@ MAGIC = 0x45504D4A
 LAYOUT_VERSION = 1
 ALIGNMENT = 128
 HEAD_WORDS = 64
-SETTINGS_WORDS = 16
+SETTINGS_WORDS = 17
+
+# Limits. MAX_RANKS stands in config.py and in peers.mojo.
+MAX_EXPERTS = 2048
+MAX_TOP_K = 32
+MAX_TOKENS = 4194304
 EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
+EXPERT_SLOTS_TOKEN = 0
+EXPERT_SLOTS_MASK = 4
+EXPERT_SLOTS_UNUSED = 8
 
 # int32 indices in the counters head; u64 and i64 fields take two words, low word first.
 HEAD_MAGIC = 0
@@ -73,6 +77,7 @@ KIND_CAPACITY = 2
 KIND_ORDER = 3
 KIND_PEER_FAILED = 4
 KIND_SHAPE = 5
+KIND_ABORTED = 6
 STAGE_DISPATCH_ASYNC = 1
 STAGE_DISPATCH_WAIT = 2
 STAGE_COMBINE_ASYNC = 3
@@ -86,6 +91,8 @@ FIELD_NUM_TOKENS = 2
 FIELD_SRC_INFO = 3
 FIELD_ROW_MAP = 4
 FIELD_RECV_NUM_TOKENS = 5
+FIELD_HANDLE_TOKENS = 6
+FIELD_REDUCE = 7
 
 STAGE_NAMES = {
     STAGE_DISPATCH_ASYNC: "dispatch_async",
@@ -377,93 +384,3 @@ def decode_record(counters: np.ndarray) -> Record | None:
 def clear_record(counters: np.ndarray) -> None:
     """Erase the error record. The rank works again once its epochs and credits are agreed anew."""
     counters[REC_STATE:REC_END] = 0
-
-
-RESET = "call comm.reset() on all ranks"
-
-
-def record_to_error(record: Record, cfg: EPConfig) -> EPError:
-    """The named error for a record: stage, ranks, what was expected and seen, what to do. Returned, not raised."""
-    stage = STAGE_NAMES.get(record.stage, f"stage {record.stage}")
-    where = f"rank {record.rank}, {stage}"
-    if record.kind == KIND_TIMEOUT:
-        return PeerTimeoutError(
-            f"{where}: no {_signal_name(record.chunk)} from rank {record.peer} within {cfg.timeout_s:g} s "
-            f"(waited for round {record.expected}, last seen round {record.seen})",
-            remedy=f"see whether rank {record.peer} runs the same stages, or raise timeout_s; then {RESET}",
-        )
-    if record.kind == KIND_PEER_FAILED:
-        return PeerTimeoutError(
-            f"{where}: rank {record.peer} failed, as its {_signal_name(record.chunk)} of round {record.expected} says",
-            remedy=f"read the error of rank {record.peer} (comm.check() there), remove its cause, then {RESET}",
-        )
-    if record.kind == KIND_CAPACITY:
-        name, allowed, fix = _capacity_words(cfg)
-        return CapacityError(
-            f"{where}: {record.value} rows arrived",
-            field=name,
-            value=record.limit,
-            allowed=allowed.format(record.value),
-            remedy=f"{fix}; then {RESET}",
-        )
-    if record.kind == KIND_ORDER:
-        return OrderError(_order_words(record, where, cfg), remedy=f"{_order_remedy(record, cfg)}; then {RESET}")
-    if record.kind == KIND_SHAPE:
-        name, limit = {
-            FIELD_TOKENS: ("rows of x", "max_tokens_per_rank"),
-            FIELD_NUM_TOKENS: ("num_tokens", "rows of x"),
-            FIELD_SRC_INFO: ("src_info", "source rank * Tmax + token; 0 <= k < top_k; or (-1, -1)"),
-            FIELD_ROW_MAP: ("row_map", "rows of the tensor, or -1"),
-            FIELD_RECV_NUM_TOKENS: ("recv_num_tokens", "max_tokens_per_rank"),
-        }.get(record.chunk, (f"field {record.chunk}", "limit"))
-        fix = "pass fewer tokens, or raise max_tokens_per_rank"
-        if record.chunk == FIELD_SRC_INFO:
-            fix = "pass the src_info that dispatch_wait gave"
-        elif record.chunk in (FIELD_ROW_MAP, FIELD_RECV_NUM_TOKENS):
-            fix = "pass the handle of the dispatch that the rows come from, with all its rows"
-        return ShapeError(
-            where,
-            field=name,
-            value=record.value,
-            allowed=f"0 to {record.limit} ({limit})",
-            remedy=f"{fix}; then {RESET}",
-        )
-    return CorruptHeadError(
-        f"the error record of {where} cannot be read",
-        field="kind",
-        value=record.kind,
-        allowed=f"{KIND_TIMEOUT} to {KIND_SHAPE}",
-        remedy="make a new communicator; nothing but the ops may write to atomic_counters",
-    )
-
-
-def _signal_name(chunk: int) -> str:
-    return {CHUNK_HEADER: "header", CHUNK_CREDIT: "credit"}.get(chunk, f"signal {chunk}")
-
-
-def _capacity_words(cfg: EPConfig) -> tuple[str, str, str]:
-    if cfg.output_layout == "expert_padded":
-        fix = "raise max_tokens_per_rank, or use output_layout='expert'"
-        return "rows of one expert (n_ranks * max_tokens_per_rank)", "at least {}", fix
-    return "max_rows", "at least {}", "raise max_rows, or leave it None for the worst case"
-
-
-def _order_words(record: Record, where: str, cfg: EPConfig) -> str:
-    epochs = f"(expected round {record.expected}, seen round {record.seen})"
-    if record.peer >= 0:
-        return f"{where}: the {_signal_name(record.chunk)} of rank {record.peer} is not there {epochs}"
-    if record.stage in (STAGE_DISPATCH_WAIT, STAGE_COMBINE_WAIT):
-        return f"{where}: nothing was sent that this could wait for {epochs}"
-    if cfg.slots == "expert":
-        return f"{where}: dispatch and combine do not alternate, as slots='expert' needs {epochs}"
-    return f"{where}: more than num_buffers = {cfg.num_buffers} rounds are in flight {epochs}"
-
-
-def _order_remedy(record: Record, cfg: EPConfig) -> str:
-    if record.peer >= 0:
-        return "emit the sends of all ranks before the first wait (ep_mojo.dispatch and combine do)"
-    if record.stage in (STAGE_DISPATCH_WAIT, STAGE_COMBINE_WAIT):
-        return "call the matching *_async first, once for each wait"
-    if cfg.slots == "expert":
-        return "run all four stages of a round before the next dispatch_async, or use slots='rank'"
-    return "wait for a round before the next one is sent, or raise num_buffers"

@@ -39,7 +39,7 @@ class Rank:
         cfg: The config.
         index: Which of the graph's ranks this is, 0 to graph_ranks - 1.
         fused_allowed: Whether waits may spin, so that the fused ops can be used.
-        settings: int64 [16], host.
+        settings: int64 [SETTINGS_WORDS], host.
         dispatch_send_ptrs, dispatch_recv_ptrs, dispatch_count_ptrs: uint64 [R], host: every rank's windows.
         combine_send_ptrs, combine_recv_ptrs, combine_count_ptrs: uint64 [R], host.
         order: int32 [8], mutable. Every op takes it, so that MAX keeps their order.
@@ -146,7 +146,7 @@ class Communicator(ABC):
         return 2 + len(TABLE_NAMES) + self.graph_ranks
 
     def input_types(self) -> list[Type]:
-        """MAX types of the inputs: settings int64 [16], six tables uint64 [R], order int32 [8], counters a rank."""
+        """MAX types of the inputs: settings int64 [17], six tables uint64 [R], order int32 [8], counters a rank."""
         from max.dtype import DType
         from max.graph import BufferType, DeviceRef, TensorType
 
@@ -234,6 +234,8 @@ class Communicator(ABC):
         Raises:
             ShapeError, DTypeError, DeviceError: An argument does not fit; nothing has run.
             PeerTimeoutError, CapacityError, OrderError, ...: What a rank recorded; `by_rank` holds every rank's.
+            ShapeError, ConfigMismatchError, ...: What an op raised. Virtual ranks that had begun no round then go on as
+                if nothing had been; otherwise the round has failed on all ranks, and later calls raise until `reset`.
         """
 
     @abstractmethod

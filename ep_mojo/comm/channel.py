@@ -1,8 +1,8 @@
 """Messages over a Unix socket: pickles whose arrays travel beside them, and file descriptors.
 
 A frame: u64 number of parts, u64 bytes of each part, the parts. Part 0 is the pickle, the others its out-of-band
-buffers. Reading can stop anywhere and go on later, so that one process
-can listen to many.
+buffers. Reading can stop anywhere and go on later, so that one process can listen to many. Sending cannot: it waits
+until the other end reads, so never send to one that may be sending itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Channel:
 
     Attributes:
         sock: The socket.
+        sent: Messages sent whole.
         broken: The other end is gone, or an exception cut a message in the middle; nothing can follow.
     """
 
     def __init__(self, sock: socket.socket):
         self.sock = sock
+        self.sent = 0
         self.broken = False
         self._expect(bytearray(U64.size))
 
@@ -65,6 +67,7 @@ class Channel:
                 self.sock.sendall(part)
             if fds:
                 socket.send_fds(self.sock, [b"F"], list(fds))
+            self.sent += 1
 
     def receive(self, wait: bool = True) -> list[Any] | None:
         """The parts of the next message (for `decode`), or None where it is not all there yet and `wait` is False.

@@ -35,7 +35,7 @@ class CPUCommunicator(Communicator):
         """See `Communicator.cpu`."""
         super().__init__(cfg)
         self.graph_ranks = cfg.n_ranks
-        self.memories = [windows.allocate(cfg, rank) for rank in range(cfg.n_ranks)]
+        self.memories = windows.allocate_all(cfg)
         self._inputs: list[Buffer] | None = None
         self._session: InferenceSession | None = None
 
@@ -83,7 +83,16 @@ class CPUCommunicator(Communicator):
             values = check_args(specs, args, arg_labels(len(args), self.cfg.n_ranks))
             windows.check_heads(self.memories)
             loaded = model.model if isinstance(model, CompiledGraph) else model
-            outputs = run_model(loaded, [*make_buffers(specs, values), *self.inputs()])
+            buffers = [*make_buffers(specs, values), *self.inputs()]
+            before = [m.epochs() for m in self.memories]
+            try:
+                outputs = run_model(loaded, buffers)
+            except Exception:
+                # Ranks whose ops came before the one that raised may be a round ahead of the others.
+                if before != [m.epochs() for m in self.memories]:
+                    for m in self.memories:
+                        m.record_abort()
+                raise
             if check:
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]

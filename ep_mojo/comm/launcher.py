@@ -60,13 +60,17 @@ class Worker:
         self.channel = Channel(ours)
         self.alive = True
         self.sent = self.answered = 0
+        self._answer: list[Any] | None = None
 
     def request(self, verb: str, *payload: Any, fds: Sequence[int] = ()) -> int:
         """Send a request; returns its number. A worker that is gone is marked, not raised.
 
+        A large one waits until the worker reads, which one that still writes an answer does not: let it answer first.
+
         Raises:
             Exception: The payload cannot be pickled; nothing was sent.
         """
+        whole = self.channel.sent
         self.sent += 1
         try:
             self.channel.send((self.sent, verb, payload), fds)
@@ -75,7 +79,7 @@ class Worker:
         except BaseException:
             if self.channel.broken:  # cut in the middle of the message: nothing can follow it
                 self.bury()
-            else:
+            elif self.channel.sent == whole:  # a Ctrl-C may come when it has just been sent
                 self.sent -= 1
             raise
         return self.sent
@@ -84,15 +88,16 @@ class Worker:
         """The next answer if it is there: (number, ok, value). A worker that is gone is marked and gives None."""
         if not self.alive:
             return None
-        try:
-            parts = self.channel.receive(wait=False)
-        except ChannelError:
-            self.bury()
+        if self._answer is None:
+            try:
+                self._answer = self.channel.receive(wait=False)
+            except ChannelError:
+                self.bury()
+        if self._answer is None:
             return None
-        if parts is None:
-            return None
-        number, ok, value = _decode(parts, self.sent)
-        self.answered = number
+        # Kept until its number is known: a Ctrl-C in between must not make it an answer that never comes.
+        number, ok, value = _decode(self._answer, self.sent)
+        self.answered, self._answer = number, None
         return number, ok, value
 
     def bury(self) -> None:

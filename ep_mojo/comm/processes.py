@@ -126,7 +126,7 @@ class ProcessCommunicator(Communicator):
             models = [CompiledGraph(g.name, s, key=next(_keys)) for g, s in zip(graphs, specs, strict=True)]
             ranks = range(self.cfg.n_ranks)
             self._sweep()
-            self._refuse_lost(ranks)
+            self._settle(ranks)
             for w in self._workers:
                 w.request("warm")
             if self._session is None:
@@ -232,8 +232,8 @@ class ProcessCommunicator(Communicator):
             PeerLostError: A process is gone: no reset brings it back.
         """
         with self._exclusive():
-            self._drain()
-            self._refuse_lost(range(self.cfg.n_ranks))
+            self._sweep()
+            self._settle(range(self.cfg.n_ranks))
             windows.restart_all(self.memories)
 
     def _ranks(self, ranks: Iterable[int] | None) -> list[int]:
@@ -250,6 +250,8 @@ class ProcessCommunicator(Communicator):
         self, ranks: Iterable[int], message: Callable[[int], tuple[Any, ...]], raise_errors: bool = True
     ) -> dict[int, Any]:
         """Send every rank its message, wait for all answers; raise the first error, or give errors as values."""
+        ranks = list(ranks)
+        self._settle(ranks)
         numbers = {r: self._workers[r].request(*message(r)) for r in ranks}
         answers = collect(self._workers, numbers, self._mark_lost)
         if raise_errors:
@@ -264,11 +266,21 @@ class ProcessCommunicator(Communicator):
             if not w.alive:
                 self._mark_lost(rank)
 
-    def _drain(self) -> None:
-        """Wait until every worker has answered everything."""
-        self._sweep()
-        behind = {r: w.sent for r, w in enumerate(self._workers) if w.alive and w.answered < w.sent}
-        collect(self._workers, behind, self._mark_lost)
+    def _settle(self, ranks: Sequence[int]) -> None:
+        """See that these workers are alive and read: none owes an answer.
+
+        A worker that is still writing a large answer, of a call that a Ctrl-C cut short, reads nothing meanwhile. If
+        this end wrote a large request then, both would wait for ever.
+        """
+        self._drain(ranks)
+        self._refuse_lost(ranks)
+
+    def _drain(self, ranks: Iterable[int]) -> None:
+        """Wait until these workers have answered everything; nobody wants the answers."""
+        workers = self._workers
+        behind = {r: workers[r].sent for r in ranks if workers[r].alive and workers[r].answered < workers[r].sent}
+        if behind:
+            collect(workers, behind, self._mark_lost)
 
     def _mark_lost(self, rank: int) -> None:
         if rank in self._known_lost:
@@ -306,7 +318,8 @@ def _survivors(other: Communicator, cfg: EPConfig) -> list[Worker]:
             remedy="leave it out to start new workers",
         )
     with other._exclusive():
-        other._drain()
+        other._sweep()
+        other._drain(range(other.cfg.n_ranks))
         alive = [w for w in other._workers if w.alive]
     if len(alive) < cfg.n_ranks:
         raise ConfigError(

@@ -25,6 +25,7 @@ import numpy as np
 from .. import layout
 from ..config import EPConfig
 from ..errors import ConfigMismatchError, CorruptHeadError, SharedMemoryError
+from ..memory import available_bytes
 from . import windows
 from .windows import RankMemory
 
@@ -165,19 +166,14 @@ def lost_flags(memory: RankMemory) -> np.ndarray:
 
 
 def free_bytes() -> int | None:
-    """Bytes that shared memory can still take: free in /dev/shm and on the machine. None where nobody says."""
-    known = []
+    """Bytes that shared memory can still take: free in /dev/shm, on the machine and in the container. None: unknown."""
+    known = [available_bytes()]
     try:
         stat = os.statvfs(SHM_DIR)
         known.append(stat.f_bavail * stat.f_frsize)
     except OSError:
         pass
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            known += [int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
-    return min(known, default=None)
+    return min((n for n in known if n is not None), default=None)
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -21,6 +21,8 @@ import numpy as np
 from .. import layout
 from ..config import EPConfig
 from ..errors import EPError, SharedMemoryError
+from ..memory import available_bytes
+from ..records import record_to_error
 
 PAGE = 4096
 HEADER_BYTES = PAGE
@@ -38,6 +40,10 @@ TABLES = (
     ("combine_count_ptrs", "combine_count"),
 )
 """Pointer tables in the order of a communicator's inputs, and the window whose addresses each holds (None: zeros)."""
+REMEDY = (
+    "lower max_tokens_per_rank, hidden_size, num_buffers or n_ranks; or close other programs, or raise the container's "
+    "memory limit"
+)
 
 
 def part_bytes(cfg: EPConfig) -> dict[str, int]:
@@ -112,16 +118,38 @@ class RankMemory:
         record = layout.decode_record(self.counters)
         if record is None:
             return None
-        error = layout.record_to_error(record, self.cfg)
+        error = record_to_error(record, self.cfg)
         if record.kind == layout.KIND_PEER_FAILED:
             error.peer_failed = True  # a consequence: the peer's own error says more
         return error
 
-    def publish_failure(self, peer: int) -> None:
-        """Say in the place of `peer` that it has failed, in this and all later epochs.
+    def epochs(self) -> bytes:
+        """The rank's four epochs, to compare with another moment's; `layout.read_epochs` gives the numbers."""
+        return self.counters[layout.HEAD_DISPATCH_SENT : layout.HEAD_COMBINE_WAITED + 2].tobytes()
 
-        Waits of this rank on that peer then end at once, whatever the deadline. For communicators that have lost a
-        process and so will never work again: `restart` does not undo it.
+    def record_abort(self) -> None:
+        """Put on record that an op raised in the middle of a run, unless an earlier failure is there already.
+
+        The rank must not be inside an op. Every later launch then fails as after any other failure, until `restart`.
+        """
+        if self.counters[layout.REC_STATE] != 0:
+            return
+        self.counters[layout.REC_STATE : layout.REC_END] = 0
+        self.counters[layout.REC_KIND] = layout.KIND_ABORTED
+        self.counters[layout.REC_RANK] = self.rank
+        self.counters[layout.REC_PEER] = -1
+        self.counters[layout.REC_STATE] = 2
+
+    def publish_failure(self, peer: int, epoch: int = LAST_EPOCH) -> None:
+        """Say in the place of `peer` that it has failed, in this epoch and all before it.
+
+        Waits of this rank on that peer then end at once, whatever the deadline.
+
+        Args:
+            peer: Who has failed.
+            epoch: The last epoch for which that holds. By default all that will ever be, which `restart` does not
+                undo: for communicators that have lost a process and so will never work again. Any other one is undone
+                by a `restart` that is not below it.
         """
         dispatch, combine = layout.DispatchWindow(self.cfg), layout.CombineWindow(self.cfg)
         if self.cfg.slots == "rank":
@@ -133,7 +161,7 @@ class RankMemory:
             in_dispatch = [dispatch.expert_count(e, peer) for e in experts]
             in_combine = [combine.expert_signal(peer * self.cfg.n_local_experts + e) for e in experts]
         for window, offsets in ((self.dispatch_count, in_dispatch), (self.combine_count, in_combine)):
-            window.view(np.uint64)[np.array(offsets) // 8] = layout.word(LAST_EPOCH, layout.FAILED)
+            window.view(np.uint64)[np.array(offsets) // 8] = layout.word(epoch, layout.FAILED)
 
     def restart(self, epoch: int) -> None:
         """Write what a new round after `epoch` needs: epochs, everybody's credits, no error record."""
@@ -149,7 +177,7 @@ def allocate(cfg: EPConfig, rank: int) -> RankMemory:
     """A fresh block in this process's own memory: windows zero, epochs 0.
 
     Raises:
-        SharedMemoryError: There is not enough memory.
+        SharedMemoryError: There is not enough address space.
     """
     size = block_bytes(cfg)
     try:
@@ -157,10 +185,10 @@ def allocate(cfg: EPConfig, rank: int) -> RankMemory:
     except (OSError, ValueError, OverflowError) as e:
         raise SharedMemoryError(
             f"rank {rank}: no memory for its windows ({e})",
-            field="bytes",
+            field="bytes needed",
             value=size,
             allowed="what the machine has free",
-            remedy="lower max_tokens_per_rank, hidden_size or num_buffers",
+            remedy=REMEDY,
         ) from e
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: slower, no worse
@@ -170,13 +198,33 @@ def allocate(cfg: EPConfig, rank: int) -> RankMemory:
     return memory
 
 
+def allocate_all(cfg: EPConfig) -> list[RankMemory]:
+    """The blocks of all ranks in this process's own memory, after a look whether they fit.
+
+    Pages come when they are first written, so without that look too little memory would kill the process in some round.
+
+    Raises:
+        SharedMemoryError: They do not fit, with the bytes needed and free; nothing is mapped then.
+    """
+    need, free = cfg.n_ranks * block_bytes(cfg), available_bytes()
+    if free is not None and need > free:
+        raise SharedMemoryError(
+            f"the windows of {cfg.n_ranks} ranks do not fit into memory",
+            field="bytes needed",
+            value=need,
+            allowed=f"at most {free} bytes free",
+            remedy=REMEDY,
+        )
+    return [allocate(cfg, rank) for rank in range(cfg.n_ranks)]
+
+
 def pointer_tables(memories: Sequence[RankMemory]) -> list[np.ndarray]:
     """The six pointer tables, uint64 [R], in the order of `TABLES`: window addresses in this process."""
     return [np.array([m.address(part) if part else 0 for m in memories], np.uint64) for _, part in TABLES]
 
 
 def settings_array(cfg: EPConfig, virtual: bool) -> np.ndarray:
-    """The settings tensor, int64 [16]."""
+    """The settings tensor, int64 [SETTINGS_WORDS]."""
     return np.array(cfg.settings(virtual), np.int64)
 
 
@@ -200,3 +248,22 @@ def restart_all(memories: Sequence[RankMemory]) -> int:
     for m in memories:
         m.restart(epoch)
     return epoch
+
+
+def abort_alone(own: RankMemory, memories: Sequence[RankMemory]) -> None:
+    """Give up this rank's part of the rounds in progress: an op of it raised, and its peers may wait for what it owes.
+
+    Every peer reads FAILED in all epochs that it may be waiting for, and the rank's own epochs move on to the last of
+    them, so that `restart_all` agrees on none below it. That peer cannot be further ahead: it sends at most B rounds
+    before this rank's credit, and waits for no round that it has not sent.
+
+    Args:
+        own: The block of the rank, which must not be inside an op.
+        memories: All blocks, mapped in the process of that rank.
+    """
+    own.record_abort()
+    epoch = max(layout.read_epochs(own.counters)) + 1 + own.cfg.num_buffers
+    for index in layout.EPOCH_FIELDS:
+        layout.put_u64(own.counters, index, epoch)
+    for memory in memories:
+        memory.publish_failure(own.rank, epoch)

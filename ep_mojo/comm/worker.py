@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import EPConfig
 from ..dtypes import to_numpy
 from ..errors import ConfigError, EPError, PeerLostError, UnsupportedError
-from . import shm
+from . import shm, windows
 from .arguments import check_args, make_buffers
 from .base import Communicator, CompiledGraph, host_inputs, load_graphs, run_model
 from .channel import Channel, ChannelError
@@ -158,7 +158,8 @@ class WorkerCommunicator(Communicator):
 
         Raises:
             PeerLostError: The rank failed because the process of a peer is gone.
-            EPError: Whatever the arguments or the ops are to blame for, by name.
+            EPError: Whatever the arguments or the ops are to blame for, by name. After an error that an op raised, as
+                after one on record, this rank and its peers fail until the parent's `reset`.
         """
         if ranks is not None and list(ranks) != [self.rank]:
             raise UnsupportedError(field="ranks", value=ranks, allowed=str([self.rank]), remedy="leave it out")
@@ -166,7 +167,12 @@ class WorkerCommunicator(Communicator):
             specs = self._specs(model)
             values = check_args(specs, args, [f"args[{i}] of rank {self.rank}" for i in range(len(args))])
             self._own.check_head()
-            outputs = run_model(self.load(model), [*make_buffers(specs, values), *self.inputs()])
+            loaded, buffers = self.load(model), [*make_buffers(specs, values), *self.inputs()]
+            try:
+                outputs = run_model(loaded, buffers)
+            except Exception:
+                windows.abort_alone(self._own, self.memories)  # peers must not wait for this rank until their deadline
+                raise
             if check:
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]

@@ -80,7 +80,7 @@ def _ml_dtypes() -> Any:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             "ml_dtypes is not installed; it is what fp8 encoding is compared with",
-            remedy="pip install 'ep-mojo[bench]'",
+            remedy="pip install '.[bench]' in the checkout",
         ) from error
     return ml_dtypes
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import MAX_EXPERTS
 from ..dtypes import as_bits
 from ..errors import ConfigError, DTypeError, InputFileError, ShapeError
+from ..layout import MAX_EXPERTS
 from ..validate import Described
 
 EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down")

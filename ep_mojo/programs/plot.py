@@ -22,7 +22,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "--plot needs matplotlib, which is not installed here", remedy="pip install 'ep-mojo[plots]'"
+            "--plot needs matplotlib, which is not installed here", remedy="pip install '.[plots]' in the checkout"
         ) from error
 
 

@@ -26,6 +26,13 @@ comptime ALIGNMENT = 128
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
 
+comptime MAX_EXPERTS = 2048
+"""The most experts of all ranks; ids travel as int16."""
+comptime MAX_TOP_K = 32
+"""The most choices of a token; masks of choices are 32 bits."""
+comptime MAX_TOKENS = 4194304
+"""The most tokens of a rank (2^22): twice as many and one bit fit a signal's value."""
+
 # Indices of int32 words in the counters head; u64 and i64 fields take two.
 comptime HEAD_MAGIC = 0
 """`MAGIC`."""
@@ -84,6 +91,8 @@ comptime KIND_PEER_FAILED: Int32 = 4
 """A peer published FAILED."""
 comptime KIND_SHAPE: Int32 = 5
 """A size that is only known at run time is out of range."""
+comptime KIND_ABORTED: Int32 = 6
+"""An op of the rank raised in the middle of a run; written by the host."""
 
 comptime STAGE_DISPATCH_ASYNC: Int32 = 1
 """The split dispatch, sending half."""
@@ -113,9 +122,19 @@ comptime FIELD_ROW_MAP: Int32 = 4
 """A row of row_map against the rows of the tensor."""
 comptime FIELD_RECV_NUM_TOKENS: Int32 = 5
 """A source's T in recv_num_tokens against max_tokens_per_rank."""
+comptime FIELD_HANDLE_TOKENS: Int32 = 6
+"""T of this rank in a peer's handle against T of this launch."""
+comptime FIELD_REDUCE: Int32 = 7
+"""A peer sends with another reduce mode: 1 = a row for each choice, 0 = a partial sum."""
 
 comptime EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
+comptime EXPERT_SLOTS_TOKEN = 0
+"""Byte offset of the token's index (i32) in that header."""
+comptime EXPERT_SLOTS_MASK = 4
+"""Byte offset of its mask of choices (u32)."""
+comptime EXPERT_SLOTS_UNUSED = 8
+"""Byte offset of the rest (u64), always 0."""
 comptime ROUTED_MASKS = HEAD_WORDS
 """ExpertSlots: first of Tm words behind the head; word t says which choices of this rank's token t were sent."""
 
@@ -311,6 +330,20 @@ def row_offset(s: Settings, buffer: Int, token: Int, k: Int) -> Int:
     return (
         buffer * s.combine_slots * s.max_tokens + token * s.top_k + k
     ) * s.row_bytes
+
+
+@always_inline
+def combine_header(tokens: Int, by_row: Bool) -> Int:
+    """The value of a combine header: what the receiver compares with its own launch.
+
+    Args:
+        tokens: T of the receiver, up to `MAX_TOKENS`.
+        by_row: Whether a row for each choice comes, and not a partial sum for each token.
+
+    Returns:
+        2 T, and 1 more with `by_row`.
+    """
+    return 2 * tokens + Int(by_row)
 
 
 @always_inline

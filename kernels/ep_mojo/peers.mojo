@@ -1,4 +1,4 @@
-"""Typed views of memory: the only file that turns an address into a pointer.
+"""Typed views of memory: the only file that turns an address into a pointer, or a pointer into an address.
 
 Peers' windows arrive as tables of addresses (`recv_ptrs`, `recv_count_ptrs`: uint64, one per rank), tensors as what the
 framework hands over. Both become `View`s here: a typed pointer with a length, and nothing else. Every other file adds
@@ -44,6 +44,10 @@ struct View[dtype: DType](ImplicitlyCopyable, Movable):
         )
         self.size = size
 
+    def __init__(out self):
+        """An absent tensor."""
+        self = Self(0, 0)
+
     @always_inline
     def present(self) -> Bool:
         """Whether the tensor was given.
@@ -87,6 +91,19 @@ struct View[dtype: DType](ImplicitlyCopyable, Movable):
         """
         return Bytes(unsafe_from_address=Int(self.ptr.unsafe_offset(first)))
 
+    @always_inline
+    def part(self, first: Int, size: Int) -> Self:
+        """Some of the elements.
+
+        Args:
+            first: Index of the first one.
+            size: How many.
+
+        Returns:
+            Their view.
+        """
+        return Self(Int(self.ptr.unsafe_offset(first)), size)
+
     def fill(self, value: Scalar[Self.dtype]):
         """Set every element.
 
@@ -116,6 +133,54 @@ def typed[
     return Pointer[Scalar[dtype], MutUntrackedOrigin](
         unsafe_from_address=Int(base.unsafe_offset(offset))
     )
+
+
+@always_inline
+def window_view[
+    dtype: DType
+](base: Bytes, offset: Int, size: Int) -> View[dtype]:
+    """Elements at a byte offset of a window.
+
+    Parameters:
+        dtype: Element type.
+
+    Args:
+        base: Start of the window.
+        offset: Byte offset from `layout.mojo`.
+        size: Number of elements.
+
+    Returns:
+        Their view.
+    """
+    return View[dtype](Int(base.unsafe_offset(offset)), size)
+
+
+struct Scratch[dtype: DType](Movable):
+    """Memory of a launch's own. A view keeps nothing alive: `_ = scratch^` stands behind the last use of any.
+
+    Parameters:
+        dtype: Element type.
+    """
+
+    var memory: List[Scalar[Self.dtype]]
+    """The elements."""
+
+    def __init__(out self, size: Int, fill: Scalar[Self.dtype] = 0):
+        """Allocate.
+
+        Args:
+            size: Number of elements.
+            fill: Value of each.
+        """
+        self.memory = List[Scalar[Self.dtype]](length=size, fill=fill)
+
+    def view(mut self) -> View[Self.dtype]:
+        """The elements.
+
+        Returns:
+            Their view.
+        """
+        return View[Self.dtype](Int(self.memory.unsafe_ptr()), len(self.memory))
 
 
 struct PeerTable(ImplicitlyCopyable, Movable):

@@ -29,6 +29,20 @@ def normal_id(id: Int64, n_experts: Int) -> Int16:
 
 
 @always_inline
+def destination(id: Int16, n_local: Int) -> UInt32:
+    """The rank that owns an expert, as a bit.
+
+    Args:
+        id: The id as it travels.
+        n_local: L.
+
+    Returns:
+        Bit id // L, or 0 for `NO_EXPERT`.
+    """
+    return UInt32(1) << UInt32(Int(id) // n_local) if id >= 0 else UInt32(0)
+
+
+@always_inline
 def destinations(
     ids: View[DType.int16], token: Int, top_k: Int, n_local: Int
 ) -> UInt32:
@@ -45,9 +59,7 @@ def destinations(
     """
     var mask: UInt32 = 0
     for k in range(top_k):
-        var id = Int(ids[token * top_k + k])
-        if id >= 0:
-            mask |= UInt32(1) << UInt32(id // n_local)
+        mask |= destination(ids[token * top_k + k], n_local)
     return mask
 
 

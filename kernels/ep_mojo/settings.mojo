@@ -1,21 +1,28 @@
 """What every rank agrees on: the settings tensor by name, and its hash."""
 
-from .peers import View
+from .peers import Scratch, View
 
-comptime SETTINGS_WORDS = 16
+comptime SETTINGS_WORDS = 17
 """Words (int64) of the settings tensor."""
+
+comptime REDUCE_ANY = 0
+"""Each combine chooses."""
+comptime REDUCE_EXPERT = 1
+"""Partial sums at the expert's rank."""
+comptime REDUCE_SOURCE = 2
+"""The whole sum at the source."""
 
 # Sets of words that a hash leaves out, one bit a word.
 comptime CONFIG_UNHASHED: UInt32 = 0x1800
 """Words 11 and 12: what ranks may choose for themselves."""
-comptime DISPATCH_UNHASHED: UInt32 = 0x1E44
-"""Also K, G and what describes combine rows: the seed-named dispatch functions do not know them."""
+comptime DISPATCH_UNHASHED: UInt32 = 0x11E44
+"""Also K, G, the reduce mode and what describes combine rows: the seed-named dispatch functions do not know them."""
 comptime COMBINE_UNHASHED: UInt32 = 0x9940
 """Also G and what describes messages: the seed-named combine functions do not know them."""
 
 
 struct Settings(ImplicitlyCopyable, Movable):
-    """What is the same on all ranks and known on the host at launch: the settings tensor (int64 [16]) by name."""
+    """What is the same on all ranks and known on the host at launch: the settings tensor (int64 [17]) by name."""
 
     var n_ranks: Int
     """R."""
@@ -49,12 +56,14 @@ struct Settings(ImplicitlyCopyable, Movable):
     """Group 0 holds the rank's own tokens."""
     var format_tag: Int
     """Hash of the format's name and options."""
+    var reduce: Int
+    """`REDUCE_*`: the reduce mode of every combine, or that it may be either."""
 
     def __init__(out self, words: View[DType.int64]):
         """Read the settings tensor.
 
         Args:
-            words: Int64 [16], on the host.
+            words: Int64 [17], on the host.
         """
         self.n_ranks = Int(words[0])
         self.n_experts = Int(words[1])
@@ -72,6 +81,7 @@ struct Settings(ImplicitlyCopyable, Movable):
         self.expert_slots = words[13] != 0
         self.shared_expert = words[14] != 0
         self.format_tag = Int(words[15])
+        self.reduce = Int(words[16])
 
     def __init__(
         out self,
@@ -85,7 +95,7 @@ struct Settings(ImplicitlyCopyable, Movable):
         row_bytes: Int,
         format_tag: Int,
     ):
-        """Settings of ExpertSlots: one buffer, no alignment, no shared expert.
+        """Settings of ExpertSlots: one buffer, no alignment, no shared expert, reduce "source".
 
         Args:
             n_ranks: R.
@@ -113,14 +123,14 @@ struct Settings(ImplicitlyCopyable, Movable):
         self.expert_slots = True
         self.shared_expert = False
         self.format_tag = format_tag
+        self.reduce = REDUCE_SOURCE
 
-    def words(self) -> Array[Int64, SETTINGS_WORDS]:
-        """The settings as a tensor's words.
+    def write(self, w: View[DType.int64]):
+        """Store the settings as a tensor's words, which `Settings(words)` reads.
 
-        Returns:
-            What `Settings(words)` reads.
+        Args:
+            w: Int64 [17], out.
         """
-        var w = Array[Int64, SETTINGS_WORDS](fill=0)
         w[0] = Int64(self.n_ranks)
         w[1] = Int64(self.n_experts)
         w[2] = Int64(self.top_k)
@@ -137,7 +147,7 @@ struct Settings(ImplicitlyCopyable, Movable):
         w[13] = Int64(Int(self.expert_slots))
         w[14] = Int64(Int(self.shared_expert))
         w[15] = Int64(self.format_tag)
-        return w^
+        w[16] = Int64(self.reduce)
 
     def hash(self, unhashed: UInt32) -> UInt64:
         """FNV-1a over the settings as little-endian bytes.
@@ -148,11 +158,10 @@ struct Settings(ImplicitlyCopyable, Movable):
         Returns:
             The hash.
         """
-        var w = self.words()
-        var h = settings_hash(
-            View[DType.int64](Int(Pointer(to=w)), SETTINGS_WORDS), unhashed
-        )
-        _ = w^  # must live until here: a view keeps nothing alive
+        var words = Scratch[DType.int64](SETTINGS_WORDS)
+        self.write(words.view())
+        var h = settings_hash(words.view(), unhashed)
+        _ = words^
         return h
 
     @always_inline

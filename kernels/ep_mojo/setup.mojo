@@ -24,9 +24,6 @@ from .settings import (
 )
 from .signal import FAILED, Head
 
-comptime MAX_TOP_K = 32
-"""The largest K: a k mask has 32 bits."""
-
 
 def expert_slots_settings[
     token_fmt_type: TokenFormat, combine_dtype: DType
@@ -41,9 +38,9 @@ def expert_slots_settings[
 
     Args:
         n_ranks: R, 1 to 8.
-        n_experts: E, a multiple of R.
+        n_experts: E, a multiple of R, up to 2048.
         top_k: K, 1 to 32.
-        max_token_per_rank: Tm; Tm * K is below 2^24.
+        max_token_per_rank: Tm, up to 2^22; Tm * K is below 2^24.
 
     Returns:
         The settings.
@@ -56,11 +53,11 @@ def expert_slots_settings[
     ), "combine_dtype: bfloat16 or float32"
     if (
         not 1 <= n_ranks <= MAX_RANKS
-        or n_experts < 1
+        or not 1 <= n_experts <= MAX_EXPERTS
         or n_experts % n_ranks != 0
         or not 1 <= top_k <= MAX_TOP_K
-        or max_token_per_rank < 1
-        or max_token_per_rank * top_k >= FAILED
+        or not 1 <= max_token_per_rank <= MAX_TOKENS
+        or max_token_per_rank * top_k > FAILED
     ):
         raise Error(
             "ep_mojo.ConfigError: n_ranks=",
@@ -71,7 +68,7 @@ def expert_slots_settings[
             top_k,
             ", max_token_per_rank=",
             max_token_per_rank,
-            "; allowed: 1 to 8 ranks that divide n_experts, top_k 1 to 32, max_token_per_rank * top_k below 2^24",
+            "; allowed: 1 to 8 ranks that divide n_experts (up to 2048), top_k 1 to 32, max_token_per_rank up to 2^22, times top_k below 2^24",
         )
     return Settings(
         n_ranks=n_ranks,

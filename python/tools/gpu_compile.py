@@ -1,7 +1,8 @@
 """Compile what CPU and GPU share for GPUs, without one: `./task gpu-compile [--all] [--target ARCH]`.
 
-Runs tests/mojo/gpu_shared_parts.mojo once for each architecture and prints how large each kernel's assembly became.
-Exit status 0 only if every architecture compiled and gave at least one kernel, the same ones everywhere.
+Runs tests/mojo/gpu_shared_parts.mojo once for each architecture (all variants for sm_90a, a choice of them elsewhere)
+and prints how large each assembly became. Exit status 0 only if every architecture compiled and gave at least one
+kernel, and none lacks one that another gave.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ep_mojo.kernels import Compiler, compiler_report, find_compiler
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_shared_parts.mojo"
 TARGETS = ("sm_90a", "sm_100a", "gfx942")
+EVERYTHING = ("sm_90a",)
+"""Architectures for which every variant is compiled, also without --all."""
 TIMEOUT_S = 900
 LINE = re.compile(r"^kernel (\S+) (\d+)$", re.MULTILINE)
 
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="./task gpu-compile", description="Compile what CPU and GPU share for GPUs. Needs no GPU."
     )
-    parser.add_argument("--all", action="store_true", help="every variant, not only a choice of them")
+    parser.add_argument("--all", action="store_true", help="every variant on all architectures")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this architecture (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
@@ -72,13 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     except EPError as error:
         print(error, file=sys.stderr)
         return 1
+    every = {target: args.all or target in EVERYTHING for target in TARGETS}
     rows, failed = [], []
     if not args.json:
         print(f"{'target':<8} {'kernel':<40} {'bytes':>9} {'seconds':>8}")
     for target in dict.fromkeys(args.target or TARGETS):
         started = time.monotonic()
         try:
-            kernels = compile_for(compiler, target, args.all)
+            kernels = compile_for(compiler, target, every[target])
         except CompileError as error:
             failed.append(target)
             print(f"{error}\n{target}: FAILED", file=sys.stderr, flush=True)
@@ -89,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             if not args.json:  # the time is that of the whole program: shown once
                 print(f"{target:<8} {name:<40} {size:>9} {f'{seconds:.1f}' if index == 0 else '':>8}", flush=True)
     for target in {row["target"] for row in rows}:
-        missing = {row["kernel"] for row in rows} - {row["kernel"] for row in rows if row["target"] == target}
+        wanted = {row["kernel"] for row in rows if every[row["target"]] <= every[target]}
+        missing = wanted - {row["kernel"] for row in rows if row["target"] == target}
         if missing:
             failed.append(target)
             print(f"{target}: FAILED: no assembly for {', '.join(sorted(missing))}", file=sys.stderr)

@@ -91,6 +91,12 @@ def sleep(comm, seconds):
     time.sleep(seconds)
 
 
+def late_zeros(comm, seconds, n_bytes):
+    """An answer of that size, after a while."""
+    time.sleep(seconds)
+    return np.zeros(n_bytes, np.uint8)
+
+
 def report_and_spin(comm, path):
     """Say that the call has begun, then keep the interpreter busy."""
     with open(f"{path}.{comm.rank}", "w") as f:

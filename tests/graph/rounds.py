@@ -19,6 +19,23 @@ CFG = ep.EPConfig(
 )
 """What all tests use, so that MAX finds their graphs in its cache."""
 SMALLER = CFG.replace(n_ranks=3)
+_TWO = {"n_ranks": 2, "timeout_s": 60}
+_CACHED = {"top_k": 3, "n_experts": 4, "max_tokens_per_rank": 800, "max_rows": 2400, "reduce": "expert", **_TWO}
+LARGE = {
+    "whole_lines": ep.EPConfig(hidden_size=2880, **_CACHED),
+    "part_of_a_line": ep.EPConfig(hidden_size=2888, **_CACHED),
+    "fp8_and_source_sums": ep.EPConfig(
+        hidden_size=512,
+        top_k=4,
+        n_experts=8,
+        max_tokens_per_rank=120,
+        tokens_per_signal=3,
+        dispatch_format=ep.BlockwiseFP8(),
+        reduce="source",
+        **_TWO,
+    ),
+}
+"""More payload than the caches hold, or at least than one thread takes. Here since one compilation serves all tests."""
 STAGES = ("send", "receive", "send_back", "receive_back")
 GRAPHS = (*STAGES, "dispatch", "combine", "round")
 
@@ -26,7 +43,7 @@ GRAPHS = (*STAGES, "dispatch", "combine", "round")
 def build(comm):
     """Compile one graph for each stage, all in one module: the four halves, the two fused ops, a whole round.
 
-    And "round_of_3", a whole round for three of the four ranks.
+    And "round_of_3", a whole round for three of the four ranks, and one for each config of `LARGE`, for two.
     """
     from max.graph import Module
 
@@ -34,6 +51,9 @@ def build(comm):
     graphs = {stage: _graph(comm, stage, module) for stage in GRAPHS}
     with ep.Communicator.processes(SMALLER) as three:
         graphs["round_of_3"] = _graph(three, "round", module, "round_of_3")
+    for name, cfg in LARGE.items():
+        with ep.Communicator.processes(cfg) as two:
+            graphs[name] = _graph(two, "round", module, name)
     return dict(zip(graphs, comm.compile_all(list(graphs.values())), strict=True))
 
 
@@ -55,6 +75,8 @@ def _graph(comm, stage, module, name=None):
         "combine": [*handle, weights],
         "round": [x, ids, weights],
     }[stage]
+    if cfg.dispatch_format != ep.BF16():
+        types.append(TensorType(getattr(DType, cfg.combine_dtype), [cfg.rows_capacity, cfg.hidden_size], host))
     inputs = [*types, *comm.input_types()]
     with Graph(name or stage, input_types=inputs, custom_extensions=[ep.kernel_library()], module=module) as graph:
         ranks = comm.bind(graph.inputs[-comm.num_inputs :])
@@ -104,8 +126,8 @@ def _combine(cfg, ranks, given):
 
 
 def _round(cfg, ranks, given):
-    (h,) = ep.dispatch(ranks, *([v] for v in given))
-    return [*h.flat(), *ep.combine(ranks, [h.tokens], [h])]
+    (h,) = ep.dispatch(ranks, *([v] for v in given[:3]))
+    return [*h.flat(), *ep.combine(ranks, given[3:] or [h.tokens], [h])]
 
 
 _OUTPUTS = {
@@ -121,32 +143,43 @@ _OUTPUTS = {
 
 @dataclass
 class Step:
-    """One rank's part of a round: what goes in, and what the reference gives."""
+    """One rank's part of a round: what goes in, and what the reference gives. No `rows`: the tokens are the rows."""
 
     x: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     handle: reference.ReferenceHandle
     y: np.ndarray
+    rows: np.ndarray | None = None
 
     @property
     def inputs(self):
         """Arguments of "dispatch", "send" and "round"."""
-        return self.x, self.ids, self.weights
+        return (self.x, self.ids, self.weights) + (() if self.rows is None else (self.rows,))
 
 
-def make_steps(cfg, n, seed=0):
-    """`n` different rounds, as lists of steps by rank. T differs by rank and round, and is 0 at times."""
+def make_steps(cfg, n, seed=0, sizes=None):
+    """`n` different rounds, as lists of steps by rank.
+
+    T differs by rank and round, and is 0 at times, unless `sizes` gives each round's. Tokens of a quantised format
+    cannot be the experts' rows: then these are drawn.
+    """
     rng = np.random.default_rng(seed)
     by_rank = [[] for _ in range(cfg.n_ranks)]
-    for _ in range(n):
+    for i in range(n):
         tokens = [int(t) for t in rng.integers(0, cfg.max_tokens_per_rank + 1, cfg.n_ranks)]
+        tokens = tokens if sizes is None else sizes[i]
         xs = [float32_to_bfloat16_bits(rng.standard_normal((t, cfg.hidden_size), np.float32)) for t in tokens]
         ids = [rng.integers(-1, cfg.n_experts, (t, cfg.top_k)).astype(np.int32) for t in tokens]
         weights = [rng.random((t, cfg.top_k), np.float32) for t in tokens]
         handles = reference.dispatch(cfg, xs, ids, weights)
-        ys = reference.combine(cfg, [h.tokens for h in handles], handles)
-        for rank, parts in enumerate(zip(xs, ids, weights, handles, ys, strict=True)):
+        rows = [None] * cfg.n_ranks
+        if cfg.dispatch_format != ep.BF16():
+            shape = cfg.rows_capacity, cfg.hidden_size
+            rows = [reference.cast_rows(cfg, rng.standard_normal(shape, np.float32)) for _ in handles]
+        given = [h.tokens if r is None else r for h, r in zip(handles, rows, strict=True)]
+        ys = reference.combine(cfg, given, handles)
+        for rank, parts in enumerate(zip(xs, ids, weights, handles, ys, rows, strict=True)):
             by_rank[rank].append(Step(*parts))
     return by_rank
 

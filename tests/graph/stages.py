@@ -16,6 +16,7 @@ from ep_mojo.comm import windows
 from ep_mojo.comm.base import run_model
 from ep_mojo.dtypes import storage_dtype, to_buffer, to_numpy
 from ep_mojo.handle import HANDLE_TENSORS, graph_dtype, handle_types
+from ep_mojo.layout import SETTINGS_WORDS
 
 DISPATCH_TABLES, COMBINE_TABLES = slice(1, 4), slice(4, 7)
 LAYOUTS = ("expert", "expert_padded", "rank")
@@ -30,6 +31,8 @@ FORMATS = {
     },
 }
 """All formats by name: at H = 8 for bf16, at `FP8_HIDDEN` for the others."""
+EXPERT_SLOTS_FORMATS = {name: FORMATS[name] for name in ("bf16", "fp8-ue8m0-row", "fp8-power_of_two-column")}
+"""The formats that are compiled with slots="expert"."""
 COMBINE_TYPES = {
     8: ("bfloat16", "bfloat16", "bfloat16"),
     72: ("float32", "float32", "float32"),
@@ -47,6 +50,7 @@ class Send:
     fmt: ep.TokenFormat = ep.BF16()
     ids: str = "int32"
     encoded: bool = False
+    slots: str = "rank"
 
     name = "dispatch_async"
     tables = DISPATCH_TABLES
@@ -69,7 +73,7 @@ class Send:
         return []
 
     def parameters(self):
-        return _format(self.hidden, self.fmt)
+        return _format(self.hidden, self.fmt) | {"slots": self.slots}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Receive:
     hidden: int
     fmt: ep.TokenFormat = ep.BF16()
     layout: str = "expert"
+    slots: str = "rank"
 
     name = "dispatch_wait"
     tables = DISPATCH_TABLES
@@ -106,24 +111,26 @@ class Receive:
         ]
 
     def parameters(self):
-        return _format(self.hidden, self.fmt) | {"layout": self.layout}
+        return _format(self.hidden, self.fmt) | {"layout": self.layout, "slots": self.slots}
 
 
 @dataclass(frozen=True)
 class SendBack:
-    """combine_async."""
+    """combine_async. With slots="expert" it takes the handle's `src_info` in place of `row_map`."""
 
     hidden: int
     layout: str = "expert"
     reduce: str = "expert"
     dtype: str = "bfloat16"
+    slots: str = "rank"
 
     name = "combine_async"
     tables = COMBINE_TABLES
 
     def inputs(self):
         per_token = ["R", "Tm", "K"]
-        return [(self.dtype, ["N", self.hidden]), ("int32", per_token), ("float32", per_token), ("int32", ["R"])]
+        where = ["N", 2] if self.slots == "expert" else per_token
+        return [(self.dtype, ["N", self.hidden]), ("int32", where), ("float32", per_token), ("int32", ["R"])]
 
     def shapes(self):
         return [["T0", "H0", 0]]
@@ -132,7 +139,7 @@ class SendBack:
         return [(self.dtype, ["T0", "H0"])]
 
     def parameters(self):
-        return {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce}
+        return {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce, "slots": self.slots}
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ class ReceiveBack:
     out: str = "bfloat16"
     bias: str = "bfloat16"
     ids: str = "int32"
+    slots: str = "rank"
 
     name = "combine_wait"
     tables = COMBINE_TABLES
@@ -167,7 +175,7 @@ class ReceiveBack:
         return [(self.out, ["T", self.hidden])]
 
     def parameters(self):
-        return {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce}
+        return {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce, "slots": self.slots}
 
 
 Variant = Send | Receive | SendBack | ReceiveBack
@@ -182,22 +190,42 @@ def _format(hidden, fmt):
 def all_variants() -> list[Variant]:
     """What `conftest.stages` compiles: every format and layout, every layout and reduce mode, and a few sizes more."""
     fp8 = ep.BlockwiseFP8()
-    found = [Send(8), Send(8, ids="int64"), Send(72), Send(128, fp8), Send(FP8_HIDDEN, fp8, encoded=True)]
-    found += [Send(FP8_HIDDEN, ep.BlockwiseFP8(scale)) for scale in ep.BlockwiseFP8.SCALES]
-    found.append(Send(FP8_HIDDEN, ep.BlockwiseFP8("ue8m0"), encoded=True))
+    found = [Send(8, ids="int64"), Send(72), Send(128, fp8), Receive(72), Receive(128, fp8)]
+    found += [Send(FP8_HIDDEN, ep.BlockwiseFP8(scale), encoded=True) for scale in ("float32", "ue8m0")]
     for fmt in FORMATS.values():
-        found += [Receive(8 if fmt == ep.BF16() else FP8_HIDDEN, fmt, layout) for layout in LAYOUTS]
-    found += [Receive(72), Receive(128, fp8)]
+        hidden = hidden_of(fmt)
+        found += [Send(hidden, fmt), *(Receive(hidden, fmt, layout) for layout in LAYOUTS)]
     for hidden in (8, FP8_HIDDEN):
         for layout in LAYOUTS:
             found += _back(hidden, layout, "expert") + _back(hidden, layout, "source")
-    found += _back(72, "expert", "expert") + _back(72, "expert", "source")
-    return [*found, ReceiveBack(8, ids="int64"), ReceiveBack(8, reduce="source", ids="int64")]
+    for hidden in (72, 128):
+        found += _back(hidden, "expert", "expert") + _back(hidden, "expert", "source")
+    found += [ReceiveBack(8, ids="int64"), ReceiveBack(8, reduce="source", ids="int64")]
+    return found + _expert_slots_variants()
 
 
-def _back(hidden, layout, reduce):
+def _expert_slots_variants():
+    slots = {"slots": "expert"}
+    found = [Send(8, ids="int64", **slots), ReceiveBack(8, reduce="source", ids="int64", **slots)]
+    for fmt in EXPERT_SLOTS_FORMATS.values():
+        hidden = hidden_of(fmt)
+        found.append(Send(hidden, fmt, **slots))
+        for layout in ("expert", "expert_padded"):
+            found += [Receive(hidden, fmt, layout, **slots), *_back(hidden, layout, "source", "expert")]
+    return found
+
+
+def hidden_of(fmt: ep.TokenFormat) -> int:
+    """The H at which a format of `FORMATS` is compiled."""
+    return 8 if fmt == ep.BF16() else FP8_HIDDEN
+
+
+def _back(hidden, layout, reduce, slots="rank"):
     types = COMBINE_TYPES[hidden]
-    return [SendBack(hidden, layout, reduce, types[0]), ReceiveBack(hidden, layout, reduce, *types)]
+    return [
+        SendBack(hidden, layout, reduce, types[0], slots),
+        ReceiveBack(hidden, layout, reduce, *types, slots=slots),
+    ]
 
 
 def compile_all(variants) -> dict:
@@ -226,7 +254,7 @@ def _add_graph(module, name, variant):
     common = [
         BufferType(DType.int32, [windows.ORDER_WORDS], host),
         BufferType(DType.int32, ["words"], host),
-        tensor("int64", [16]),
+        tensor("int64", [SETTINGS_WORDS]),
         *[tensor("uint64", ["R"])] * 3,
     ]
     types = [*common, *(tensor(*t) for t in variant.inputs()), *(tensor("int8", s) for s in variant.shapes())]
@@ -237,7 +265,7 @@ def _add_graph(module, name, variant):
             host,
             values[: len(values) - len(variant.shapes())],
             out_types=[tensor(*t) for t in variant.outputs()],
-            parameters=variant.parameters() | {"slots": "rank"},
+            parameters=variant.parameters(),
         )
         graph.output(*outputs)
 
@@ -261,9 +289,8 @@ class Engine:
 
     def send(self, rank, x, ids, weights=None, num_tokens=None, x_scales=None, input_scale=None):
         """dispatch_async."""
-        fmt = self.cfg.dispatch_format
-        fmt = fmt if fmt == ep.BF16() else ep.BlockwiseFP8(fmt.scale)
-        variant = Send(self.cfg.hidden_size, fmt, ids.dtype.name, x_scales is not None)
+        cfg = self.cfg
+        variant = Send(cfg.hidden_size, cfg.dispatch_format, ids.dtype.name, x_scales is not None, cfg.slots)
         factor = None if input_scale is None else np.array([input_scale], np.float32)
         self._run(variant, rank, [x, _or(x_scales, 2), ids, _or(weights, 2), _or(num_tokens, 1), _or(factor, 1)])
 
@@ -276,7 +303,7 @@ class Engine:
             [cfg.rows_capacity, *dims["scales"], *dims["row_offsets"], *dims["counts"], 0],
             [*dims["expert_ids"], *dims["local_ids"], cfg.max_tokens_per_rank, cfg.top_k, 0],
         ]
-        variant = Receive(cfg.hidden_size, cfg.dispatch_format, cfg.output_layout)
+        variant = Receive(cfg.hidden_size, cfg.dispatch_format, cfg.output_layout, cfg.slots)
         handle = SimpleNamespace(**dict(zip(HANDLE_TENSORS, self._run(variant, rank, [], shapes), strict=True)))
         handle.tokens = handle.tokens.reshape(dims["tokens"])
         return handle
@@ -285,18 +312,17 @@ class Engine:
         """combine_async: the shared expert's rows [own_rows, H], or [0, 0]."""
         cfg = self.cfg
         shape = [own_rows, cfg.hidden_size, 0] if cfg.shared_expert else [0, 0, 0]
-        variant = SendBack(cfg.hidden_size, cfg.output_layout, reduce, cfg.combine_dtype)
+        variant = SendBack(cfg.hidden_size, cfg.output_layout, reduce, cfg.combine_dtype, cfg.slots)
         rows = rows.reshape(-1, cfg.hidden_size)
-        given = [rows, handle.row_map, handle.recv_weights, handle.recv_num_tokens]
+        where = handle.src_info if cfg.slots == "expert" else handle.row_map
+        given = [rows, where, handle.recv_weights, handle.recv_num_tokens]
         return self._run(variant, rank, given, [shape])[0]
 
     def receive_back(self, rank, ids, shared, reduce="expert", weights=None, num_tokens=None, bias0=None, bias1=None):
         """combine_wait: the sums [T, H]."""
         cfg = self.cfg
-        bias = COMBINE_TYPES[cfg.hidden_size][2]
-        variant = ReceiveBack(
-            cfg.hidden_size, cfg.output_layout, reduce, cfg.combine_dtype, cfg.output_dtype, bias, ids.dtype.name
-        )
+        types = cfg.combine_dtype, cfg.output_dtype, COMBINE_TYPES[cfg.hidden_size][2], ids.dtype.name
+        variant = ReceiveBack(cfg.hidden_size, cfg.output_layout, reduce, *types, cfg.slots)
         given = [ids, _or(weights, 2), _or(num_tokens, 1), _or(bias0, 2), _or(bias1, 2), shared]
         return self._run(variant, rank, given)[0]
 

@@ -3,6 +3,10 @@
 Wrong orders of the stages, deadlines and failures of single stages are in tests/mojo/test_api.mojo.
 """
 
+import os
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +16,7 @@ from graph import rounds
 import ep_mojo as ep
 from ep_mojo import reference
 from ep_mojo.dtypes import float32_to_bfloat16_bits
-from ep_mojo.errors import CapacityError, PeerTimeoutError, ShapeError
+from ep_mojo.errors import CapacityError, PeerLostError, PeerTimeoutError, ShapeError
 from ep_mojo.handle import HANDLE_TENSORS
 
 TMAX, K = 20, 4
@@ -169,18 +173,22 @@ def test_fp8_padded():
             comm.execute(model, *xs, *ids, *weights, *ys)
 
 
+def whole_round(comm):
+    """One rank's round: x, ids and weights in, handle and sums out."""
+
+    def body(ranks, v):
+        (h,) = ep.dispatch(ranks, *([t] for t in v))
+        return [*h.flat(), *ep.combine(ranks, [h.tokens], [h])]
+
+    return graph(comm, body, [("bfloat16", ["T", BF16.hidden_size]), ("int32", ["T", K]), ("float32", ["T", K])])
+
+
 @pytest.fixture(scope="module")
 def processes():
     """A process for each of three ranks, a whole round in one graph, and twelve rounds with different T."""
     cfg = BF16.replace(timeout_s=5.0)
     with ep.Communicator.processes(cfg) as comm:
-
-        def body(ranks, v):
-            (h,) = ep.dispatch(ranks, *([t] for t in v))
-            return [*h.flat(), *ep.combine(ranks, [h.tokens], [h])]
-
-        inputs = [("bfloat16", ["T", cfg.hidden_size]), ("int32", ["T", K]), ("float32", ["T", K])]
-        yield comm, graph(comm, body, inputs), rounds.make_steps(cfg, 12, seed=1)
+        yield comm, whole_round(comm), rounds.make_steps(cfg, 12, seed=1)
 
 
 def play(processes, n):
@@ -205,3 +213,27 @@ def test_processes_with_a_missing_peer(processes):
     assert sorted(caught.value.by_rank) == [0, 2]
     comm.reset()
     play(processes, 12)
+
+
+def test_a_process_killed_in_the_middle_is_named_at_once():
+    """Nobody waits for the deadline, which is a minute away."""
+    cfg = BF16.replace(timeout_s=60.0)
+    steps = rounds.make_steps(cfg, 3, seed=2)
+    with ep.Communicator.processes(cfg) as comm:
+        model = whole_round(comm)
+        arguments = [[(8, rank, 0.0, 0.0), mine] for rank, mine in enumerate(steps)]
+        killer = threading.Timer(0.5, os.kill, [comm.pids[1], signal.SIGKILL])
+        killer.start()
+        begin = time.monotonic()
+        with pytest.raises(PeerLostError, match="rank 1") as caught:
+            comm.run(rounds.play_fused, model, 10**6, per_rank=arguments)
+        assert time.monotonic() - begin < 20
+        killer.join()
+        assert sorted(caught.value.by_rank) == [0, 1, 2]
+        for rank, error in caught.value.by_rank.items():
+            assert isinstance(error, PeerLostError)
+            assert f"rank {rank}" in str(error)
+            assert "rank 1" in str(error)
+        for call in (comm.check, comm.reset):
+            with pytest.raises(PeerLostError, match="rank 1.*SIGKILL"):
+                call()

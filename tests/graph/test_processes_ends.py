@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 from graph.process_calls import (
     CFG,
@@ -20,6 +21,7 @@ from graph.process_calls import (
     check_here,
     echo,
     kill,
+    late_zeros,
     leave_by,
     read_own,
     sleep,
@@ -179,6 +181,51 @@ def test_ctrl_c_leaves_the_communicator_in_order(comm):
     comm.reset()
     assert time.monotonic() - begin > 1.4
     assert comm.run(echo, 8) == [8, 8, 8]
+
+
+LARGE = 8 << 20
+"""More bytes than a socket takes before the other end reads."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Make a deadlock an error."""
+
+    def late(*_):
+        raise AssertionError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_large_answer_that_nobody_wants_blocks_no_large_request(comm):
+    """Workers still write the answer of an interrupted call when the next request comes."""
+    model = comm.compile(add_order_graph(comm))
+    big = np.arange(LARGE // 4, dtype=np.int32)
+
+    def expect_sum():
+        for y in comm.execute(model, *[big] * 3):
+            np.testing.assert_array_equal(y, big + 1)
+
+    for call in (
+        expect_sum,
+        lambda: [np.testing.assert_array_equal(x, big) for x in comm.run(echo, big)],
+        lambda: comm.compile_all([add_order_graph(comm)]),
+        comm.reset,
+    ):
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            comm.run(late_zeros, 0.6, LARGE)
+        time.sleep(0.8)
+        with time_limit(60):
+            call()
+    assert comm.lost == []
 
 
 PARENT = """

@@ -1,7 +1,8 @@
 """Drawn configs and routings, several rounds in flight, ranks in any order: always equal to the reference."""
 
 import numpy as np
-from graph.stages import COMBINE_TYPES, FORMATS, FP8_HIDDEN, Engine
+import pytest
+from graph.stages import COMBINE_TYPES, EXPERT_SLOTS_FORMATS, FORMATS, FP8_HIDDEN, Engine, hidden_of
 from graph.virtual import Play, random_round
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,19 +14,20 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def configs(draw, hidden, fmt, layout):
+def configs(draw, hidden, fmt, layout, slots="rank"):
     """Configs of one compiled variant: everything that is known at run time only."""
     n_ranks = draw(st.integers(1, 8))
     types = COMBINE_TYPES[hidden]
     fields = {
-        "top_k": draw(st.one_of(st.integers(1, 4), st.integers(1, 32))),
+        "top_k": draw(st.one_of(st.integers(1, 4), st.integers(1, 32), st.just(32))),
         "n_experts": n_ranks * draw(st.integers(1, 5)),
         "max_tokens_per_rank": draw(st.integers(1, 9)),
-        "num_buffers": draw(st.integers(1, 4)),
         "tokens_per_signal": draw(st.integers(1, 9)),
-        "reduce": draw(st.sampled_from(["expert", "source", None])),
     }
-    if layout == "expert":
+    if slots == "rank":
+        fields["num_buffers"] = draw(st.integers(1, 4))
+        fields["reduce"] = draw(st.sampled_from(["expert", "source", None]))
+    if slots == "rank" and layout == "expert":
         fields["alignment"] = draw(st.sampled_from([1, 1, 4, 7]))
         fields["shared_expert"] = draw(st.booleans())
     return ep.EPConfig(
@@ -33,6 +35,7 @@ def configs(draw, hidden, fmt, layout):
         n_ranks=n_ranks,
         dispatch_format=fmt,
         output_layout=layout,
+        slots=slots,
         combine_dtype=types[0],
         output_dtype=types[1],
         **fields,
@@ -65,6 +68,11 @@ def check(stages, cfg, rounds, seed):
 
 
 BF16 = [(8, ep.BF16(), layout) for layout in ("expert", "expert_padded", "rank")]
+EXPERT_SLOTS = [
+    (hidden_of(fmt), fmt, layout, "expert")
+    for fmt in EXPERT_SLOTS_FORMATS.values()
+    for layout in ("expert", "expert_padded")
+]
 FP8 = [(FP8_HIDDEN, fmt, layout) for fmt in FORMATS.values() if fmt != ep.BF16() for _, _, layout in BF16]
 
 
@@ -82,9 +90,49 @@ def test_fp8(stages, game):
     check(stages, cfg, [random_round(cfg, **fields) for fields in rounds], seed)
 
 
+@settings(PROPERTIES, max_examples=60)
+@given(game=games(EXPERT_SLOTS))
+def test_expert_slots(stages, game):
+    cfg, rounds, seed = game
+    check(stages, cfg, [random_round(cfg, **fields) for fields in rounds], seed)
+
+
+@pytest.mark.parametrize("fmt", EXPERT_SLOTS_FORMATS.values(), ids=EXPERT_SLOTS_FORMATS)
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_expert_slots_with_every_bit_of_a_choice_mask(stages, fmt, n_ranks):
+    """K = 32: one expert for all choices of a token, experts in turn, and the last choice alone."""
+    types = COMBINE_TYPES[hidden_of(fmt)]
+    cfg = ep.EPConfig(
+        hidden_size=hidden_of(fmt),
+        top_k=32,
+        n_experts=2 * n_ranks,
+        max_tokens_per_rank=5,
+        n_ranks=n_ranks,
+        dispatch_format=fmt,
+        slots="expert",
+        combine_dtype=types[0],
+        output_dtype=types[1],
+    )
+    rounds = [random_round(cfg, seed, reduce="source", ragged=False) for seed in range(3)]
+    alone = np.where(np.arange(32) == 31, 0, -1)
+    for rnd, ids in zip(rounds, [np.full(32, cfg.n_experts - 1), np.arange(32) % cfg.n_experts, alone], strict=True):
+        rnd.case.topk_ids = [np.tile(ids, (len(x), 1)).astype(np.int32) for x in rnd.case.xs]
+        rnd.case.num_tokens = None
+        rnd.solve()
+        masked = [h.src_info[:, 1] for h in rnd.handles]
+        assert sum((m == 31).sum() for m in masked) == 5 * n_ranks
+    check(stages, cfg, rounds, 0)
+
+
 @settings(PROPERTIES, max_examples=20)
-@given(seed=SEEDS, n_ranks=st.integers(1, 8), special=st.sampled_from([0.0, 0.1]))
-def test_smallest_fp8(stages, seed, n_ranks, special):
+@given(
+    seed=SEEDS,
+    n_ranks=st.integers(1, 8),
+    reduce=st.sampled_from(["expert", "source"]),
+    special=st.sampled_from([0.0, 0.1]),
+)
+def test_smallest_fp8(stages, seed, n_ranks, reduce, special):
+    """One block of 128 channels: all four stages."""
     cfg = ep.EPConfig(
         hidden_size=128,
         top_k=3,
@@ -93,14 +141,7 @@ def test_smallest_fp8(stages, seed, n_ranks, special):
         n_ranks=n_ranks,
         dispatch_format=ep.BlockwiseFP8(),
     )
-    rnd = random_round(cfg, seed, special=special)
-    with Engine(stages, cfg) as engine:
-        play = Play(engine, [rnd])
-        for action in ("send", "receive"):
-            for rank in np.random.default_rng(seed).permutation(n_ranks):
-                play.step(action, rank)
-        engine.comm.check()
-    assert not play.differences, "\n".join(play.differences)
+    check(stages, cfg, [random_round(cfg, seed, reduce=reduce, special=special)], seed)
 
 
 @settings(PROPERTIES, max_examples=20)

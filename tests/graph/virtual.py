@@ -132,6 +132,8 @@ class Play:
         if n >= len(self.rounds):
             return False
         if action == "send":
+            if self.engine.cfg.slots == "expert" and n > done["receive_back"][rank]:
+                return False  # dispatch and combine alternate
             return n - min(done["receive"]) < buffers
         if action == "receive":
             return n < min(done["send"])

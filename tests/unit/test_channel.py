@@ -103,6 +103,18 @@ def test_what_cannot_be_pickled_leaves_the_stream_in_order(pair):
     assert Channel.decode(receiver.receive()) == "fine"
 
 
+def test_messages_sent_whole_are_counted(pair):
+    sender, receiver = pair
+    sender.send("one")
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        sender.send(lambda: None)
+    assert sender.sent == 1
+    receiver.close()
+    with pytest.raises(ChannelError):
+        sender.send("x" * (1 << 20))
+    assert sender.sent == 1
+
+
 def test_an_interrupt_in_the_middle_breaks_the_channel():
     class Interrupted(Recorder):
         def sendall(self, part):

@@ -248,7 +248,7 @@ def test_help_and_doctor_need_only_the_standard_library():
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"ep-mojo\[plots\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install \'\.\[plots\]\'"):
         plot.require_matplotlib()
 
 

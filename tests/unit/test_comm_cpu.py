@@ -243,6 +243,59 @@ def test_failure_published_for_a_peer_touches_only_its_words(slots):
     assert {int(x) for x in (*dispatch, *combine)} == {0, failed}
 
 
+@pytest.mark.parametrize("slots", ["rank", "expert"])
+def test_a_rank_that_aborts_is_behind_no_peer_and_restart_undoes_it(slots):
+    cfg = CFG.replace(slots=slots)
+    memories = [w.allocate(cfg, rank) for rank in range(3)]
+    for index, epoch in zip(layout.EPOCH_FIELDS, (7, 6, 5, 5), strict=True):
+        layout.put_u64(memories[1].counters, index, epoch)
+    fail(memories[2], layout.KIND_TIMEOUT, peer=1)
+    w.abort_alone(memories[1], memories)
+    last = 7 + 1 + cfg.num_buffers  # a peer waits for the next round, or for a buffer's credit of one B later
+    assert layout.read_epochs(memories[1].counters) == (last,) * 4
+    for m in memories:
+        words = np.concatenate([m.dispatch_count.view(np.uint64), m.combine_count.view(np.uint64)])
+        assert {int(x) for x in words} == {0, layout.word(last, layout.FAILED)}
+    with pytest.raises(OrderError, match=r"rank 1: an op .*in the middle of a run.*comm\.reset\(\)"):
+        raise memories[1].error()
+    assert memories[0].error() is None, "a peer that waits for nothing has not failed"
+    memories[2].record_abort()
+    assert isinstance(memories[2].error(), PeerTimeoutError), "the first failure is the one reported"
+    assert w.restart_all(memories) == last
+    assert [m.error() for m in memories] == [None] * 3
+    assert {layout.read_epochs(m.counters) for m in memories} == {(last,) * 4}
+
+
+class Raises:
+    """A model whose op raises, after some ranks have counted an epoch."""
+
+    def __init__(self, comm, begun):
+        self.comm, self.begun = comm, begun
+
+    def execute(self, *buffers):
+        for rank in self.begun:
+            layout.put_u64(self.comm.memories[rank].counters, layout.HEAD_DISPATCH_SENT, 1)
+        raise ValueError("traces ... ep_mojo.ShapeError: x: bytes = 1; allowed: 2\nmore")
+
+
+@pytest.mark.parametrize("begun", [[], [0], [0, 1, 2]], ids=str)
+def test_an_op_that_raises_goes_on_record_where_a_round_has_begun(compiled, begun):
+    _, model = compiled
+    args = [a for kind in arrays(3) for a in kind]
+    with Communicator.cpu(CFG) as comm:
+        broken = CompiledGraph("broken", model.specs, Raises(comm, begun))
+        with pytest.raises(ShapeError, match="x: bytes = 1; allowed: 2$"):
+            comm.execute(broken, *args)
+        if begun:
+            for call in (comm.check, lambda: comm.execute(model, *args)):
+                with pytest.raises(OrderError, match="in the middle of a run") as caught:
+                    call()
+                assert sorted(caught.value.by_rank) == [0, 1, 2]
+            comm.reset()
+        comm.execute(model, *args)
+        assert {layout.read_epochs(m.counters) for m in comm.memories} == {(int(bool(begun)),) * 4}
+
+
 def test_a_damaged_head_is_named_before_anything_runs(compiled):
     _, model = compiled
     with Communicator.cpu(CFG) as comm:
@@ -292,3 +345,15 @@ def test_bad_configs_and_too_much_memory():
     huge = EPConfig(hidden_size=65536, top_k=32, n_experts=8, max_tokens_per_rank=524287, n_ranks=8, num_buffers=8)
     with pytest.raises(SharedMemoryError, match="max_tokens_per_rank"):
         Communicator.cpu(huge)
+
+
+def test_too_little_memory_maps_nothing(monkeypatch):
+    need = 3 * w.block_bytes(CFG)
+    monkeypatch.setattr(w, "available_bytes", lambda: need)
+    Communicator.cpu(CFG).destroy()
+    monkeypatch.setattr(w, "available_bytes", lambda: None)
+    Communicator.cpu(CFG).destroy()
+    monkeypatch.setattr(w, "available_bytes", lambda: need - 1)
+    monkeypatch.setattr(w, "allocate", None)
+    with pytest.raises(SharedMemoryError, match=rf"bytes needed = {need}: .*3 ranks.*at most {need - 1} bytes free"):
+        Communicator.cpu(CFG)

@@ -24,7 +24,7 @@ INT_FIELDS = {
     "hidden_size": (8, 65536),
     "top_k": (1, 32),
     "n_experts": (1, 2048),
-    "max_tokens_per_rank": (1, 2**24 - 2),
+    "max_tokens_per_rank": (1, 2**22),
     "n_ranks": (1, 8),
     "alignment": (1, 1024),
     "max_rows": (1, 2**31 - 1),
@@ -120,7 +120,7 @@ CONTRADICTIONS = [
     ({"n_ranks": 7}, "n_experts"),
     ({"n_experts": 4, "n_ranks": 8}, "n_experts"),
     ({"max_tokens_per_rank": 2**21}, "max_tokens_per_rank"),
-    ({"max_tokens_per_rank": 2**24 - 1, "top_k": 1}, "max_tokens_per_rank"),
+    ({"max_tokens_per_rank": 2**22 + 1, "top_k": 1}, "max_tokens_per_rank"),
     ({"alignment": 8, "output_layout": "rank"}, "alignment"),
     ({"alignment": 8, "output_layout": "expert_padded"}, "alignment"),
     ({"shared_expert": True, "output_layout": "rank"}, "shared_expert"),
@@ -159,7 +159,7 @@ def test_pairs_up_to_the_limit():
     assert make(max_tokens_per_rank=(2**24 - 1) // 8).max_tokens_per_rank == 2097151
     with pytest.raises(ConfigError, match="2097151"):
         make(max_tokens_per_rank=2097152)
-    assert make(max_tokens_per_rank=2**24 - 2, top_k=1)
+    assert make(max_tokens_per_rank=2**22, top_k=1)
 
 
 def test_top_k_may_exceed_experts():
@@ -276,7 +276,7 @@ def test_config_hash():
     config = make()
     words = config.settings(virtual=True)
     words[11] = words[12] = 0
-    assert config.config_hash() == fnv1a64(struct.pack("<16q", *words))
+    assert config.config_hash() == fnv1a64(struct.pack("<17q", *words))
     assert config.config_hash() == make(n_sms=3).config_hash() == make(timeout_s=1).config_hash()
     others = [
         make(top_k=4),
@@ -285,8 +285,10 @@ def test_config_hash():
         make(slots="expert"),
         make(tokens_per_signal=4),
         make(num_buffers=3),
+        make(reduce="source"),
+        make(reduce="expert"),
     ]
-    assert len({c.config_hash() for c in [config, *others]}) == 7
+    assert len({c.config_hash() for c in [config, *others]}) == 9
 
 
 @pytest.mark.parametrize("fmt", [BF16(), BlockwiseFP8(), BlockwiseFP8("ue8m0", "column"), INT8], ids=lambda f: f.key())

@@ -18,6 +18,7 @@ from ep_mojo.errors import (
     ShapeError,
 )
 from ep_mojo.layout import CombineWindow, DispatchWindow, Record
+from ep_mojo.records import record_to_error
 
 MIRROR = Path(__file__).parents[2] / "kernels" / "ep_mojo" / "layout.mojo"
 
@@ -43,7 +44,7 @@ CONFIGS = [
 ]
 
 
-HASHES = (0x10A9FBFC3896C3DE, 0x03F9C458A99B9488, 0x3941032883AD699A)
+HASHES = (0x9FD403025270D75C, 0x5F184D49D0F57588, 0x10E0B1A69EC88C98)
 
 
 def regions(cfg, window):
@@ -146,7 +147,7 @@ def test_mirror_has_the_same_constants():
         pytest.skip("the Mojo sources are not beside the tests")
     pattern = r"^comptime ([A-Z][A-Z0-9_]*)(?:: \w+)? = (-?(?:0x[0-9A-Fa-f]+|\d+))$"
     mojo = {name: int(value, 0) for name, value in re.findall(pattern, MIRROR.read_text(), re.M)}
-    prefixes = ("HEAD_", "REC_", "KIND_", "STAGE_", "CHUNK_", "FIELD_")
+    prefixes = ("MAX_", "HEAD_", "REC_", "KIND_", "STAGE_", "CHUNK_", "FIELD_")
     assert sum(name.startswith(prefixes) for name in mojo) >= 30
     for name, value in mojo.items():
         assert getattr(layout, name) == value, name
@@ -257,7 +258,20 @@ RECORDS = [
     ),
     (record(5, chunk=2, value=-1, limit=10), config(), ShapeError, ["num_tokens = -1"]),
     (record(5, chunk=3, stage=3, value=77, limit=59), config(), ShapeError, ["src_info = 77", "dispatch_wait gave"]),
+    (
+        record(5, chunk=6, stage=4, value=9, limit=10),
+        config(),
+        ShapeError,
+        ["tokens of this rank in the handle of rank 0 = 9", "10: the tokens of this combine", "one dispatch"],
+    ),
+    (
+        record(5, chunk=7, stage=4, value=1, limit=0),
+        config(),
+        ShapeError,
+        ["reduce of rank 0 = 'source'", "expert, as"],
+    ),
     (record(3, peer=-1, stage=1), config(slots="expert"), OrderError, ["alternate", "all four stages"]),
+    (record(6, stage=0, peer=-1), config(), OrderError, ["rank 1: an op", "in the middle of a run"]),
     (record(77), config(), CorruptHeadError, ["77"]),
     (record(1, stage=9, rank=2), config(), PeerTimeoutError, ["stage 9", "rank 2"]),
 ]
@@ -265,7 +279,7 @@ RECORDS = [
 
 @pytest.mark.parametrize(("rec", "cfg", "cls", "words"), RECORDS, ids=lambda v: getattr(v, "__name__", ""))
 def test_record_to_error(rec, cfg, cls, words):
-    error = layout.record_to_error(rec, cfg)
+    error = record_to_error(rec, cfg)
     assert type(error) is cls
     for word in words:
         assert word in str(error), str(error)

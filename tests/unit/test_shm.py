@@ -140,6 +140,14 @@ def test_free_bytes_of_this_machine():
     assert free is None or free > 0
 
 
+def test_free_bytes_is_the_least_of_what_limits_it(monkeypatch):
+    monkeypatch.setattr(shm, "available_bytes", lambda: 4096)
+    assert shm.free_bytes() in (0, 4096)
+    monkeypatch.setattr(shm, "available_bytes", lambda: None)
+    monkeypatch.setattr(shm, "SHM_DIR", "/nowhere")
+    assert shm.free_bytes() is None
+
+
 SMALL_SHM = """
     import sys; sys.path[:] = {path!r}
     from ep_mojo.comm import Communicator

@@ -10,14 +10,15 @@ from ..cpu.combine_wait import CombineOutput
 from ..launch import Endpoint, check_identity
 from ..layout import (
     HEAD_COMBINE_HASH,
+    MAX_TOP_K,
     STAGE_COMBINE_ASYNC,
     STAGE_COMBINE_WAIT,
 )
 from ..numeric import load_f32
 from ..ops.checks import check_expert_rows, require
-from ..peers import View
+from ..peers import Scratch, View
 from ..settings import COMBINE_UNHASHED, Settings
-from ..setup import MAX_TOP_K, tile_bytes, tile_view
+from ..setup import tile_bytes, tile_view
 from .target import check_ranks, check_target
 
 comptime RouterWeights = def[width: Int](
@@ -159,20 +160,21 @@ def ep_combine_wait_kernel_api[
     var y = tile_bytes(output_tokens)
     var rows = Int(output_tokens.dim(0))
     require("output_tokens: bytes", y.size, rows * ep.s.row_bytes)
-    var given = Int32(rows if num_input_tokens == -1 else num_input_tokens)
-    var T = max(0, min(rows, Int(given)))
-    var weights = List[Float32](length=T * top_k, fill=1)
+    var given = rows if num_input_tokens == -1 else num_input_tokens
+    var T = max(0, min(rows, given))
+    var num_tokens = Scratch[DType.int32](1, Int32(given))
+    var weights = Scratch[DType.float32](T * top_k, 1)
     comptime if router_weights_wrapper:
         comptime weight_of = router_weights_wrapper.value()
         for i in range(T * top_k):
-            weights[i] = weight_of[1](i // top_k, i % top_k)[0]
-    var none = View[DType.uint8](0, 0)
+            weights.view()[i] = weight_of[1](i // top_k, i % top_k)[0]
+    var none = View[DType.uint8]()
     var output = CombineOutput[DType.int32](
         y,
         rows,
-        View[DType.int32](0, 0),
-        View[DType.float32](Int(weights.unsafe_ptr()), len(weights)),
-        View[DType.int32](Int(Pointer(to=given)), 1),
+        View[DType.int32](),
+        weights.view(),
+        num_tokens.view(),
         none,
         none,
         none,
@@ -181,7 +183,7 @@ def ep_combine_wait_kernel_api[
         combine_dtype, combine_dtype, combine_dtype, DType.int32, hidden_size
     ](ep, output, STAGE_COMBINE_WAIT)
     _ = weights^
-    _ = given
+    _ = num_tokens^
     comptime if epilogue_fn:
         comptime epilogue = epilogue_fn.value()
         for t in range(T):

@@ -13,13 +13,14 @@ from ..layout import (
     EXPERT_SLOTS_HEADER,
     HEAD_DISPATCH_HASH,
     HEAD_TOP_K,
+    MAX_TOP_K,
     STAGE_DISPATCH_ASYNC,
     STAGE_DISPATCH_WAIT,
 )
 from ..ops.checks import check_input, require
-from ..peers import View
+from ..peers import Scratch, View
 from ..settings import DISPATCH_UNHASHED, Settings
-from ..setup import MAX_TOP_K, tile_bytes, tile_view
+from ..setup import tile_bytes, tile_view
 from ..signal import Head
 from .target import check_ranks, check_target
 
@@ -58,7 +59,7 @@ struct TokenHandler[
         comptime assert F.scales_per_token == 0, "this format has scales"
         comptime assert output_tokens.dtype == F.token_dtype, "tokens: dtype"
         self.tokens = tile_bytes(output_tokens)
-        self.scales = View[DType.uint8](0, 0)
+        self.scales = View[DType.uint8]()
 
     def __init__(
         out self,
@@ -132,24 +133,24 @@ def ep_dispatch_async_kernel_api[
         tile_view(recv_ptrs),
         tile_view(recv_count_ptrs),
     )
-    var factor: Float32 = 1
+    var factor = Scratch[DType.float32](1, 1)
     comptime if input_scales_wrapper:
         comptime scale_of = input_scales_wrapper.value()
-        factor = scale_of[DType.float32](0)
+        factor.view()[0] = scale_of[DType.float32](0)
     var input = DispatchInput[DType.int32](
         tile_bytes(input_tokens),
         Int(input_tokens.dim(0)),
-        View[DType.uint8](0, 0),
+        View[DType.uint8](),
         tile_view(topk_ids),
-        View[DType.float32](0, 0),
-        View[DType.int32](0, 0),
-        View[DType.float32](Int(Pointer(to=factor)), 1),
+        View[DType.float32](),
+        View[DType.int32](),
+        factor.view(),
     )
     check_input[F, False, True](ep.s, input)
     expert_slots_dispatch.dispatch_async[F, DType.int32, False](
         ep, input, STAGE_DISPATCH_ASYNC
     )
-    _ = factor
+    _ = factor^
 
 
 def ep_dispatch_wait_kernel_api[
@@ -216,14 +217,14 @@ def ep_dispatch_wait_kernel_api[
         token_handler.scales.size,
         rows * F.scales_per_token * size_of[Scalar[F.scale_dtype]](),
     )
-    var no_ints = View[DType.int32](0, 0)
-    var no_floats = View[DType.float32](0, 0)
-    var counts = List[Int32](length=n_local, fill=0)
+    var no_ints = View[DType.int32]()
+    var no_floats = View[DType.float32]()
+    var counts = Scratch[DType.int32](n_local)
     var output = DispatchOutput(
         token_handler.tokens,
         token_handler.scales,
         tile_view(row_offsets),
-        View[DType.int32](Int(counts.unsafe_ptr()), n_local),
+        counts.view(),
         tile_view(expert_ids),
         tile_view(src_info),
         no_ints,

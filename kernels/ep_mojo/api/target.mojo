@@ -1,5 +1,6 @@
 """What all seed-named functions refuse: at compile time what is missing, and tables that are not for R ranks."""
 
+from ..layout import MAX_EXPERTS
 from ..ops.checks import require
 from ..peers import MAX_RANKS, View
 
@@ -45,5 +46,6 @@ def check_ranks[
     comptime assert (
         1 <= n_ranks <= MAX_RANKS and n_experts % n_ranks == 0
     ), "n_gpus_per_node: 1 to 8, a divisor of n_experts"
+    comptime assert 1 <= n_experts <= MAX_EXPERTS, "n_experts: 1 to 2048"
     require("recv_ptrs: elements", recv_ptrs.size, n_ranks)
     require("recv_count_ptrs: elements", recv_count_ptrs.size, n_ranks)

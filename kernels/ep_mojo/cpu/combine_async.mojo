@@ -15,6 +15,7 @@ from ..layout import (
     FIELD_RECV_NUM_TOKENS,
     FIELD_ROW_MAP,
     KIND_SHAPE,
+    combine_header,
     partial_offset,
     row_offset,
 )
@@ -86,6 +87,7 @@ def combine_async[
         What the worker pool raises; failures of the protocol go on record instead.
     """
     comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
+    comptime by_row = reduce == "source" and layout != "rank"
     var s = ep.s
     var epoch = ep.begin_send(stage)
     if not ep.head.failed():
@@ -100,7 +102,7 @@ def combine_async[
         publish(
             ep.count[peer],
             ep.window.header(buffer, ep.me),
-            word(epoch, Int(x.num_tokens[peer])),
+            word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
         )
     if x.shared_out.present():
         var own = min(Int(x.num_tokens[ep.me]) * row_bytes, x.shared_out.size)
@@ -125,7 +127,7 @@ def combine_async[
             return
         for t in range(first, min(first + s.tokens_per_signal, T)):
             var at = source * block + t * s.top_k
-            comptime if reduce == "source" and layout != "rank":
+            comptime if by_row:
                 for k in range(s.top_k):
                     var row = Int(x.row_map[at + k])
                     if row >= 0:

@@ -11,10 +11,17 @@ and rounds once to the output type. Rows past T come back zero. Then the buffer 
 """
 
 from ..launch import Endpoint
-from ..layout import partial_offset, row_offset
+from ..layout import (
+    FIELD_HANDLE_TOKENS,
+    FIELD_REDUCE,
+    KIND_SHAPE,
+    combine_header,
+    partial_offset,
+    row_offset,
+)
 from ..numeric import accumulate, load_f32, store_f32
 from ..peers import Bytes, View
-from ..routing import destinations, normal_id
+from ..routing import NO_EXPERT, destination, normal_id
 from ..signal import NO_SIGNAL, Waiter
 from ..team import HostTeam, zero_bytes
 from .combine_async import WIDTH
@@ -194,6 +201,44 @@ def sum_token[
         sum[8](i)
 
 
+def check_header(
+    ep: Endpoint[False],
+    stage: Int32,
+    peer: Int,
+    header: Int,
+    T: Int,
+    by_row: Bool,
+):
+    """Record a failure where a peer sends rows of another dispatch than this rank sums, or in another mode.
+
+    Args:
+        ep: The rank.
+        stage: `STAGE_*`.
+        peer: The sender.
+        header: The value of its header, see `combine_header`.
+        T: Tokens of this launch.
+        by_row: Whether this launch expects a row for each choice.
+    """
+    if header >> 1 != T:
+        ep.head.fail(
+            KIND_SHAPE,
+            stage,
+            peer=peer,
+            chunk=FIELD_HANDLE_TOKENS,
+            value=header >> 1,
+            limit=T,
+        )
+    elif header != combine_header(T, by_row):
+        ep.head.fail(
+            KIND_SHAPE,
+            stage,
+            peer=peer,
+            chunk=FIELD_REDUCE,
+            value=header & 1,
+            limit=Int(by_row),
+        )
+
+
 def combine_wait[
     dtype: DType,
     out_dtype: DType,
@@ -231,22 +276,25 @@ def combine_wait[
     var waiter = Waiter(ep.head, stage, s.virtual)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
     for r in range(s.n_ranks):
-        if ep.head.failed() or ep.header_of(waiter, epoch, r) == NO_SIGNAL:
+        if ep.head.failed():
             break
+        var header = ep.header_of(waiter, epoch, r)
+        if header != NO_SIGNAL:
+            check_header(ep, stage, r, header, T, by_row)
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * out_bytes)
 
     def work(chunk: Int) raises {imm}:
-        var store = Array[Int16, 32](fill=0)
-        var ids = View[DType.int16](Int(Pointer(to=store)), 32)
+        var ids = Array[Int16, MAX_TERMS](fill=NO_EXPERT)
         var arrived: UInt32 = 0
         var first = chunk * s.tokens_per_signal
         for t in range(first, min(first + s.tokens_per_signal, T)):
+            var mask: UInt32 = 0
             for k in range(K):
                 ids[k] = normal_id(
                     x.ids[t * K + k].cast[DType.int64](), s.n_experts
                 )
-            var mask = destinations(ids, 0, K, s.n_local_experts())
+                mask |= destination(ids[k], s.n_local_experts())
             for r in range(s.n_ranks):
                 var bit = UInt32(1) << UInt32(r)
                 if mask & bit & ~arrived != 0:
@@ -267,7 +315,6 @@ def combine_wait[
             sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
                 x, t, terms
             )
-        _ = store^  # a view keeps nothing alive
 
     if not ep.head.failed():
         share(work, n_chunks, workers)

@@ -13,7 +13,7 @@ stored what it covers. The buffer is free: `begin_send` has awaited every reader
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import FIELD_NUM_TOKENS, FIELD_TOKENS, KIND_SHAPE, message_offset
-from ..peers import Bytes, View
+from ..peers import Bytes, View, window_view
 from ..routing import destinations, normal_id
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, StreamingTeam, copy_bytes
@@ -211,8 +211,8 @@ def _send_table[
     var ids_at = ep.window.table_ids(buffer, ep.me)
     var weights_at = ep.window.table_weights(buffer, ep.me)
     var own = ep.own_count()
-    var ids = View[DType.int16](Int(own.unsafe_offset(ids_at)), n)
-    var weights = View[DType.float32](Int(own.unsafe_offset(weights_at)), n)
+    var ids = window_view[DType.int16](own, ids_at, n)
+    var weights = window_view[DType.float32](own, weights_at, n)
     for i in range(n):
         ids[i] = normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
         weights[i] = x.weights[i] if x.weights.present() else Float32(1)

@@ -10,7 +10,7 @@ Writes the outputs alone. They are the handle's own copies: nothing in them poin
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset
-from ..peers import Bytes, View
+from ..peers import Bytes, Scratch, View, window_view
 from ..routing import NO_ROW, count_rows, local_group, map_rows, row_starts
 from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter
@@ -248,19 +248,19 @@ def _receive[
     var out_ = rows.out
     var buffer = ep.buffer(epoch)
     var groups = 1 if layout == "rank" else s.n_groups()
-    var starts = List[Int32](length=s.n_ranks * groups, fill=0)
-    var start = View[DType.int32](Int(starts.unsafe_ptr()), s.n_ranks * groups)
+    var starts = Scratch[DType.int32](s.n_ranks * groups)
+    var start = starts.view()
     var block = s.max_tokens * s.top_k
 
     def count(r: Int) raises {imm}:
         var ids = _table(ep, buffer, r)
-        var mine = View[DType.int32](Int(start.bytes(r * groups)), groups)
+        var mine = start.part(r * groups, groups)
         count_rows[layout](s, ids, Int(out_.recv_num_tokens[r]), r, ep.me, mine)
 
     def map(r: Int) raises {imm}:
         var T = Int(out_.recv_num_tokens[r])
-        var mine = View[DType.int32](Int(start.bytes(r * groups)), groups)
-        var to = View[DType.int32](Int(out_.row_map.bytes(r * block)), block)
+        var mine = start.part(r * groups, groups)
+        var to = out_.row_map.part(r * block, block)
         map_rows[layout](s, _table(ep, buffer, r), T, ep.me, mine, to)
         var weights = ep.own_count().unsafe_offset(
             ep.window.table_weights(buffer, r)
@@ -334,8 +334,11 @@ def _receive[
 
 @always_inline
 def _table(ep: Endpoint[True], buffer: Int, source: Int) -> View[DType.int16]:
-    var at = ep.own_count().unsafe_offset(ep.window.table_ids(buffer, source))
-    return View[DType.int16](Int(at), ep.s.max_tokens * ep.s.top_k)
+    return window_view[DType.int16](
+        ep.own_count(),
+        ep.window.table_ids(buffer, source),
+        ep.s.max_tokens * ep.s.top_k,
+    )
 
 
 @always_inline

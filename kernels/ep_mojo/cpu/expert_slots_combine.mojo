@@ -15,7 +15,8 @@ from ..expert_launch import begin_send, end_combine_send, end_wait, rows_arrived
 from ..launch import Endpoint
 from ..layout import FIELD_SRC_INFO, KIND_SHAPE, ROUTED_MASKS, row_offset
 from ..peers import View, typed
-from ..signal import Waiter
+from ..settings import Settings
+from ..signal import Head, Waiter
 from ..team import HostTeam, copy_bytes, zero_bytes
 from .combine_wait import CombineOutput, Terms, sum_token
 from .dispatch_async import token_count
@@ -51,30 +52,22 @@ def combine_async[
     comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
     var s = ep.s
     var epoch = begin_send(ep, stage)
+    var n = min(src_info.size // 2, rows.size // row_bytes)
+    if not ep.head.failed():
+        _check_src_info(s, ep.head, src_info, n, stage)
     if ep.head.failed():
         end_combine_send(ep, epoch)
         return
-    var n = min(src_info.size // 2, rows.size // row_bytes)
     var items = (n + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
     var workers = n_workers(s, items, n * row_bytes)
-    var limit = s.n_ranks * s.max_tokens
 
     def work(item: Int) raises {imm}:
         var first = item * ROWS_PER_ITEM
         for row in range(first, min(first + ROWS_PER_ITEM, n)):
             var from_ = Int(src_info[2 * row])
             var k = Int(src_info[2 * row + 1])
-            if from_ == -1 and k == -1:
+            if from_ == -1:
                 continue
-            if not (0 <= from_ < limit and 0 <= k < s.top_k):
-                ep.head.fail(
-                    KIND_SHAPE,
-                    stage,
-                    chunk=FIELD_SRC_INFO,
-                    value=from_,
-                    limit=limit - 1,
-                )
-                return
             var offset = row_offset(s, 0, from_ % s.max_tokens, k)
             copy_bytes[HostTeam](
                 rows.bytes(row * row_bytes),
@@ -84,6 +77,26 @@ def combine_async[
 
     share(work, items, workers)
     end_combine_send(ep, epoch)
+
+
+def _check_src_info(
+    s: Settings, head: Head, src_info: View[DType.int32], n: Int, stage: Int32
+):
+    """Record a failure where a pair is neither (source rank * Tm + token, k) nor (-1, -1)."""
+    var limit = s.n_ranks * s.max_tokens
+    for row in range(n):
+        var from_ = Int(src_info[2 * row])
+        var k = Int(src_info[2 * row + 1])
+        var given = 0 <= from_ < limit and 0 <= k < s.top_k
+        if not given and not (from_ == -1 and k == -1):
+            head.fail(
+                KIND_SHAPE,
+                stage,
+                chunk=FIELD_SRC_INFO,
+                value=from_,
+                limit=limit - 1,
+            )
+            return
 
 
 def combine_wait[

@@ -27,11 +27,14 @@ from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import (
     EXPERT_SLOTS_HEADER,
+    EXPERT_SLOTS_MASK,
+    EXPERT_SLOTS_TOKEN,
+    EXPERT_SLOTS_UNUSED,
     KIND_CAPACITY,
     ROUTED_MASKS,
     expert_slot_offset,
 )
-from ..peers import Bytes, View, typed
+from ..peers import Bytes, Scratch, View, typed
 from ..routing import NO_ROW, normal_id, row_starts
 from ..settings import Settings
 from ..signal import Waiter
@@ -61,8 +64,8 @@ def dispatch_async[
     """
     var epoch = begin_send(ep, stage)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
-    var counts = List[Int32](length=ep.s.n_experts, fill=0)
-    var sent = View[DType.int32](Int(counts.unsafe_ptr()), len(counts))
+    var counts = Scratch[DType.int32](ep.s.n_experts)
+    var sent = counts.view()
     if not ep.head.failed():
         _send[F, ids_dtype, encoded](ep, x, T, sent)
     end_dispatch_send(ep, epoch, sent)
@@ -80,10 +83,10 @@ def _send[
     var s = ep.s
     var K = s.top_k
     var n_local = s.n_local_experts()
-    var slot_memory = List[Int32](length=T * K, fill=-1)
-    var mask_memory = List[UInt32](length=T * K, fill=0)
-    var slots = View[DType.int32](Int(slot_memory.unsafe_ptr()), T * K)
-    var masks = View[DType.uint32](Int(mask_memory.unsafe_ptr()), T * K)
+    var slot_memory = Scratch[DType.int32](T * K, -1)
+    var mask_memory = Scratch[DType.uint32](T * K)
+    var slots = slot_memory.view()
+    var masks = mask_memory.view()
     _assign_slots(ep, x.ids, T, sent, slots, masks)
 
     var n_chunks = s.n_signals(T)
@@ -102,11 +105,15 @@ def _send[
                 var message = ep.recv[id // n_local].unsafe_offset(
                     expert_slot_offset(s, id % n_local, ep.me, slot)
                 )
-                typed[DType.int32](message, 0).unsafe_store(0, Int32(t))
-                typed[DType.uint32](message, 4).unsafe_store(
+                typed[DType.int32](message, EXPERT_SLOTS_TOKEN).unsafe_store(
+                    0, Int32(t)
+                )
+                typed[DType.uint32](message, EXPERT_SLOTS_MASK).unsafe_store(
                     0, masks[t * K + k]
                 )
-                typed[DType.uint64](message, 8).unsafe_store(0, UInt64(0))
+                typed[DType.uint64](message, EXPERT_SLOTS_UNUSED).unsafe_store(
+                    0, UInt64(0)
+                )
                 var payload = message.unsafe_offset(EXPERT_SLOTS_HEADER)
                 if written:
                     copy_bytes[HostTeam](first, payload, F.message_bytes)
@@ -188,7 +195,8 @@ def dispatch_wait[
     var waiter = Waiter(ep.head, stage, s.virtual)
     name_groups(s, ep.me, out_)
     var blocks = s.n_local_experts() * s.n_ranks
-    var counts = List[Int32](length=blocks, fill=0)
+    var memory = Scratch[DType.int32](blocks)
+    var counts = memory.view()
     for b in range(blocks):
         if ep.head.failed():
             break
@@ -202,12 +210,11 @@ def dispatch_wait[
             )
         )
     if not ep.head.failed():
-        var n = View[DType.int32](Int(counts.unsafe_ptr()), blocks)
-        _receive[F, layout](ep, n, Rows[F](out_), stage)
+        _receive[F, layout](ep, counts, Rows[F](out_), stage)
     if ep.head.failed():
         out_.clear()
     end_wait(ep, epoch)
-    _ = counts^
+    _ = memory^
 
 
 def _receive[
@@ -225,12 +232,12 @@ def _receive[
     var total = 0
     for b in range(blocks):
         total += Int(counts[b])
-    var row_memory = List[Int32](length=total, fill=0)
-    var start_memory = List[Int32](length=blocks, fill=0)
-    var base_memory = List[Int32](length=blocks, fill=0)
-    var row = View[DType.int32](Int(row_memory.unsafe_ptr()), total)
-    var start = View[DType.int32](Int(start_memory.unsafe_ptr()), blocks)
-    var base = View[DType.int32](Int(base_memory.unsafe_ptr()), blocks)
+    var row_memory = Scratch[DType.int32](total)
+    var start_memory = Scratch[DType.int32](blocks)
+    var base_memory = Scratch[DType.int32](blocks)
+    var row = row_memory.view()
+    var start = start_memory.view()
+    var base = base_memory.view()
     _count_rows(ep, counts, base, row, start, out_.recv_num_tokens)
 
     var needed = row_starts[layout](s, start, out_.row_offsets, out_.counts)
@@ -327,9 +334,15 @@ def _message(ep: Endpoint[True], block: Int, slot: Int) -> Bytes:
 
 @always_inline
 def _token(message: Bytes) -> Int:
-    return Int(typed[DType.int32](message, 0).unsafe_load[invariant=False](0))
+    return Int(
+        typed[DType.int32](message, EXPERT_SLOTS_TOKEN).unsafe_load[
+            invariant=False
+        ](0)
+    )
 
 
 @always_inline
 def _mask(message: Bytes) -> UInt32:
-    return typed[DType.uint32](message, 4).unsafe_load[invariant=False](0)
+    return typed[DType.uint32](message, EXPERT_SLOTS_MASK).unsafe_load[
+        invariant=False
+    ](0)

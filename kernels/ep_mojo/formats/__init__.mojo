@@ -1,6 +1,6 @@
 """Token formats: the trait and one file for each format."""
 
-from .token_format import TokenFormat, format_tag, spread_scales
+from .token_format import CUSTOM_KEY, TokenFormat, format_tag, spread_scales
 from .bf16 import BF16
 from .blockwise_fp8 import BlockwiseFP8
 from .user import UserFormat, known

@@ -11,6 +11,10 @@ from ..peers import Bytes, typed
 from ..team import Team
 
 
+comptime CUSTOM_KEY = "custom"
+"""The key of a format that has none of its own."""
+
+
 trait TokenFormat:
     """Encodes a token into a message, and copies a message into output rows."""
 
@@ -38,7 +42,7 @@ trait TokenFormat:
         Returns:
             A name; "custom" unless the format says otherwise.
         """
-        return "custom"
+        return CUSTOM_KEY
 
     @staticmethod
     def encode[T: Team](token: Bytes, factor: Float32, message: Bytes):

@@ -4,10 +4,15 @@ from ..cpu.combine_async import CombineInput
 from ..cpu.combine_wait import CombineOutput
 from ..cpu.dispatch_async import DispatchInput
 from ..cpu.dispatch_wait import DispatchOutput
-from ..formats import TokenFormat
+from ..formats import CUSTOM_KEY, TokenFormat, format_tag
 from ..layout import EXPERT_SLOTS_HEADER
 from ..peers import View
-from ..settings import Settings
+from ..settings import (
+    REDUCE_ANY,
+    REDUCE_EXPERT,
+    REDUCE_SOURCE,
+    Settings,
+)
 
 
 def require(name: StaticString, given: Int, allowed: Int) raises:
@@ -48,6 +53,22 @@ def optional(name: StaticString, given: Int, allowed: Int) raises:
         require(name, given, allowed)
 
 
+def check_same_format[F: TokenFormat](s: Settings) raises:
+    """Compare the graph's format with the communicator's; formats without a key of their own are all alike.
+
+    Parameters:
+        F: The graph's.
+
+    Args:
+        s: The settings.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    if F.key() != CUSTOM_KEY:
+        require("settings: format_tag", s.format_tag, format_tag[F]())
+
+
 def check_input[
     F: TokenFormat, encoded: Bool, expert_slots: Bool
 ](s: Settings, x: DispatchInput) raises:
@@ -72,6 +93,7 @@ def check_input[
         "settings: message_bytes", s.message_bytes, F.message_bytes + header
     )
     require("settings: slots", Int(s.expert_slots), Int(expert_slots))
+    check_same_format[F](s)
     require("x: bytes", x.tokens.size, x.rows * row)
     comptime if encoded:
         require(
@@ -104,6 +126,7 @@ def check_output[
     var groups = s.n_ranks if by_rank else s.n_groups()
     var choices = s.n_ranks * s.max_tokens * s.top_k
     require("settings: hidden_size", s.hidden_size, F.hidden_size)
+    check_same_format[F](s)
     require("tokens: bytes", out_.tokens.size, rows * F.token_bytes)
     comptime if layout == "expert_padded":
         require("tokens: rows", rows, groups * s.n_ranks * s.max_tokens)
@@ -135,6 +158,9 @@ def check_slots[layout: StaticString, reduce: StaticString](s: Settings) raises:
     Raises:
         ShapeError: As text in front of the message.
     """
+    comptime mode = REDUCE_SOURCE if reduce == "source" else REDUCE_EXPERT
+    if s.reduce != REDUCE_ANY:
+        require("settings: reduce", s.reduce, mode)
     comptime by_row = reduce == "source" and layout != "rank"
     var slots = s.top_k if by_row else s.n_ranks
     if s.combine_slots < slots:

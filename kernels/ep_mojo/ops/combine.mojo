@@ -53,7 +53,7 @@ struct CombineAsync:
             shared_out: The shared expert's rows [T, H], or of size 0.
             order: Shared by all ops of a graph.
             counters: The rank's `atomic_counters`.
-            settings: Int64 [16], host.
+            settings: Int64 [17], host.
             send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.
@@ -134,7 +134,7 @@ struct CombineWait:
             y: Sums [T, H].
             order: Shared by all ops of a graph.
             counters: The rank's `atomic_counters`.
-            settings: Int64 [16], host.
+            settings: Int64 [17], host.
             send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.
@@ -236,7 +236,7 @@ struct Combine:
             shared_out: The shared expert's rows [T, H], or of size 0.
             order: Shared by all ops of a graph.
             counters: The rank's `atomic_counters`.
-            settings: Int64 [16], host.
+            settings: Int64 [17], host.
             send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.

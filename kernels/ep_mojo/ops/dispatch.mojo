@@ -55,7 +55,7 @@ struct DispatchAsync:
         Args:
             order: Shared by all ops of a graph.
             counters: The rank's `atomic_counters`.
-            settings: Int64 [16], host.
+            settings: Int64 [17], host.
             send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.
@@ -159,7 +159,7 @@ struct DispatchWait:
             recv_num_tokens: T of all sources [R].
             order: Shared by all ops of a graph.
             counters: The rank's `atomic_counters`.
-            settings: Int64 [16], host.
+            settings: Int64 [17], host.
             send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.
@@ -264,7 +264,7 @@ struct Dispatch:
             recv_num_tokens: T of all sources [R].
             order: Shared by all ops of a graph.
             counters: The rank's `atomic_counters`.
-            settings: Int64 [16], host.
+            settings: Int64 [17], host.
             send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
             recv_ptrs: Uint64 [R], host: recv windows.
             recv_count_ptrs: Uint64 [R], host: count windows.

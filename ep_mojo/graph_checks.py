@@ -1,0 +1,194 @@
+"""What the graph wrappers of `graph.py` take, checked by name while a graph is built: dtypes, shapes, numbers of ranks.
+
+A symbolic dimension may be anything until the graph runs; what it turns out to be, the ops check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .config import EPConfig
+from .errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
+from .formats import BF16, BlockwiseFP8
+from .handle import Handle, graph_dtype
+
+if TYPE_CHECKING:
+    from max.graph import TensorValue
+
+    from .comm.base import Rank
+
+
+def check_length(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
+    """Raise `ShapeError` unless there are ranks, and every list that is given has one value for each."""
+    if not ranks:
+        raise ShapeError(field="ranks", value=0, allowed="at least one rank", remedy="pass comm.bind(...)")
+    for name, values in lists.items():
+        if values is not None and len(values) != len(ranks):
+            raise ShapeError(
+                field=name,
+                value=f"{len(values)} values",
+                allowed=f"{len(ranks)}: one for each rank of the graph",
+                remedy="pass a list with one value a rank",
+            )
+
+
+def check_value(name: str, value: TensorValue, shape: list, dtypes: list[str]) -> None:
+    """Raise unless a graph value has this shape (None = any dimension) and one of these dtypes.
+
+    Raises:
+        DTypeError, ShapeError: It has not.
+    """
+    if value.dtype.name not in dtypes:
+        raise DTypeError(
+            field=name, value=value.dtype.name, allowed=" or ".join(dtypes), remedy=f"cast {name} before the call"
+        )
+    fits = len(value.shape) == len(shape) and all(
+        want is None or _may_be_equal(got, want) for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ["any" if d is None else str(d) for d in shape]
+        raise ShapeError(
+            field=name,
+            value=[str(d) for d in value.shape],
+            allowed=f"[{', '.join(wanted)}]",
+            remedy=f"reshape {name}, or make a config that fits",
+        )
+
+
+def _may_be_equal(got: Any, want: Any) -> bool:
+    """Whether two dimensions are equal; a symbolic one may be anything until the graph runs."""
+    try:
+        return int(got) == int(want)
+    except TypeError:
+        return True
+
+
+def check_dispatch(cfg: EPConfig, x: TensorValue, ids: TensorValue, w: Any, n: Any, scales: Any, factor: Any) -> None:
+    """What dispatch_async takes for one rank.
+
+    Args:
+        cfg: The config.
+        x: Tokens [T, H], bfloat16 or in the format's own dtype.
+        ids: int32 or int64 [T, K].
+        w: float32 [T, K], or None.
+        n: int32 [1], or None.
+        scales: Scales of encoded tokens [T, scales_per_token] in the format's scale dtype, or None.
+        factor: float32 [1], or None.
+
+    Raises:
+        ShapeError, DTypeError, UnsupportedError: One does not fit the config or the others.
+    """
+    fmt = cfg.dispatch_format
+    quantising = not isinstance(fmt, BF16)
+    encoded = x.dtype.name != "bfloat16"
+    if encoded:
+        passes = isinstance(fmt, BlockwiseFP8) and fmt.scale != "power_of_two"
+        dtypes = ["bfloat16", graph_dtype(fmt.token_dtype)] if passes else ["bfloat16"]
+        check_value("xs", x, [None, cfg.hidden_size], dtypes)
+        if scales is None:
+            raise ShapeError(
+                field="x_scales",
+                value=None,
+                allowed=f"[T, {cfg.scales_per_token}] with encoded tokens",
+                remedy="pass x_scales, or bfloat16 tokens",
+            )
+        check_value("x_scales", scales, [x.shape[0], cfg.scales_per_token], [fmt.scale_dtype])
+    else:
+        check_value("xs", x, [None, cfg.hidden_size], ["bfloat16"])
+        if scales is not None:
+            raise UnsupportedError(
+                field="x_scales",
+                value="given with bfloat16 tokens",
+                allowed="scales with tokens that are encoded already",
+                remedy="leave x_scales out",
+            )
+    if factor is not None and (encoded or not quantising):
+        raise UnsupportedError(
+            field="input_scale",
+            value="given, but nothing is quantised",
+            allowed="bfloat16 tokens and a format that quantises",
+            remedy="leave input_scale out",
+        )
+    check_value("topk_ids", ids, [x.shape[0], cfg.top_k], ["int32", "int64"])
+    for name, value, shape, dtype in (
+        ("weights", w, [x.shape[0], cfg.top_k], "float32"),
+        ("num_tokens", n, [1], "int32"),
+        ("input_scale", factor, [1], "float32"),
+    ):
+        if value is not None:
+            check_value(name, value, shape, [dtype])
+
+
+def check_combine(
+    ranks: Sequence[Rank], ys: Sequence[TensorValue], handles: Sequence[Handle], reduce: str | None
+) -> list[str]:
+    """What combine_async takes, and each rank's reduce mode: "expert" or "source".
+
+    Args:
+        ranks: From `comm.bind`.
+        ys: Expert rows of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`.
+        handles: One for each rank, of the communicator's config.
+        reduce: As given; None: the config's, or "expert".
+
+    Raises:
+        ShapeError, DTypeError: A list is too short, or rows do not fit their handle.
+        OrderError: Not a handle.
+        ConfigError: A handle of another config, or a reduce mode that the config does not have.
+    """
+    check_length(ranks, ys=ys, handles=handles)
+    modes = []
+    for rank, y, h in zip(ranks, ys, handles, strict=True):
+        cfg = rank.cfg
+        if not isinstance(h, Handle):
+            raise OrderError(
+                field="handles", value=type(h).__name__, allowed="handles of dispatch_wait", remedy="dispatch first"
+            )
+        if h.cfg != cfg:
+            raise ConfigError(
+                field="handles", value=h.cfg, allowed=f"handles of this communicator's config {cfg}", remedy="see value"
+            )
+        mode = reduce or cfg.reduce or "expert"
+        if mode not in ("expert", "source") or (cfg.reduce is not None and mode != cfg.reduce):
+            raise ConfigError(
+                field="reduce",
+                value=reduce,
+                allowed=repr(cfg.reduce) if cfg.reduce else '"expert" or "source"',
+                remedy="set EPConfig.reduce accordingly, or to None",
+            )
+        check_value("ys", y, [*h.tokens.shape[:-1], cfg.hidden_size], [cfg.combine_dtype])
+        modes.append(mode)
+    return modes
+
+
+def check_wait(
+    cfg: EPConfig,
+    h: Handle,
+    mode: str,
+    weights: TensorValue | None,
+    bias0: TensorValue | None,
+    bias1: TensorValue | None,
+) -> None:
+    """What combine_wait takes beside the handle: weights float32 [T, K], biases bfloat16 or float32 [T, H], or None.
+
+    Raises:
+        ShapeError, DTypeError: One does not fit the config or the handle.
+        UnsupportedError: Weights where they have been applied already.
+    """
+    T, H = h.topk_ids.shape[0], cfg.hidden_size
+    if weights is not None and (mode != "source" or cfg.output_layout == "rank"):
+        raise UnsupportedError(
+            field="weights",
+            value=f"given, with reduce={mode!r} and output_layout={cfg.output_layout!r}",
+            allowed='weights at combine with reduce="source" and an expert layout only',
+            remedy="give the weights to dispatch",
+        )
+    if weights is not None:
+        check_value("weights", weights, [T, cfg.top_k], ["float32"])
+    for name, bias in (("bias0", bias0), ("bias1", bias1)):
+        if bias is not None:
+            check_value(name, bias, [T, H], ["bfloat16", "float32"])
+    if bias0 is not None and bias1 is not None and bias0.dtype != bias1.dtype:
+        raise DTypeError(
+            field="bias1", value=bias1.dtype.name, allowed=f"{bias0.dtype.name}, as bias0", remedy="cast one of the two"
+        )

@@ -1,0 +1,162 @@
+"""An op that raises in the middle of a run: everybody learns of it at once, and after reset the next round is right.
+
+Rows that an op compares with each other have names of their own in these graphs, so that only the op sees a difference.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from graph.virtual import random_rows
+
+import ep_mojo as ep
+from ep_mojo import layout, reference
+
+RANKS = 3
+CFG = ep.EPConfig(hidden_size=8, top_k=2, n_experts=6, max_tokens_per_rank=5, n_ranks=RANKS, timeout_s=60)
+SLOTS = ("rank", "expert")
+AT_ONCE_S = 10.0
+"""Far below the deadline, with slack for a busy machine."""
+
+
+def whole_round(comm, module, name):
+    """A round of every rank in the graph: x [Tx, H], ids [Ti, K], bias [Tb, H] -> y [Ti, H]."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType
+
+    cfg, n, host, bf16 = comm.cfg, comm.graph_ranks, DeviceRef.CPU(), DType.bfloat16
+    kinds = ("x", bf16, cfg.hidden_size), ("i", DType.int32, cfg.top_k), ("b", bf16, cfg.hidden_size)
+    types = [TensorType(dtype, [f"T{kind}{r}", size], host) for kind, dtype, size in kinds for r in range(n)]
+    inputs = [*types, *comm.input_types()]
+    with Graph(name, input_types=inputs, custom_extensions=[ep.kernel_library()], module=module) as graph:
+        given = [v.tensor for v in graph.inputs[: len(types)]]
+        ranks = comm.bind(graph.inputs[len(types) :])
+        handles = ep.dispatch(ranks, given[:n], given[n : 2 * n])
+        graph.output(*ep.combine(ranks, [h.tokens for h in handles], handles, bias0=given[2 * n :]))
+    return graph
+
+
+def compile_both(make):
+    """Communicators and graphs for both slot policies, compiled together."""
+    from max.graph import Module
+
+    module = Module()
+    comms = [make(CFG.replace(slots=slots)) for slots in SLOTS]
+    return comms, [whole_round(comm, module, f"round_{slots}") for comm, slots in zip(comms, SLOTS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def virtual():
+    comms, graphs = compile_both(ep.Communicator.cpu)
+    models = comms[0].compile_all(graphs)
+    yield dict(zip(SLOTS, zip(comms, models, strict=True), strict=True))
+    for comm in comms:
+        comm.destroy()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    comms, graphs = compile_both(ep.Communicator.processes)
+    models = [comm.compile(graph) for comm, graph in zip(comms, graphs, strict=True)]
+    yield dict(zip(SLOTS, zip(comms, models, strict=True), strict=True))
+    for comm in comms:
+        comm.destroy()
+
+
+def arguments(seed):
+    rng = np.random.default_rng(seed)
+    tokens = [1 + int(t) for t in rng.integers(0, CFG.max_tokens_per_rank, RANKS)]
+    xs = [random_rows(rng, (t, CFG.hidden_size)) for t in tokens]
+    ids = [rng.integers(0, CFG.n_experts, (t, CFG.top_k)).astype(np.int32) for t in tokens]
+    return xs, ids, [random_rows(rng, (t, CFG.hidden_size)) for t in tokens]
+
+
+def bad_arguments(what, rank):
+    """One row too few of "ids" (dispatch raises) or "bias" (combine raises) on one rank."""
+    args = arguments(100)
+    rows = args[1 if what == "ids" else 2]
+    rows[rank] = rows[rank][1:]
+    return [v for values in args for v in values]
+
+
+def expect_right_round(comm, model, seed):
+    xs, ids, bias = arguments(seed)
+    ys = comm.execute(model, *xs, *ids, *bias)
+    handles = reference.dispatch(comm.cfg, xs, ids)
+    expected = reference.combine(comm.cfg, [h.tokens for h in handles], handles, bias0=bias)
+    for rank, (y, want) in enumerate(zip(ys, expected, strict=True)):
+        np.testing.assert_array_equal(y, want, err_msg=f"rank {rank}")
+
+
+def expect_refusal_until_reset(comm, model):
+    good = [v for values in arguments(0) for v in values]
+    for call in (comm.check, lambda: comm.execute(model, *good)):
+        with pytest.raises(ep.OrderError, match=r"rank \d: an op .*raised in the middle of a run.*comm.reset\(\)"):
+            call()
+    comm.reset()
+    comm.check()
+    for seed in range(3):
+        expect_right_round(comm, model, seed)
+
+
+BAD = {"ids": "topk_ids: elements", "bias": "bias0: bytes"}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("slots", SLOTS)
+def test_virtual_ranks(virtual, slots, what):
+    comm, model = virtual[slots]
+    expect_right_round(comm, model, 7)
+    with pytest.raises(ep.ShapeError, match=BAD[what]):
+        comm.execute(model, *bad_arguments(what, 1))
+    expect_refusal_until_reset(comm, model)
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_virtual_ranks_that_have_not_begun_go_on(virtual, slots):
+    comm, model = virtual[slots]
+    epochs = [m.epochs() for m in comm.memories]
+    with pytest.raises(ep.ShapeError, match=BAD["ids"]):
+        comm.execute(model, *bad_arguments("ids", 0))
+    assert [m.epochs() for m in comm.memories] == epochs
+    comm.check()
+    expect_right_round(comm, model, 8)
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("timeout_s", [60, 0], ids=["long_deadline", "no_deadline"])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_processes(processes, slots, timeout_s, what):
+    """Peers that wait for the rank that raised fail at once, by name."""
+    comm, model = processes[slots]
+    for m in comm.memories:  # the deadline is read at every launch
+        layout.put_u64(m.counters, layout.HEAD_DEADLINE_NS, timeout_s * 10**9)
+    expect_right_round(comm, model, 7)
+    begin = time.monotonic()
+    with pytest.raises(ep.ShapeError, match=BAD[what]) as caught:
+        comm.execute(model, *bad_arguments(what, 1))
+    assert time.monotonic() - begin < AT_ONCE_S
+    errors = dict(caught.value.by_rank)
+    assert isinstance(errors.pop(1), ep.ShapeError)
+    if (slots, what) != ("expert", "bias"):  # there rank 1 has sent all that its peers wait for
+        assert sorted(errors) == [0, 2]
+    for rank, error in errors.items():
+        assert isinstance(error, ep.PeerTimeoutError)
+        assert f"rank {rank}, " in str(error)
+        assert " failed, as its " in str(error)
+    expect_refusal_until_reset(comm, model)
+
+
+def test_processes_one_of_which_raises_alone(processes):
+    """Its peers, which were idle, learn of it in their next round and not at their deadline."""
+    comm, model = processes["rank"]
+    with pytest.raises(ep.ShapeError, match=BAD["ids"]):
+        comm.execute(model, *bad_arguments("ids", 1), ranks=[1])
+    begin = time.monotonic()
+    good = [v for values in arguments(0) for v in values]
+    with pytest.raises(ep.PeerTimeoutError, match="rank 1 failed"):
+        comm.execute(model, *good, ranks=[0])
+    assert time.monotonic() - begin < AT_ONCE_S
+    expect_refusal_until_reset(comm, model)

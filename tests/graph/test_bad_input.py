@@ -390,14 +390,14 @@ def test_ops_refuse_the_settings_of_another_config(stages):
         assert memory_digest(engine.comm) == before
 
 
-def test_ops_refuse_a_reduce_mode_without_slots(stages):
+def test_ops_refuse_another_reduce_mode(stages):
     """A window for K = 1 rows a token has no room for R = 2 partial sums."""
     cfg = CFG.replace(top_k=1, reduce="source")
     rnd = random_round(cfg, 0, reduce="source", ragged=False)
     with Engine(stages, cfg) as engine:
         handle = rnd.handles[0]
         before = memory_digest(engine.comm)
-        with pytest.raises(ep.ShapeError, match="combine_slots = 1; allowed: 2; make graph and communicator"):
+        with pytest.raises(ep.ShapeError, match="reduce = 2; allowed: 1; make graph and communicator"):
             engine.send_back(0, rnd.ys[0], handle, "expert")
         assert memory_digest(engine.comm) == before
         assert not play_whole(engine, rnd)

@@ -93,6 +93,10 @@ class SharedMemoryError(EPError, OSError):
     """Shared memory could not be reserved, or an attached segment is not what it should be. The text says how much."""
 
 
+class DeviceMemoryError(EPError, MemoryError):
+    """A GPU has not enough memory for the windows."""
+
+
 class InputFileError(EPError, ValueError):
     """An input file is missing, truncated, not what its name says, or lacks an array."""
 

@@ -18,7 +18,7 @@ from .graph_checks import check_combine, check_dispatch, check_length, check_wai
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
-    from max.graph import TensorType, TensorValue
+    from max.graph import DeviceRef, TensorType, TensorValue
 
     from .comm.base import Rank
 
@@ -113,7 +113,7 @@ def dispatch_wait(ranks: Sequence[Rank], pending: Sequence[PendingDispatch]) -> 
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = _op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg), parameters)
+        outputs = _op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters)
         handles.append(_handle(rank.cfg, outputs, p))
     return handles
 
@@ -154,7 +154,7 @@ def dispatch(
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     for rank, (values, pending) in zip(ranks, calls, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = _op("dispatch", rank, "dispatch", values, handle_types(rank.cfg), parameters)
+        outputs = _op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters)
         handles.append(_handle(rank.cfg, outputs, pending))
     return handles
 
@@ -257,12 +257,12 @@ def combine(
 
 def _op(name: str, rank: Rank, side: str, values: list, types: list[TensorType], parameters: dict) -> list[TensorValue]:
     """Add one op. `side` chooses between the dispatch and the combine tables."""
-    from max.graph import DeviceRef, ops
+    from max.graph import ops
 
     tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]
     return ops.inplace_custom(
         f"ep_mojo_{name}",
-        DeviceRef.CPU(),
+        rank.device,
         [rank.order, rank.counters, rank.settings, *tables, *values],
         out_types=types,
         parameters=parameters | {"slots": rank.cfg.slots},
@@ -289,17 +289,15 @@ def _handle(cfg: EPConfig, outputs: list[TensorValue], p: PendingDispatch) -> Ha
     return Handle(cfg=cfg, topk_ids=p.topk_ids, weights=p.weights, num_tokens=p.num_tokens, **fields)
 
 
-def _absent(dtype: str, rank: int) -> TensorValue:
-    """The value of an optional input that was not given: a tensor of size 0."""
+def _or_absent(value: TensorValue | None, dtype: str, rank: int, device: DeviceRef) -> TensorValue:
+    """An optional input; where it was not given, a tensor of size 0."""
     from max.dtype import DType
-    from max.graph import DeviceRef, ops
+    from max.graph import ops
 
-    zero = ops.constant(np.zeros([0] * rank, np.float32), DType.float32, DeviceRef.CPU())
+    if value is not None:
+        return value
+    zero = ops.constant(np.zeros([0] * rank, np.float32), DType.float32, device)
     return zero if dtype == "float32" else ops.cast(zero, getattr(DType, dtype))
-
-
-def _or_absent(value: TensorValue | None, dtype: str, rank: int) -> TensorValue:
-    return _absent(dtype, rank) if value is None else value
 
 
 def _rows(y: TensorValue, h: Handle) -> list[TensorValue]:
@@ -309,18 +307,18 @@ def _rows(y: TensorValue, h: Handle) -> list[TensorValue]:
 
 def _shared_type(h: Handle) -> TensorType:
     from max.dtype import DType
-    from max.graph import DeviceRef, TensorType
+    from max.graph import TensorType
 
     shape = [h.topk_ids.shape[0], h.cfg.hidden_size] if h.cfg.shared_expert else [0, 0]
-    return TensorType(getattr(DType, h.cfg.combine_dtype), shape, DeviceRef.CPU())
+    return TensorType(getattr(DType, h.cfg.combine_dtype), shape, h.topk_ids.device)
 
 
 def _output_type(h: Handle) -> TensorType:
     from max.dtype import DType
-    from max.graph import DeviceRef, TensorType
+    from max.graph import TensorType
 
     shape = [h.topk_ids.shape[0], h.cfg.hidden_size]
-    return TensorType(getattr(DType, h.cfg.output_dtype), shape, DeviceRef.CPU())
+    return TensorType(getattr(DType, h.cfg.output_dtype), shape, h.topk_ids.device)
 
 
 def _wait_values(
@@ -335,12 +333,13 @@ def _wait_values(
     given = bias0 if bias0 is not None else bias1
     dtype = "bfloat16" if given is None else given.dtype.name
     weights = h.weights if weights is None else weights
+    device = h.topk_ids.device
     return [
         h.topk_ids,
-        _or_absent(weights, "float32", 2),
-        _or_absent(h.num_tokens, "int32", 1),
-        _or_absent(bias0, dtype, 2),
-        _or_absent(bias1, dtype, 2),
+        _or_absent(weights, "float32", 2, device),
+        _or_absent(h.num_tokens, "int32", 1, device),
+        _or_absent(bias0, dtype, 2, device),
+        _or_absent(bias1, dtype, 2, device),
     ]
 
 
@@ -372,11 +371,11 @@ def _dispatch_calls(
         check_dispatch(rank.cfg, x, ids, w, n, scales, factor)
         values = [
             x,
-            _or_absent(scales, "float32", 2),
+            _or_absent(scales, "float32", 2, rank.device),
             ids,
-            _or_absent(w, "float32", 2),
-            _or_absent(n, "int32", 1),
-            _or_absent(factor, "float32", 1),
+            _or_absent(w, "float32", 2, rank.device),
+            _or_absent(n, "int32", 1, rank.device),
+            _or_absent(factor, "float32", 1, rank.device),
         ]
         calls.append((values, PendingDispatch(ids, w, n)))
     return calls

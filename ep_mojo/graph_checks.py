@@ -84,7 +84,7 @@ def check_dispatch(cfg: EPConfig, x: TensorValue, ids: TensorValue, w: Any, n: A
     encoded = x.dtype.name != "bfloat16"
     if encoded:
         passes = isinstance(fmt, BlockwiseFP8) and fmt.scale != "power_of_two"
-        dtypes = ["bfloat16", graph_dtype(fmt.token_dtype)] if passes else ["bfloat16"]
+        dtypes = ["bfloat16", graph_dtype(fmt.token_dtype, x.device.is_cpu())] if passes else ["bfloat16"]
         check_value("xs", x, [None, cfg.hidden_size], dtypes)
         if scales is None:
             raise ShapeError(

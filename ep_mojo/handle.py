@@ -10,7 +10,7 @@ from .config import EPConfig
 from .errors import ShapeError
 
 if TYPE_CHECKING:
-    from max.graph import TensorType, TensorValue
+    from max.graph import DeviceRef, TensorType, TensorValue
 
 HANDLE_TENSORS = (
     "tokens",
@@ -37,8 +37,8 @@ class Handle:
 
     Attributes:
         cfg: The config.
-        tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype, but
-            float8 as uint8 bit patterns, because MAX has no float8 tensors on the host.
+        tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype, but on
+            the host float8 as uint8 bit patterns, because MAX has no float8 tensors there.
         scales: [N, S] or, column-major, [S, N]; [0, 0] where the format has none.
         row_offsets: uint32. "expert" [G + 1], the aligned first row of each group; "expert_padded" [G + 1];
             "rank" [R + 1], the first row of each source rank.
@@ -108,16 +108,18 @@ class Handle:
         return cls(cfg=cfg, topk_ids=topk_ids, weights=weights, num_tokens=num_tokens, **fields)
 
 
-def graph_dtype(dtype: str) -> str:
-    """The dtype that a tensor has in a MAX graph on the host: MAX allows no float8 there, so its bytes go as uint8."""
-    return "uint8" if dtype.startswith("float8") else dtype
+def graph_dtype(dtype: str, on_host: bool = True) -> str:
+    """The dtype that a tensor has in a MAX graph: MAX allows no float8 on the host, so there its bytes go as uint8."""
+    return "uint8" if on_host and dtype.startswith("float8") else dtype
 
 
-def handle_types(cfg: EPConfig) -> list[TensorType]:
-    """MAX types of `HANDLE_TENSORS` for a config."""
+def handle_types(cfg: EPConfig, device: DeviceRef | None = None) -> list[TensorType]:
+    """MAX types of `HANDLE_TENSORS` for a config, on a device (None: the host)."""
     from max.dtype import DType
     from max.graph import DeviceRef, TensorType
 
+    device = device or DeviceRef.CPU()
+    on_host = device.is_cpu()
     R, K, G, N, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.rows_capacity, cfg.scales_per_token
     fmt, by_rank = cfg.dispatch_format, cfg.output_layout == "rank"
     tokens = [G, N // G] if cfg.output_layout == "expert_padded" else [N]
@@ -136,5 +138,4 @@ def handle_types(cfg: EPConfig) -> list[TensorType]:
         "row_map": ("int32", per_token),
         "recv_num_tokens": ("int32", [R]),
     }
-    host = DeviceRef.CPU()
-    return [TensorType(getattr(DType, graph_dtype(types[n][0])), types[n][1], host) for n in HANDLE_TENSORS]
+    return [TensorType(getattr(DType, graph_dtype(types[n][0], on_host)), types[n][1], device) for n in HANDLE_TENSORS]

@@ -1,4 +1,4 @@
-"""Every byte offset of the protocol: the mirror of `kernels/ep_mojo/layout.mojo`, with the same names, tested equal.
+"""Every byte offset of the protocol: the mirror of `kernels/ep_mojo/{layout,counters}.mojo`, tested equal.
 
 A rank owns four windows that its peers write. `DispatchWindow(cfg)` and `CombineWindow(cfg)` lay out a recv window
 (payload) and a count window (signals) each, for the slot policy of the config:
@@ -60,6 +60,7 @@ HEAD_COMBINE_WAITED = 14
 HEAD_DISPATCH_HASH = 16
 HEAD_COMBINE_HASH = 18
 HEAD_TOP_K = 20
+ARRIVED = 24
 REC_STATE = 32
 REC_KIND = 33
 REC_STAGE = 34
@@ -71,6 +72,10 @@ REC_SEEN = 40
 REC_VALUE = 42
 REC_LIMIT = 44
 REC_END = 46
+WORK_COUNTED = HEAD_WORDS
+WORK_MAPPED = HEAD_WORDS + 16
+WORK_COUNTS = HEAD_WORDS + 32
+ROUTED_MASKS = HEAD_WORDS
 
 KIND_TIMEOUT = 1
 KIND_CAPACITY = 2
@@ -137,8 +142,10 @@ def value_of(signal: int) -> int:
 
 
 def counters_words(cfg: EPConfig) -> int:
-    """int32 words of `atomic_counters`: the head, and with ExpertSlots one more for each token."""
-    return HEAD_WORDS + (cfg.max_tokens_per_rank if cfg.slots == "expert" else 0)
+    """int32 words of `atomic_counters`: the head, and a launch's notes to itself."""
+    if cfg.slots == "expert":
+        return ROUTED_MASKS + cfg.max_tokens_per_rank
+    return WORK_COUNTS + cfg.n_experts + cfg.n_ranks
 
 
 class _Window:

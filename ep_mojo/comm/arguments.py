@@ -23,10 +23,12 @@ class InputSpec:
     Attributes:
         dtype: MAX element type, for example "bfloat16".
         dims: Sizes: a number, a symbol's name, or None for any size.
+        place: Where it is: "host", or "gpu:0".
     """
 
     dtype: str
     dims: tuple[int | str | None, ...]
+    place: str = "host"
 
     @functools.cached_property
     def storage(self) -> np.dtype:
@@ -34,16 +36,26 @@ class InputSpec:
         return storage_dtype(self.dtype)
 
     def __str__(self) -> str:
-        return f"{self.dtype} [{', '.join('?' if d is None else str(d) for d in self.dims)}]"
+        where = "" if self.place == "host" else f" on {self.place}"
+        return f"{self.dtype} [{', '.join('?' if d is None else str(d) for d in self.dims)}]{where}"
+
+
+def place(device: Any) -> str:
+    """The name of a `Device` or `DeviceRef`: "host", or "gpu:0"."""
+    kind = getattr(device, "label", None) or getattr(device.device_type, "value", str(device.device_type))
+    return "host" if kind == "cpu" else f"{kind}:{device.id}"
 
 
 def graph_specs(graph: Any) -> list[InputSpec]:
     """Specs of all inputs of a `max.graph.Graph`."""
-    return [InputSpec(value.type.dtype.name, tuple(map(_dim, value.type.shape))) for value in graph.inputs]
+    return [
+        InputSpec(value.type.dtype.name, tuple(map(_dim, value.type.shape)), place(value.type.device))
+        for value in graph.inputs
+    ]
 
 
 def model_specs(model: Any) -> list[InputSpec]:
-    """Specs of all inputs of a loaded `max.engine.Model`; its symbols have no names."""
+    """Specs of all inputs of a loaded `max.engine.Model` of the host; its symbols have no names."""
     return [InputSpec(spec.dtype.name, tuple(spec.shape or ())) for spec in model.input_metadata]
 
 
@@ -86,8 +98,13 @@ def _check_one(spec: InputSpec, arg: Any, label: str, symbols: dict[str, tuple[i
         value = np.ascontiguousarray(as_bits(arg)).reshape(arg.shape) if fits else None
     elif hasattr(arg, "_data_ptr") and hasattr(arg, "device"):
         fits, value = arg.dtype.name == spec.dtype, arg
-        if not arg.device.is_host:
-            raise DeviceError(field=label, value=str(arg.device), allowed="the host", remedy="move it: x.to(CPU())")
+        if place(arg.device) != spec.place:
+            raise DeviceError(
+                field=label,
+                value=place(arg.device),
+                allowed=spec.place,
+                remedy="move it: x.to(CPU())" if spec.place == "host" else "move it, or pass a NumPy array",
+            )
         if not arg.is_contiguous:
             raise ShapeError(field=label, value="strided", allowed="contiguous", remedy="pass x.contiguous()")
     else:
@@ -123,4 +140,13 @@ def _check_one(spec: InputSpec, arg: Any, label: str, symbols: dict[str, tuple[i
 
 def make_buffers(specs: Sequence[InputSpec], values: Sequence[Any]) -> list[Any]:
     """MAX buffers of what `check_args` returned."""
-    return [to_buffer(v, s.dtype) if isinstance(v, np.ndarray) else v for s, v in zip(specs, values, strict=True)]
+    return [_buffer(s, v) if isinstance(v, np.ndarray) else v for s, v in zip(specs, values, strict=True)]
+
+
+def _buffer(spec: InputSpec, value: np.ndarray) -> Any:
+    buffer = to_buffer(value, spec.dtype)
+    if spec.place == "host":
+        return buffer
+    from max.driver import Accelerator
+
+    return buffer.to(Accelerator(int(spec.place.partition(":")[2])))

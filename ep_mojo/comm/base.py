@@ -21,12 +21,12 @@ from .. import layout
 from ..config import EPConfig
 from ..errors import ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError, error_from_text
 from . import windows
-from .arguments import InputSpec, graph_specs, model_specs
+from .arguments import InputSpec, graph_specs, model_specs, place
 
 if TYPE_CHECKING:
-    from max.driver import Buffer
+    from max.driver import Buffer, Device
     from max.engine import Model
-    from max.graph import BufferValue, Graph, TensorValue, Type
+    from max.graph import BufferValue, DeviceRef, Graph, TensorValue, Type
 
 TABLE_NAMES = tuple(name for name, _ in windows.TABLES)
 
@@ -39,16 +39,18 @@ class Rank:
         cfg: The config.
         index: Which of the graph's ranks this is, 0 to graph_ranks - 1.
         fused_allowed: Whether waits may spin, so that the fused ops can be used.
+        device: Where the rank's tensors are.
         settings: int64 [SETTINGS_WORDS], host.
         dispatch_send_ptrs, dispatch_recv_ptrs, dispatch_count_ptrs: uint64 [R], host: every rank's windows.
         combine_send_ptrs, combine_recv_ptrs, combine_count_ptrs: uint64 [R], host.
-        order: int32 [8], mutable. Every op takes it, so that MAX keeps their order.
+        order: int32 [8], mutable. Every op of a device takes it, so that MAX keeps their order.
         counters: int32 [counters_words], mutable. The rank's own `atomic_counters`.
     """
 
     cfg: EPConfig
     index: int
     fused_allowed: bool
+    device: DeviceRef
     settings: TensorValue
     dispatch_send_ptrs: TensorValue
     dispatch_recv_ptrs: TensorValue
@@ -138,23 +140,69 @@ class Communicator(ABC):
 
         return ProcessCommunicator(cfg, start_timeout_s=start_timeout_s, workers_of=workers_of)
 
+    @staticmethod
+    def one_gpu(cfg: EPConfig, device: Device | int = 0) -> Communicator:
+        """All ranks on one GPU, as virtual ranks of one graph: for tests and development without a second GPU.
+
+        Args:
+            cfg: The config.
+            device: The GPU, or its number.
+
+        Raises:
+            DeviceError: MAX sees no such GPU.
+            DeviceMemoryError: There is not enough memory on it for the windows.
+            UnsupportedError: slots="expert".
+        """
+        from .gpu import GPUCommunicator
+
+        return GPUCommunicator(cfg, [device], virtual=True)
+
+    @staticmethod
+    def gpus(cfg: EPConfig, devices: Sequence[Device | int] | None = None) -> Communicator:
+        """One rank on each of several GPUs of this node, in one process and one graph.
+
+        Args:
+            cfg: The config.
+            devices: cfg.n_ranks GPUs, or their numbers; None: the first ones.
+
+        Raises:
+            DeviceError: Too few GPUs, or two that cannot reach each other's memory.
+            DeviceMemoryError: There is not enough memory for the windows.
+            UnsupportedError: slots="expert".
+        """
+        from .gpu import GPUCommunicator
+
+        return GPUCommunicator(cfg, range(cfg.n_ranks) if devices is None else devices, virtual=False)
+
     # Graphs
+
+    def device_refs(self) -> list[DeviceRef]:
+        """Where each of the graph's ranks has its tensors."""
+        from max.graph import DeviceRef
+
+        return [DeviceRef.CPU()] * self.graph_ranks
 
     @property
     def num_inputs(self) -> int:
-        """How many inputs the communicator adds to a graph: 8 + graph_ranks."""
-        return 2 + len(TABLE_NAMES) + self.graph_ranks
+        """How many inputs the communicator adds to a graph: 7, one for each device, and one for each rank."""
+        return 1 + len(TABLE_NAMES) + len(set(self.device_refs())) + self.graph_ranks
 
     def input_types(self) -> list[Type]:
-        """MAX types of the inputs: settings int64 [17], six tables uint64 [R], order int32 [8], counters a rank."""
+        """MAX types of the inputs.
+
+        settings int64 [17] and six tables uint64 [R] on the host, order int32 [8] a device, counters int32 a rank.
+        """
         from max.dtype import DType
         from max.graph import BufferType, DeviceRef, TensorType
 
-        host = DeviceRef.CPU()
-        tables = [TensorType(DType.uint64, [self.cfg.n_ranks], host) for _ in TABLE_NAMES]
-        counters = BufferType(DType.int32, [layout.counters_words(self.cfg)], host)
-        order = BufferType(DType.int32, [windows.ORDER_WORDS], host)
-        return [TensorType(DType.int64, [layout.SETTINGS_WORDS], host), *tables, order, *[counters] * self.graph_ranks]
+        host, refs = DeviceRef.CPU(), self.device_refs()
+        words = layout.counters_words(self.cfg)
+        return [
+            TensorType(DType.int64, [layout.SETTINGS_WORDS], host),
+            *(TensorType(DType.uint64, [self.cfg.n_ranks], host) for _ in TABLE_NAMES),
+            *(BufferType(DType.int32, [windows.ORDER_WORDS], ref) for ref in dict.fromkeys(refs)),
+            *(BufferType(DType.int32, [words], ref) for ref in refs),
+        ]
 
     def bind(self, values: Iterable[Any]) -> list[Rank]:
         """The ranks of a graph, from the graph inputs that `input_types` describes.
@@ -179,10 +227,13 @@ class Communicator(ABC):
             )
         n_tables = 1 + len(TABLE_NAMES)
         settings, *tables = (v.tensor for v in values[:n_tables])
-        order, *counters = (v.buffer for v in values[n_tables:])
+        refs = self.device_refs()
+        places = list(dict.fromkeys(refs))
+        orders = dict(zip(places, (v.buffer for v in values[n_tables:]), strict=False))
+        counters = [v.buffer for v in values[n_tables + len(places) :]]
         return [
-            Rank(self.cfg, i, self.fused_allowed, settings, *tables, order=order, counters=c)
-            for i, c in enumerate(counters)
+            Rank(self.cfg, i, self.fused_allowed, ref, settings, *tables, order=orders[ref], counters=c)
+            for i, (ref, c) in enumerate(zip(refs, counters, strict=True))
         ]
 
     @abstractmethod
@@ -292,13 +343,13 @@ class Communicator(ABC):
 
     @functools.cached_property
     def _input_specs(self) -> list[InputSpec]:
-        return [InputSpec(t.dtype.name, tuple(int(d) for d in t.shape)) for t in self.input_types()]
+        return [InputSpec(t.dtype.name, tuple(int(d) for d in t.shape), place(t.device)) for t in self.input_types()]
 
     def _specs(self, model: Any) -> list[InputSpec]:
         """Specs of the graph's own inputs, after checking that the others are this communicator's."""
         if isinstance(model, CompiledGraph):
             specs = list(model.specs)
-        elif hasattr(model, "input_metadata"):
+        elif hasattr(model, "input_metadata") and all(ref.is_cpu() for ref in self.device_refs()):
             specs = model_specs(model)
         else:
             raise DTypeError(

@@ -132,13 +132,18 @@ class RankMemory:
 
         The rank must not be inside an op. Every later launch then fails as after any other failure, until `restart`.
         """
-        if self.counters[layout.REC_STATE] != 0:
-            return
-        self.counters[layout.REC_STATE : layout.REC_END] = 0
-        self.counters[layout.REC_KIND] = layout.KIND_ABORTED
-        self.counters[layout.REC_RANK] = self.rank
-        self.counters[layout.REC_PEER] = -1
-        self.counters[layout.REC_STATE] = 2
+        self.abort_counters(self.counters)
+
+    def abort_counters(self, counters: np.ndarray) -> bool:
+        """Write the record of `record_abort` into `counters`; returns whether there was none yet."""
+        if counters[layout.REC_STATE] != 0:
+            return False
+        counters[layout.REC_STATE : layout.REC_END] = 0
+        counters[layout.REC_KIND] = layout.KIND_ABORTED
+        counters[layout.REC_RANK] = self.rank
+        counters[layout.REC_PEER] = -1
+        counters[layout.REC_STATE] = 2
+        return True
 
     def publish_failure(self, peer: int, epoch: int = LAST_EPOCH) -> None:
         """Say in the place of `peer` that it has failed, in this epoch and all before it.
@@ -165,12 +170,17 @@ class RankMemory:
 
     def restart(self, epoch: int) -> None:
         """Write what a new round after `epoch` needs: epochs, everybody's credits, no error record."""
-        for index in layout.EPOCH_FIELDS:
-            layout.put_u64(self.counters, index, epoch)
         if self.cfg.slots == "rank":
             for window in (self.dispatch_count, self.combine_count):
                 window[: 8 * self.cfg.n_ranks].view(np.uint64)[:] = layout.word(epoch, 0)
-        layout.clear_record(self.counters)
+        restart_counters(self.counters, epoch)
+
+
+def restart_counters(counters: np.ndarray, epoch: int) -> None:
+    """Let a rank's own counters say that all rounds up to `epoch` are done, and that nothing has failed."""
+    for index in layout.EPOCH_FIELDS:
+        layout.put_u64(counters, index, epoch)
+    layout.clear_record(counters)
 
 
 def allocate(cfg: EPConfig, rank: int) -> RankMemory:

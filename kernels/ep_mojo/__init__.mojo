@@ -10,11 +10,11 @@ from .api import (
 from .formats import BF16, BlockwiseFP8, TokenFormat, spread_scales
 from .peers import Bytes, View, typed
 from .settings import Settings
+from .layout import counters_words
 from .setup import (
     check_counters,
     combine_count_bytes,
     combine_recv_bytes,
-    counters_words,
     dispatch_count_bytes,
     dispatch_recv_bytes,
     expert_slots_settings,

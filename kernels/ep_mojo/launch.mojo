@@ -10,9 +10,10 @@ after a failure too. After a failure the body between begin and end is skipped.
 """
 
 from .layout import *
-from .peers import MAX_RANKS, Bytes, PeerTable, View
-from .settings import SETTINGS_WORDS, Settings, config_hash
+from .peers import Bytes, PeerTable, View
+from .settings import Settings
 from .signal import FAILED, NO_SIGNAL, Head, Waiter, publish, word
+from .team import Team
 
 
 struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
@@ -72,10 +73,30 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             recv_ptrs: Addresses of the recv windows.
             recv_count_ptrs: Addresses of the count windows.
         """
+        self = Self(
+            counters, settings, PeerTable(recv_ptrs), PeerTable(recv_count_ptrs)
+        )
+
+    @always_inline
+    def __init__(
+        out self,
+        counters: View[DType.int32],
+        settings: Settings,
+        recv: PeerTable,
+        count: PeerTable,
+    ):
+        """Put the parts together, from tables that have been copied.
+
+        Args:
+            counters: `atomic_counters`.
+            settings: The settings.
+            recv: Addresses of the recv windows.
+            count: Addresses of the count windows.
+        """
         self.s = settings
         self.head = Head(counters.bytes())
-        self.recv = PeerTable(recv_ptrs)
-        self.count = PeerTable(recv_count_ptrs)
+        self.recv = recv
+        self.count = count
         self.window = CountWindow[Self.has_table](self.s)
         self.me = self.head.my_rank()
 
@@ -100,8 +121,29 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         """
         return self.count[self.me]
 
-    def begin_send(self, stage: Int32) -> UInt64:
+    @always_inline
+    def last_sent(self) -> UInt64:
+        """The epoch of the last send.
+
+        Returns:
+            0 before the first.
+        """
+        return self.head.u64(Self.sent_index)
+
+    @always_inline
+    def next_wait(self) -> UInt64:
+        """The epoch of the next wait.
+
+        Returns:
+            1 or more.
+        """
+        return self.head.u64(Self.waited_index) + 1
+
+    def begin_send[T: Team](self, stage: Int32) -> UInt64:
         """Open a sending launch; afterwards `head.failed()` says whether to skip its body.
+
+        Parameters:
+            T: Who opens it; its lanes look at peers in parallel.
 
         Args:
             stage: `STAGE_*`.
@@ -109,7 +151,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         Returns:
             The launch's epoch.
         """
-        var epoch = self.head.u64(Self.sent_index) + 1
+        var epoch = self.last_sent() + 1
         if self.head.failed():
             return epoch
         var waited = self.head.u64(Self.waited_index)
@@ -122,7 +164,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         if epoch <= buffers:
             return epoch
         var waiter = Waiter(self.head, stage, self.s.virtual)
-        for i in range(self.s.n_ranks):
+        for i in range(T.lane(), self.s.n_ranks, T.lanes):
             var peer = (self.me + i) % self.s.n_ranks
             var got = waiter.reach[at_least=True](
                 self.own_count(),
@@ -136,42 +178,49 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
                 break
         return epoch
 
-    def announce(self, epoch: UInt64, value: Int):
+    def announce[T: Team](self, epoch: UInt64, value: Int):
         """Publish the launch's header to every peer, oneself included.
+
+        Parameters:
+            T: Who publishes, a lane a peer.
 
         Args:
             epoch: The launch's epoch.
             value: T, or FAILED.
         """
         var offset = self.window.header(self.buffer(epoch), self.me)
-        for i in range(self.s.n_ranks):
+        for i in range(T.lane(), self.s.n_ranks, T.lanes):
             publish(
                 self.count[(self.me + i) % self.s.n_ranks],
                 offset,
                 word(epoch, value),
             )
 
-    def end_send(self, epoch: UInt64):
+    def end_send[T: Team](self, epoch: UInt64):
         """Close a sending launch.
+
+        Parameters:
+            T: Who closes it.
 
         Args:
             epoch: The launch's epoch.
         """
         if self.head.failed():
-            self.announce(epoch, FAILED)
+            self.announce[T](epoch, FAILED)
         self.head.set_u64(Self.sent_index, epoch)
 
-    def begin_wait(self, stage: Int32) -> UInt64:
+    def begin_wait(self, stage: Int32, sent: UInt64) -> UInt64:
         """Open a receiving launch; afterwards `head.failed()` says whether to skip its body.
 
         Args:
             stage: `STAGE_*`.
+            sent: The epoch of the last send, one of this very launch included.
 
         Returns:
             The launch's epoch.
         """
-        var epoch = self.head.u64(Self.waited_index) + 1
-        if not self.head.failed() and epoch > self.head.u64(Self.sent_index):
+        var epoch = self.next_wait()
+        if not self.head.failed() and epoch > sent:
             self.head.fail(KIND_ORDER, stage, expected=epoch, seen=epoch - 1)
         return epoch
 
@@ -221,14 +270,17 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         )
         return got != NO_SIGNAL
 
-    def end_wait(self, epoch: UInt64):
+    def end_wait[T: Team](self, epoch: UInt64):
         """Close a receiving launch: all reads of its buffer are done.
+
+        Parameters:
+            T: Who closes it.
 
         Args:
             epoch: The launch's epoch.
         """
         var value = FAILED if self.head.failed() else 0
-        for i in range(self.s.n_ranks):
+        for i in range(T.lane(), self.s.n_ranks, T.lanes):
             publish(
                 self.count[(self.me + i) % self.s.n_ranks],
                 self.window.credit(self.me),
@@ -237,78 +289,37 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         self.head.set_u64(Self.waited_index, epoch)
 
 
-def check_head(counters: View[DType.int32], settings: View[DType.int64]) raises:
-    """Refuse counters that no communicator has made, or one with another config.
+def token_count(
+    ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]
+) -> Int:
+    """T of this launch; records a failure where it is out of range.
 
     Args:
-        counters: `atomic_counters`, in host memory.
-        settings: The settings tensor.
+        ep: The rank.
+        stage: `STAGE_*`.
+        rows: Rows of the tensor.
+        num_tokens: [1], or absent.
 
-    Raises:
-        CorruptHeadError, ConfigMismatchError: As text in front of the message.
+    Returns:
+        T, or 0 after a failure.
     """
-    if settings.size != SETTINGS_WORDS:
-        raise Error(
-            "ep_mojo.CorruptHeadError: settings has ",
-            settings.size,
-            " words; pass those of a communicator",
+    if ep.head.failed():
+        return 0
+    if rows > ep.s.max_tokens:
+        ep.head.fail(
+            KIND_SHAPE,
+            stage,
+            chunk=FIELD_TOKENS,
+            value=rows,
+            limit=ep.s.max_tokens,
         )
-    check_identity(
-        counters,
-        Settings(settings),
-        HEAD_CONFIG_HASH,
-        config_hash(settings),
-    )
-
-
-def check_identity(
-    counters: View[DType.int32], s: Settings, hash_index: Int, hash: UInt64
-) raises:
-    """Refuse counters that were not made for these settings.
-
-    Args:
-        counters: `atomic_counters`, in host memory.
-        s: The settings.
-        hash_index: Which hash of the head to compare, `HEAD_*_HASH`.
-        hash: What it must be.
-
-    Raises:
-        CorruptHeadError, ConfigMismatchError: As text in front of the message.
-    """
-    var words = HEAD_WORDS + (s.max_tokens if s.expert_slots else 0)
-    if counters.size < words:
-        raise Error(
-            "ep_mojo.CorruptHeadError: atomic_counters has ",
-            counters.size,
-            " words, not ",
-            words,
-            "; pass those of a communicator",
+        return 0
+    if not num_tokens.present():
+        return rows
+    var given = Int(num_tokens[0])
+    if given < 0 or given > rows:
+        ep.head.fail(
+            KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows
         )
-    var head = Head(counters.bytes())
-    if (
-        head.i32(HEAD_MAGIC) != MAGIC
-        or head.i32(HEAD_LAYOUT_VERSION) != LAYOUT_VERSION
-    ):
-        raise Error(
-            "ep_mojo.CorruptHeadError: atomic_counters begins with magic ",
-            head.i32(HEAD_MAGIC),
-            " and layout version ",
-            head.i32(HEAD_LAYOUT_VERSION),
-            ", not ",
-            MAGIC,
-            " and ",
-            LAYOUT_VERSION,
-            "; make a new communicator",
-        )
-    if head.u64(hash_index) != hash:
-        raise Error(
-            "ep_mojo.ConfigMismatchError: these counters belong to a communicator with another config than the settings"
-        )
-    var rank = head.my_rank()
-    if rank < 0 or rank >= s.n_ranks or s.n_ranks > MAX_RANKS:
-        raise Error(
-            "ep_mojo.CorruptHeadError: atomic_counters names rank ",
-            rank,
-            " of ",
-            s.n_ranks,
-        )
+        return 0
+    return given

@@ -17,7 +17,7 @@ comptime MAX_RANKS = 8
 """The most ranks of one node, and the length of a `PeerTable`."""
 
 
-struct View[dtype: DType](ImplicitlyCopyable, Movable):
+struct View[dtype: DType](TrivialRegisterPassable):
     """A typed pointer and the number of elements behind it; `size == 0` means that an optional tensor is absent.
 
     Parameters:
@@ -90,6 +90,18 @@ struct View[dtype: DType](ImplicitlyCopyable, Movable):
             A byte pointer to it.
         """
         return Bytes(unsafe_from_address=Int(self.ptr.unsafe_offset(first)))
+
+    @always_inline
+    def misaligned(self, to: Int) -> Int:
+        """How far the first element is past an aligned address.
+
+        Args:
+            to: A power of two.
+
+        Returns:
+            Bytes, 0 where it is aligned.
+        """
+        return Int(self.ptr) % to
 
     @always_inline
     def part(self, first: Int, size: Int) -> Self:
@@ -183,7 +195,7 @@ struct Scratch[dtype: DType](Movable):
         return View[Self.dtype](Int(self.memory.unsafe_ptr()), len(self.memory))
 
 
-struct PeerTable(ImplicitlyCopyable, Movable):
+struct PeerTable(TrivialRegisterPassable):
     """One window address per rank. Passed to kernels by value, so that no launch reads a table from memory."""
 
     var address: StaticTuple[UInt64, MAX_RANKS]

@@ -81,6 +81,24 @@ def local_group(s: Settings, id: Int16, rank: Int) -> Int:
     return local + Int(s.shared_expert)
 
 
+@always_inline
+def group_name(s: Settings, group: Int, rank: Int) -> Int32:
+    """What `expert_ids` says of a group.
+
+    Args:
+        s: The settings.
+        group: A group of rows.
+        rank: The rank whose output it is.
+
+    Returns:
+        The global id of its expert; E for the shared expert.
+    """
+    var local = group - Int(s.shared_expert)
+    return Int32(
+        s.n_experts if local < 0 else rank * s.n_local_experts() + local
+    )
+
+
 def count_rows[
     layout: StaticString
 ](

@@ -21,7 +21,7 @@ comptime COMBINE_UNHASHED: UInt32 = 0x9940
 """Also G and what describes messages: the seed-named combine functions do not know them."""
 
 
-struct Settings(ImplicitlyCopyable, Movable):
+struct Settings(TrivialRegisterPassable):
     """What is the same on all ranks and known on the host at launch: the settings tensor (int64 [17]) by name."""
 
     var n_ranks: Int

@@ -135,18 +135,6 @@ def combine_count_bytes(s: Settings) -> Int:
     return CombineWindow(s).total
 
 
-def counters_words(s: Settings) -> Int:
-    """Words of `atomic_counters`.
-
-    Args:
-        s: The settings.
-
-    Returns:
-        The number of int32: the head, and with ExpertSlots one more for each token.
-    """
-    return HEAD_WORDS + (s.max_tokens if s.expert_slots else 0)
-
-
 @always_inline
 def tile_view[dtype: DType](t: TileTensor[dtype, ...]) -> View[dtype]:
     """A tensor's elements.

@@ -100,6 +100,28 @@ def poll(window: Bytes, offset: Int) -> UInt64:
 
 
 @always_inline
+def arrive(base: Bytes, offset: Int, expected: Int) -> Bool:
+    """Count one of `expected` arrivals of a launch, with acquire and release among the device's threads.
+
+    Args:
+        base: The rank's own counters.
+        offset: Byte offset of a word that is 0 before the launch, and 0 again after the last arrival.
+        expected: How many will arrive.
+
+    Returns:
+        Whether this is the last one.
+    """
+    var p = typed[DType.int32](base, offset)
+    var before = Atomic[Int32, scope="device"].fetch_add[
+        ordering=Ordering.ACQUIRE_RELEASE
+    ](p, Int32(1))
+    if before != Int32(expected - 1):
+        return False
+    p.unsafe_store(0, Int32(0))
+    return True
+
+
+@always_inline
 def clock_ns() -> Int:
     """A monotonic clock.
 
@@ -136,7 +158,7 @@ def finish_streaming():
         inlined_assembly["sfence", NoneType, constraints="~{memory}"]()
 
 
-struct Head(ImplicitlyCopyable, Movable):
+struct Head(TrivialRegisterPassable):
     """The head of `atomic_counters`: identity, deadline, epochs and failure record of one rank."""
 
     var base: Bytes

@@ -2,7 +2,7 @@
 
 from max.gpu import WARP_SIZE, lane_id
 from max.gpu.primitives import warp
-from .peers import Bytes
+from .peers import Bytes, View
 
 
 trait Team:
@@ -12,6 +12,10 @@ trait Team:
     """Number of lanes."""
     comptime vector_bytes: Int
     """Bytes that one lane moves at a time."""
+    comptime sum_width: Int
+    """Channels that one lane sums at a time."""
+    comptime sum_steps: Int
+    """How often it does so before it stores, so that loads overlap."""
     comptime streams: Bool
     """Whether what it copies goes past the caches; then `finish_streaming` comes before any signal."""
 
@@ -48,6 +52,10 @@ struct HostThread[streaming: Bool](Team):
     """A thread works alone."""
     comptime vector_bytes = 64
     """A cache line at a time."""
+    comptime sum_width = 64
+    """Several registers, so that loads overlap."""
+    comptime sum_steps = 1
+    """They do already."""
     comptime streams = Self.streaming
     """As asked."""
 
@@ -88,6 +96,10 @@ struct WarpTeam(Team):
     """32 on NVIDIA, 64 on AMD."""
     comptime vector_bytes = 16
     """The widest access of one lane."""
+    comptime sum_width = 8
+    """16 bytes of bfloat16."""
+    comptime sum_steps = 4
+    """Loads in flight for each row."""
     comptime streams = False
     """Ordinary stores."""
 
@@ -168,3 +180,19 @@ def zero_bytes[T: Team](target: Bytes, n: Int):
         target.unsafe_store[width=V, alignment=1](i, SIMD[DType.uint8, V](0))
     for i in range(whole + T.lane(), n, T.lanes):
         target.unsafe_store(i, UInt8(0))
+
+
+@always_inline
+def fill[T: Team, dtype: DType](elements: View[dtype], value: Scalar[dtype]):
+    """Set all elements.
+
+    Parameters:
+        T: Who writes.
+        dtype: Element type.
+
+    Args:
+        elements: What to set.
+        value: To what.
+    """
+    for i in range(T.lane(), elements.size, T.lanes):
+        elements[i] = value

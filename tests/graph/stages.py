@@ -55,8 +55,8 @@ class Send:
     name = "dispatch_async"
     tables = DISPATCH_TABLES
 
-    def inputs(self):
-        x = graph_dtype(self.fmt.token_dtype) if self.encoded else "bfloat16"
+    def inputs(self, on_host):
+        x = graph_dtype(self.fmt.token_dtype, on_host) if self.encoded else "bfloat16"
         return [
             (x, ["T", self.hidden]),
             (self.fmt.scale_dtype or "float32", ["scale_rows", "scale_columns"]),
@@ -69,7 +69,7 @@ class Send:
     def shapes(self):
         return []
 
-    def outputs(self):
+    def outputs(self, on_host):
         return []
 
     def parameters(self):
@@ -88,16 +88,16 @@ class Receive:
     name = "dispatch_wait"
     tables = DISPATCH_TABLES
 
-    def inputs(self):
+    def inputs(self, on_host):
         return []
 
     def shapes(self):
         return [["N", "S0", "S1", "offsets", "groups", 0], ["ids", "L0", "L1", "Tm", "K", 0]]
 
-    def outputs(self):
+    def outputs(self, on_host):
         per_token = ["R", "Tm", "K"]
         return [
-            (graph_dtype(self.fmt.token_dtype), ["N", self.hidden]),
+            (graph_dtype(self.fmt.token_dtype, on_host), ["N", self.hidden]),
             (self.fmt.scale_dtype or "float32", ["S0", "S1"]),
             ("uint32", ["offsets"]),
             ("int32", ["groups"]),
@@ -127,7 +127,7 @@ class SendBack:
     name = "combine_async"
     tables = COMBINE_TABLES
 
-    def inputs(self):
+    def inputs(self, on_host):
         per_token = ["R", "Tm", "K"]
         where = ["N", 2] if self.slots == "expert" else per_token
         return [(self.dtype, ["N", self.hidden]), ("int32", where), ("float32", per_token), ("int32", ["R"])]
@@ -135,7 +135,7 @@ class SendBack:
     def shapes(self):
         return [["T0", "H0", 0]]
 
-    def outputs(self):
+    def outputs(self, on_host):
         return [(self.dtype, ["T0", "H0"])]
 
     def parameters(self):
@@ -158,7 +158,7 @@ class ReceiveBack:
     name = "combine_wait"
     tables = COMBINE_TABLES
 
-    def inputs(self):
+    def inputs(self, on_host):
         return [
             (self.ids, ["T", "K"]),
             ("float32", ["weight_rows", "weight_columns"]),
@@ -171,7 +171,7 @@ class ReceiveBack:
     def shapes(self):
         return []
 
-    def outputs(self):
+    def outputs(self, on_host):
         return [(self.out, ["T", self.hidden])]
 
     def parameters(self):
@@ -228,43 +228,53 @@ def _back(hidden, layout, reduce, slots="rank"):
     ]
 
 
-def compile_all(variants) -> dict:
+class Stages(dict):
+    """Loaded models by variant, all for the host or all for GPU 0."""
+
+    gpu = False
+
+
+def compile_all(variants, gpu: bool = False) -> Stages:
     """Loaded models by variant: one module, one compilation."""
-    from max.driver import CPU
+    from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
-    from max.graph import Module
+    from max.graph import DeviceRef, Module
 
     module, names = Module(), {}
     for i, variant in enumerate(dict.fromkeys(variants)):
         names[variant] = f"stage_{i}"
-        _add_graph(module, names[variant], variant)
-    models = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[ep.kernel_library()])
-    return {variant: models[name] for variant, name in names.items()}
+        _add_graph(module, names[variant], variant, DeviceRef.GPU(0) if gpu else DeviceRef.CPU())
+    session = InferenceSession(devices=[CPU(), *([Accelerator(0)] if gpu else [])])
+    models = session.load_all(module, custom_extensions=[ep.kernel_library()])
+    found = Stages({variant: models[name] for variant, name in names.items()})
+    found.gpu = gpu
+    return found
 
 
-def _add_graph(module, name, variant):
+def _add_graph(module, name, variant, device):
     from max.dtype import DType
     from max.graph import BufferType, DeviceRef, Graph, TensorType, ops
 
     host = DeviceRef.CPU()
 
-    def tensor(dtype, shape):
-        return TensorType(getattr(DType, dtype), shape, host)
+    def tensor(dtype, shape, place=device):
+        return TensorType(getattr(DType, dtype), shape, place)
 
     common = [
-        BufferType(DType.int32, [windows.ORDER_WORDS], host),
-        BufferType(DType.int32, ["words"], host),
-        tensor("int64", [SETTINGS_WORDS]),
-        *[tensor("uint64", ["R"])] * 3,
+        BufferType(DType.int32, [windows.ORDER_WORDS], device),
+        BufferType(DType.int32, ["words"], device),
+        tensor("int64", [SETTINGS_WORDS], host),
+        *[tensor("uint64", ["R"], host)] * 3,
     ]
-    types = [*common, *(tensor(*t) for t in variant.inputs()), *(tensor("int8", s) for s in variant.shapes())]
+    given = [tensor(*t) for t in variant.inputs(device.is_cpu())]
+    types = [*common, *given, *(tensor("int8", s, host) for s in variant.shapes())]
     with Graph(name, input_types=types, custom_extensions=[ep.kernel_library()], module=module) as graph:
         values = [*(v.buffer for v in graph.inputs[:2]), *(v.tensor for v in graph.inputs[2:])]
         outputs = ops.inplace_custom(
             f"ep_mojo_{variant.name}",
-            host,
+            device,
             values[: len(values) - len(variant.shapes())],
-            out_types=[tensor(*t) for t in variant.outputs()],
+            out_types=[tensor(*t) for t in variant.outputs(device.is_cpu())],
             parameters=variant.parameters(),
         )
         graph.output(*outputs)
@@ -279,7 +289,8 @@ class Engine:
 
     def __init__(self, models: dict, cfg: ep.EPConfig):
         self.cfg, self.models = cfg, models
-        self.comm = ep.Communicator.cpu(cfg)
+        self.gpu = getattr(models, "gpu", False)
+        self.comm = ep.Communicator.one_gpu(cfg) if self.gpu else ep.Communicator.cpu(cfg)
 
     def __enter__(self):
         return self
@@ -332,8 +343,10 @@ class Engine:
         order, counters = rest[6], rest[7 + rank]
         given = [
             to_buffer(np.zeros(v.shape, storage_dtype(dtype)) if v.size == 0 else v, dtype)
-            for v, (dtype, _) in zip(values, variant.inputs(), strict=True)
+            for v, (dtype, _) in zip(values, variant.inputs(not self.gpu), strict=True)
         ]
+        if self.gpu:
+            given = [buffer.to(self.comm.devices[0]) for buffer in given]
         given += [to_buffer(np.zeros(shape, np.int8)) for shape in shapes]
         outputs = run_model(self.models[variant], [order, counters, settings, *tables, *given])
         return [to_numpy(o) for o in outputs]

@@ -102,7 +102,9 @@ def test_count_windows() raises:
         check_count_window[False](s)
         assert_equal(dispatch_count_bytes(s), DispatchWindow(s).total)
         assert_equal(combine_count_bytes(s), CombineWindow(s).total)
-        assert_equal(counters_words(s), HEAD_WORDS)
+        assert_equal(
+            counters_words(s), HEAD_WORDS + 32 + s.n_experts + s.n_ranks
+        )
 
 
 def test_recv_windows() raises:

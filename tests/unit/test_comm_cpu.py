@@ -75,7 +75,7 @@ def test_bind_gives_every_rank_its_counters(compiled):
     assert [r.index for r in ranks] == [0, 1, 2]
     assert comm.num_inputs == len(comm.input_types()) == 11
     assert not any(r.fused_allowed for r in ranks)
-    assert [list(map(int, r.counters.shape)) for r in ranks] == [[64]] * 3
+    assert [list(map(int, r.counters.shape)) for r in ranks] == [[layout.counters_words(CFG)]] * 3
     with pytest.raises(ShapeError, match="input_types"):
         comm.bind(graph.inputs[1:])
 
@@ -153,7 +153,7 @@ def test_bad_arguments_are_named_and_nothing_runs(compiled, change, error, match
 
 def test_device_arguments_are_refused():
     class Device:
-        is_host = False
+        label, id = "gpu", 0
 
     class OnDevice:
         device, dtype, shape, is_contiguous, _data_ptr = Device(), np.dtype(np.int32), (1,), True, None

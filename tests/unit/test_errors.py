@@ -15,6 +15,7 @@ NATURAL = {
     "PeerTimeoutError": TimeoutError,
     "PeerLostError": ConnectionError,
     "SharedMemoryError": OSError,
+    "DeviceMemoryError": MemoryError,
     "MissingDependencyError": ImportError,
     "UnsupportedError": NotImplementedError,
 }

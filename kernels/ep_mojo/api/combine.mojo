@@ -6,8 +6,9 @@ from std.sys import size_of
 from std.utils import IndexList
 
 from ..cpu import expert_slots_combine
-from ..cpu.combine_wait import CombineOutput
-from ..launch import Endpoint, check_identity
+from ..combine_tensors import CombineOutput
+from ..identity import check_identity
+from ..launch import Endpoint
 from ..layout import (
     HEAD_COMBINE_HASH,
     MAX_TOP_K,

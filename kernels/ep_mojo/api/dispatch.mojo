@@ -5,10 +5,10 @@ from max.gpu.host import DeviceContext
 from std.sys import size_of
 
 from ..cpu import expert_slots_dispatch
-from ..cpu.dispatch_async import DispatchInput
-from ..cpu.dispatch_wait import DispatchOutput
+from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import TokenFormat, format_tag
-from ..launch import Endpoint, check_identity
+from ..identity import check_identity
+from ..launch import Endpoint
 from ..layout import (
     EXPERT_SLOTS_HEADER,
     HEAD_DISPATCH_HASH,

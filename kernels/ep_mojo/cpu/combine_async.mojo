@@ -10,6 +10,7 @@ Writes the source's combine windows of buffer `epoch mod B`: rows, then signal c
 c*G .. c*G+G-1 are there, also where there were none; a header first. `begin_send` has awaited the buffer's credits.
 """
 
+from ..combine_tensors import CombineInput, row_bytes, sum_terms
 from ..launch import Endpoint
 from ..layout import (
     FIELD_RECV_NUM_TOKENS,
@@ -19,52 +20,10 @@ from ..layout import (
     partial_offset,
     row_offset,
 )
-from ..numeric import accumulate, store_f32
 from ..peers import Bytes, View
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, copy_bytes, zero_bytes
 from .workers import exceeds_caches, n_workers, share
-
-comptime WIDTH = 64
-"""Channels that are summed at a time."""
-
-
-struct CombineInput(ImplicitlyCopyable, Movable):
-    """Expert rows, and what the handle says about them."""
-
-    var rows: View[DType.uint8]
-    """[rows, H] as bytes."""
-    var row_map: View[DType.int32]
-    """[R, Tm, K]."""
-    var weights: View[DType.float32]
-    """[R, Tm, K]."""
-    var num_tokens: View[DType.int32]
-    """[R]."""
-    var shared_out: View[DType.uint8]
-    """[T, H] as bytes: receives the shared expert's rows; size 0 without a shared expert."""
-
-    def __init__(
-        out self,
-        rows: View[DType.uint8],
-        row_map: View[DType.int32],
-        weights: View[DType.float32],
-        num_tokens: View[DType.int32],
-        shared_out: View[DType.uint8],
-    ):
-        """Name the tensors.
-
-        Args:
-            rows: Expert rows as bytes.
-            row_map: The row of each choice.
-            weights: All sources' weights.
-            num_tokens: All sources' T.
-            shared_out: Output for the shared expert's rows.
-        """
-        self.rows = rows
-        self.row_map = row_map
-        self.weights = weights
-        self.num_tokens = num_tokens
-        self.shared_out = shared_out
 
 
 def combine_async[
@@ -86,15 +45,15 @@ def combine_async[
     Raises:
         What the worker pool raises; failures of the protocol go on record instead.
     """
-    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
+    comptime size = row_bytes[dtype, hidden]()
     comptime by_row = reduce == "source" and layout != "rank"
     var s = ep.s
-    var epoch = ep.begin_send(stage)
+    var epoch = ep.begin_send[HostTeam](stage)
     if not ep.head.failed():
-        _check_handle(ep, x, x.rows.size // row_bytes, stage)
+        _check_handle(ep, x, x.rows.size // size, stage)
     if ep.head.failed():
         zero_bytes[HostTeam](x.shared_out.bytes(), x.shared_out.size)
-        ep.end_send(epoch)
+        ep.end_send[HostTeam](epoch)
         return
     var buffer = ep.buffer(epoch)
     for i in range(s.n_ranks):
@@ -105,7 +64,7 @@ def combine_async[
             word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
         )
     if x.shared_out.present():
-        var own = min(Int(x.num_tokens[ep.me]) * row_bytes, x.shared_out.size)
+        var own = min(Int(x.num_tokens[ep.me]) * size, x.shared_out.size)
         copy_bytes[HostTeam](x.rows.bytes(), x.shared_out.bytes(), own)
         zero_bytes[HostTeam](x.shared_out.bytes(own), x.shared_out.size - own)
 
@@ -115,8 +74,8 @@ def combine_async[
     var tokens = 0
     for r in range(s.n_ranks):
         tokens += Int(x.num_tokens[r])
-    var workers = n_workers(s, items, tokens * row_bytes)
-    var streams = exceeds_caches(tokens * row_bytes)
+    var workers = n_workers(s, items, tokens * size)
+    var streams = exceeds_caches(tokens * size)
 
     def work(i: Int) raises {imm}:
         var source = (ep.me + i) % s.n_ranks
@@ -134,9 +93,7 @@ def combine_async[
                         var to = ep.recv[source].unsafe_offset(
                             row_offset(s, buffer, t, k)
                         )
-                        copy_bytes[HostTeam](
-                            x.rows.bytes(row * row_bytes), to, row_bytes
-                        )
+                        copy_bytes[HostTeam](x.rows.bytes(row * size), to, size)
             else:
                 var to = ep.recv[source].unsafe_offset(
                     partial_offset(s, buffer, ep.me, t)
@@ -152,7 +109,7 @@ def combine_async[
         )
 
     share(work, items, workers)
-    ep.end_send(epoch)
+    ep.end_send[HostTeam](epoch)
 
 
 def _check_handle(
@@ -193,37 +150,13 @@ def _send_partial[
     dtype: DType, hidden: Int, unweighted: Bool
 ](x: CombineInput, at: Int, top_k: Int, to: Bytes, streams: Bool):
     """Sum a token's rows of this rank, if it has any, into the source's window."""
-    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
-    var rows = Array[Int, 32](fill=0)
-    var weights = Array[Float32, 32](fill=0)
-    var n = 0
-    for k in range(top_k):
-        var row = Int(x.row_map[at + k])
-        if row >= 0:
-            rows[n] = row
-            weights[n] = x.weights[at + k]
-            n += 1
-    if n == 0:
+    var terms = x.terms[dtype, hidden](at, top_k)
+    if terms.n == 0:
         return
     comptime if unweighted:
-        copy_bytes[HostTeam](x.rows.bytes(rows[0] * row_bytes), to, row_bytes)
-        return
-
-    @always_inline
-    def sum[width: Int, streams: Bool](i: Int) {imm}:
-        var acc = SIMD[DType.float32, width](0)
-        for j in range(n):
-            acc = accumulate[dtype, width](
-                acc, x.rows.bytes(rows[j] * row_bytes), i, weights[j]
-            )
-        store_f32[dtype, width, streams](to, i, acc)
-
-    comptime whole = hidden // WIDTH * WIDTH
-    if streams and Int(to) % 64 == 0:
-        for i in range(0, whole, WIDTH):
-            sum[WIDTH, True](i)
+        copy_bytes[HostTeam](terms.row[0], to, row_bytes[dtype, hidden]())
     else:
-        for i in range(0, whole, WIDTH):
-            sum[WIDTH, False](i)
-    for i in range(whole, hidden, 8):
-        sum[8, False](i)
+        if streams and Int(to) % 64 == 0:
+            sum_terms[HostTeam, dtype, dtype, dtype, hidden, True](terms, to)
+        else:
+            sum_terms[HostTeam, dtype, dtype, dtype, hidden](terms, to)

@@ -10,126 +10,15 @@ Why the order holds: table before header, messages before their signal, each sig
 stored what it covers. The buffer is free: `begin_send` has awaited every reader's credit.
 """
 
+from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
-from ..launch import Endpoint
-from ..layout import FIELD_NUM_TOKENS, FIELD_TOKENS, KIND_SHAPE, message_offset
-from ..peers import Bytes, View, window_view
+from ..launch import Endpoint, token_count
+from ..layout import message_offset
+from ..peers import View, window_view
 from ..routing import destinations, normal_id
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, StreamingTeam, copy_bytes
 from .workers import exceeds_caches, n_workers, share
-
-
-struct DispatchInput[ids_dtype: DType](ImplicitlyCopyable, Movable):
-    """What a rank dispatches. Absent tensors have size 0.
-
-    Parameters:
-        ids_dtype: DType.int32 or DType.int64.
-    """
-
-    var tokens: View[DType.uint8]
-    """[rows, H] as bytes."""
-    var rows: Int
-    """Rows of `tokens`."""
-    var scales: View[DType.uint8]
-    """[rows, scales_per_token] as bytes, for tokens that are encoded already."""
-    var ids: View[Self.ids_dtype]
-    """[rows, K]."""
-    var weights: View[DType.float32]
-    """[rows, K], or absent: 1."""
-    var num_tokens: View[DType.int32]
-    """[1], or absent: `rows`."""
-    var factor: View[DType.float32]
-    """[1]: input scale, or absent: 1."""
-
-    def __init__(
-        out self,
-        tokens: View[DType.uint8],
-        rows: Int,
-        scales: View[DType.uint8],
-        ids: View[Self.ids_dtype],
-        weights: View[DType.float32],
-        num_tokens: View[DType.int32],
-        factor: View[DType.float32],
-    ):
-        """Name the tensors.
-
-        Args:
-            tokens: [rows, H] as bytes.
-            rows: Rows of `tokens`.
-            scales: Scales of encoded tokens, as bytes.
-            ids: [rows, K].
-            weights: [rows, K], or absent.
-            num_tokens: [1], or absent.
-            factor: [1], or absent.
-        """
-        self.tokens = tokens
-        self.rows = rows
-        self.scales = scales
-        self.ids = ids
-        self.weights = weights
-        self.num_tokens = num_tokens
-        self.factor = factor
-
-    @always_inline
-    def write[F: TokenFormat, encoded: Bool](self, token: Int, message: Bytes):
-        """Write a token's message.
-
-        Parameters:
-            F: The format.
-            encoded: Whether tokens and scales are in the format already.
-
-        Args:
-            token: The token.
-            message: Where to.
-        """
-        comptime if encoded:
-            F.pack[HostTeam](
-                self.tokens.bytes(token * F.token_bytes),
-                self.scales.bytes(token * F.scales_per_token * 4),
-                message,
-            )
-        else:
-            var factor = self.factor[0] if self.factor.present() else Float32(1)
-            F.encode[HostTeam](
-                self.tokens.bytes(token * F.hidden_size * 2), factor, message
-            )
-
-
-def token_count(
-    ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]
-) -> Int:
-    """T of this launch; records a failure where it is out of range.
-
-    Args:
-        ep: The rank.
-        stage: `STAGE_*`.
-        rows: Rows of the tensor.
-        num_tokens: [1], or absent.
-
-    Returns:
-        T, or 0 after a failure.
-    """
-    if ep.head.failed():
-        return 0
-    if rows > ep.s.max_tokens:
-        ep.head.fail(
-            KIND_SHAPE,
-            stage,
-            chunk=FIELD_TOKENS,
-            value=rows,
-            limit=ep.s.max_tokens,
-        )
-        return 0
-    if not num_tokens.present():
-        return rows
-    var given = Int(num_tokens[0])
-    if given < 0 or given > rows:
-        ep.head.fail(
-            KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows
-        )
-        return 0
-    return given
 
 
 def dispatch_async[
@@ -150,15 +39,15 @@ def dispatch_async[
     Raises:
         What the worker pool raises; failures of the protocol go on record instead.
     """
-    var epoch = ep.begin_send(stage)
+    var epoch = ep.begin_send[HostTeam](stage)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
     if ep.head.failed():
-        ep.end_send(epoch)
+        ep.end_send[HostTeam](epoch)
         return
     var s = ep.s
     var buffer = ep.buffer(epoch)
     var ids = _send_table(ep, x, T, buffer)
-    ep.announce(epoch, T)
+    ep.announce[HostTeam](epoch, T)
 
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * F.message_bytes)
@@ -178,7 +67,7 @@ def dispatch_async[
                     continue
                 var message = ep.recv[peer].unsafe_offset(offset)
                 if written < 0:
-                    x.write[F, encoded](t, message)
+                    x.write[F, encoded, HostTeam](t, message)
                     written = peer
                     continue
                 var first_copy = ep.recv[written].unsafe_offset(offset)
@@ -198,7 +87,7 @@ def dispatch_async[
             )
 
     share(work, n_chunks, workers)
-    ep.end_send(epoch)
+    ep.end_send[HostTeam](epoch)
 
 
 def _send_table[

@@ -11,15 +11,19 @@ that dispatch_async has sent, k ascending. It knows those from the masks behind 
 Why the order holds: `expert_launch.mojo`.
 """
 
+from ..combine_tensors import (
+    CombineOutput,
+    begin_token,
+    row_bytes,
+    sum_terms,
+)
 from ..expert_launch import begin_send, end_combine_send, end_wait, rows_arrived
-from ..launch import Endpoint
+from ..launch import Endpoint, token_count
 from ..layout import FIELD_SRC_INFO, KIND_SHAPE, ROUTED_MASKS, row_offset
 from ..peers import View, typed
 from ..settings import Settings
 from ..signal import Head, Waiter
 from ..team import HostTeam, copy_bytes, zero_bytes
-from .combine_wait import CombineOutput, Terms, sum_token
-from .dispatch_async import token_count
 from .workers import n_workers, share
 
 comptime ROWS_PER_ITEM = 16
@@ -49,17 +53,17 @@ def combine_async[
     Raises:
         What the worker pool raises; failures of the protocol go on record instead.
     """
-    comptime row_bytes = hidden * (2 if dtype == DType.bfloat16 else 4)
+    comptime size = row_bytes[dtype, hidden]()
     var s = ep.s
     var epoch = begin_send(ep, stage)
-    var n = min(src_info.size // 2, rows.size // row_bytes)
+    var n = min(src_info.size // 2, rows.size // size)
     if not ep.head.failed():
         _check_src_info(s, ep.head, src_info, n, stage)
     if ep.head.failed():
         end_combine_send(ep, epoch)
         return
     var items = (n + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
-    var workers = n_workers(s, items, n * row_bytes)
+    var workers = n_workers(s, items, n * size)
 
     def work(item: Int) raises {imm}:
         var first = item * ROWS_PER_ITEM
@@ -70,9 +74,9 @@ def combine_async[
                 continue
             var offset = row_offset(s, 0, from_ % s.max_tokens, k)
             copy_bytes[HostTeam](
-                rows.bytes(row * row_bytes),
+                rows.bytes(row * size),
                 ep.recv[from_ // s.max_tokens].unsafe_offset(offset),
-                row_bytes,
+                size,
             )
 
     share(work, items, workers)
@@ -123,10 +127,10 @@ def combine_wait[
     Raises:
         What the worker pool raises; failures of the protocol go on record instead.
     """
-    comptime out_bytes = hidden * (2 if out_dtype == DType.bfloat16 else 4)
+    comptime out_bytes = row_bytes[out_dtype, hidden]()
     var s = ep.s
     var K = s.top_k
-    var epoch = ep.begin_wait(stage)
+    var epoch = ep.begin_wait(stage, ep.last_sent())
     var waiter = Waiter(ep.head, stage, s.virtual)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
     for e in range(s.n_experts):
@@ -134,18 +138,22 @@ def combine_wait[
             break
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * K * out_bytes)
+    var window = ep.recv[ep.me]
     var routed = typed[DType.uint32](ep.head.base, 4 * ROUTED_MASKS)
 
     def work(chunk: Int) raises {imm}:
         var first = chunk * s.tokens_per_signal
         for t in range(first, min(first + s.tokens_per_signal, T)):
-            var terms = Terms(ep.recv[ep.me])
+            var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
             var mask = routed.unsafe_load[invariant=False](t)
             for k in range(K):
                 if (mask >> UInt32(k)) & 1 == 1:
-                    terms.add(row_offset(s, 0, t, k), x.weight(t, k, K))
-            sum_token[dtype, out_dtype, bias_dtype, ids_dtype, hidden](
-                x, t, terms
+                    terms.add(
+                        window.unsafe_offset(row_offset(s, 0, t, k)),
+                        x.weight(t, k, K),
+                    )
+            sum_terms[HostTeam, dtype, bias_dtype, out_dtype, hidden](
+                terms, x.y.bytes(t * out_bytes)
             )
 
     if not ep.head.failed():

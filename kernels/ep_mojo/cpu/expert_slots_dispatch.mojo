@@ -17,6 +17,7 @@ Why the order holds: `expert_launch.mojo`.
 
 from std.bit import count_trailing_zeros, pop_count
 
+from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..expert_launch import (
     begin_send,
     end_dispatch_send,
@@ -24,7 +25,7 @@ from ..expert_launch import (
     message_count,
 )
 from ..formats import TokenFormat
-from ..launch import Endpoint
+from ..launch import Endpoint, token_count
 from ..layout import (
     EXPERT_SLOTS_HEADER,
     EXPERT_SLOTS_MASK,
@@ -35,12 +36,10 @@ from ..layout import (
     expert_slot_offset,
 )
 from ..peers import Bytes, Scratch, View, typed
-from ..routing import NO_ROW, normal_id, row_starts
+from ..routing import NO_ROW, group_name, normal_id, row_starts
 from ..settings import Settings
 from ..signal import Waiter
 from ..team import HostTeam, copy_bytes
-from .dispatch_async import DispatchInput, token_count
-from .dispatch_wait import DispatchOutput, Rows, name_groups
 from .workers import n_workers, share
 
 
@@ -118,7 +117,7 @@ def _send[
                 if written:
                     copy_bytes[HostTeam](first, payload, F.message_bytes)
                     continue
-                x.write[F, encoded](t, payload)
+                x.write[F, encoded, HostTeam](t, payload)
                 first = payload
                 written = True
 
@@ -191,9 +190,10 @@ def dispatch_wait[
         layout == "expert" or layout == "expert_padded"
     ), "slots='expert' has the output layouts expert and expert_padded only"
     var s = ep.s
-    var epoch = ep.begin_wait(stage)
+    var epoch = ep.begin_wait(stage, ep.last_sent())
     var waiter = Waiter(ep.head, stage, s.virtual)
-    name_groups(s, ep.me, out_)
+    for g in range(out_.expert_ids.size):
+        out_.expert_ids[g] = group_name(s, g, ep.me)
     var blocks = s.n_local_experts() * s.n_ranks
     var memory = Scratch[DType.int32](blocks)
     var counts = memory.view()
@@ -212,7 +212,7 @@ def dispatch_wait[
     if not ep.head.failed():
         _receive[F, layout](ep, counts, Rows[F](out_), stage)
     if ep.head.failed():
-        out_.clear()
+        out_.clear[HostTeam]()
     end_wait(ep, epoch)
     _ = memory^
 
@@ -268,7 +268,9 @@ def _receive[
             while mask != 0:
                 var k = Int(count_trailing_zeros(mask))
                 mask &= mask - 1
-                rows.put(message.unsafe_offset(EXPERT_SLOTS_HEADER), at)
+                rows.put[HostTeam](
+                    message.unsafe_offset(EXPERT_SLOTS_HEADER), at
+                )
                 out_.src_info[2 * at] = Int32(source_token)
                 out_.src_info[2 * at + 1] = Int32(k)
                 if out_.row_map.present():

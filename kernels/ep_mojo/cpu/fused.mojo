@@ -4,14 +4,16 @@ The receiving half copies what other ranks send while they still send; nothing o
 Virtual ranks share one queue, so a rank that waits there would wait for sends that stand behind it.
 """
 
+from ..combine_tensors import CombineInput, CombineOutput
+from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
 from ..settings import Settings
-from .combine_async import CombineInput, combine_async
-from .combine_wait import CombineOutput, combine_wait
-from .dispatch_async import DispatchInput, dispatch_async
-from .dispatch_wait import DispatchOutput, dispatch_wait
+from .combine_async import combine_async
+from .combine_wait import combine_wait
+from .dispatch_async import dispatch_async
+from .dispatch_wait import dispatch_wait
 
 
 def refuse_virtual(s: Settings) raises:

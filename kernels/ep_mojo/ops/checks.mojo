@@ -1,9 +1,7 @@
 """Sizes that an op needs, checked before anything is written: a wrong one is a ShapeError and not a stray store."""
 
-from ..cpu.combine_async import CombineInput
-from ..cpu.combine_wait import CombineOutput
-from ..cpu.dispatch_async import DispatchInput
-from ..cpu.dispatch_wait import DispatchOutput
+from ..combine_tensors import CombineInput, CombineOutput
+from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import CUSTOM_KEY, TokenFormat, format_tag
 from ..layout import EXPERT_SLOTS_HEADER
 from ..peers import View
@@ -51,6 +49,27 @@ def optional(name: StaticString, given: Int, allowed: Int) raises:
     """
     if given != 0:
         require(name, given, allowed)
+
+
+def check_aligned(name: StaticString, t: View[DType.uint8]) raises:
+    """Refuse rows that do not begin at a multiple of 16 bytes.
+
+    Args:
+        name: The tensor.
+        t: It, in device memory.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    var rest = t.misaligned(16)
+    if t.present() and rest != 0:
+        raise Error(
+            "ep_mojo.ShapeError: ",
+            name,
+            " begins ",
+            rest,
+            " bytes past a multiple of 16; pass a tensor of its own, not a part of one",
+        )
 
 
 def check_same_format[F: TokenFormat](s: Settings) raises:

@@ -6,13 +6,18 @@ from max.gpu.host import DeviceContext
 from std.sys import size_of
 
 from ..cpu import expert_slots_combine
-from ..cpu.combine_async import CombineInput, combine_async
-from ..cpu.combine_wait import CombineOutput, combine_wait
+from ..combine_tensors import CombineInput, CombineOutput
+from ..cpu.combine_async import combine_async
+from ..cpu.combine_wait import combine_wait
 from ..cpu.fused import combine
-from ..launch import Endpoint, check_head
+from ..gpu import combine_async as gpu_combine_async
+from ..gpu import combine_wait as gpu_combine_wait
+from ..gpu import fused as gpu_fused
+from ..identity import check_head
+from ..launch import Endpoint
 from ..layout import STAGE_COMBINE_ASYNC, STAGE_COMBINE_WAIT
-from .checks import check_expert_rows, check_rows, check_sums
-from .tensors import host_only, rank_slots_only, raw, view
+from .checks import check_aligned, check_expert_rows, check_rows, check_sums
+from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
 @extensibility.register("ep_mojo_combine_async")
@@ -66,8 +71,7 @@ struct CombineAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        host_only[target]()
-        check_head(view(counters), view(settings))
+        var s = read_settings(settings)
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -75,23 +79,33 @@ struct CombineAsync:
             view(recv_num_tokens),
             raw(shared_out),
         )
-        var ep = Endpoint[False](
-            view(counters),
-            view(settings),
-            view(recv_ptrs),
-            view(recv_count_ptrs),
-        )
         comptime wire = hidden * size_of[Scalar[rows.dtype]]()
         comptime if slots == "expert":
-            check_expert_rows(ep.s, raw(rows), view(row_map), wire)
-            expert_slots_combine.combine_async[rows.dtype, hidden](
-                ep, raw(rows), view(row_map), STAGE_COMBINE_ASYNC
+            check_expert_rows(s, raw(rows), view(row_map), wire)
+        else:
+            check_rows[layout, reduce](s, input, wire)
+        comptime if target == "gpu":
+            rank_slots_only[slots]()
+            check_aligned("rows", input.rows)
+            var peers = gpu_peers(
+                s, settings, counters, recv_ptrs, recv_count_ptrs
+            )
+            gpu_combine_async.combine_async[rows.dtype, hidden, layout, reduce](
+                peers, input, STAGE_COMBINE_ASYNC, ctx
             )
         else:
-            check_rows[layout, reduce](ep.s, input, wire)
-            combine_async[rows.dtype, hidden, layout, reduce](
-                ep, input, STAGE_COMBINE_ASYNC
+            check_head(view(counters), view(settings))
+            var ep = Endpoint[False](
+                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )
+            comptime if slots == "expert":
+                expert_slots_combine.combine_async[rows.dtype, hidden](
+                    ep, raw(rows), view(row_map), STAGE_COMBINE_ASYNC
+                )
+            else:
+                combine_async[rows.dtype, hidden, layout, reduce](
+                    ep, input, STAGE_COMBINE_ASYNC
+                )
 
 
 @extensibility.register("ep_mojo_combine_wait")
@@ -149,8 +163,7 @@ struct CombineWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        host_only[target]()
-        check_head(view(counters), view(settings))
+        var s = read_settings(settings)
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
@@ -161,26 +174,20 @@ struct CombineWait:
             raw(bias1),
             raw(shared_rows),
         )
-        var ep = Endpoint[False](
-            view(counters),
-            view(settings),
-            view(recv_ptrs),
-            view(recv_count_ptrs),
-        )
         comptime wire = hidden * size_of[Scalar[shared_rows.dtype]]()
         check_sums[layout, reduce](
-            ep.s,
+            s,
             output,
             wire,
             hidden * size_of[Scalar[y.dtype]](),
             hidden * size_of[Scalar[bias0.dtype]](),
         )
-        comptime if slots == "expert":
-            expert_slots_combine.combine_wait[
-                shared_rows.dtype, y.dtype, bias0.dtype, topk_ids.dtype, hidden
-            ](ep, output, STAGE_COMBINE_WAIT)
-        else:
-            combine_wait[
+        comptime if target == "gpu":
+            rank_slots_only[slots]()
+            var peers = gpu_peers(
+                s, settings, counters, recv_ptrs, recv_count_ptrs
+            )
+            gpu_combine_wait.combine_wait[
                 shared_rows.dtype,
                 y.dtype,
                 bias0.dtype,
@@ -188,7 +195,30 @@ struct CombineWait:
                 hidden,
                 layout,
                 reduce,
-            ](ep, output, STAGE_COMBINE_WAIT)
+            ](peers, output, STAGE_COMBINE_WAIT, ctx)
+        else:
+            check_head(view(counters), view(settings))
+            var ep = Endpoint[False](
+                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
+            )
+            comptime if slots == "expert":
+                expert_slots_combine.combine_wait[
+                    shared_rows.dtype,
+                    y.dtype,
+                    bias0.dtype,
+                    topk_ids.dtype,
+                    hidden,
+                ](ep, output, STAGE_COMBINE_WAIT)
+            else:
+                combine_wait[
+                    shared_rows.dtype,
+                    y.dtype,
+                    bias0.dtype,
+                    topk_ids.dtype,
+                    hidden,
+                    layout,
+                    reduce,
+                ](ep, output, STAGE_COMBINE_WAIT)
 
 
 @extensibility.register("ep_mojo_combine")
@@ -254,8 +284,7 @@ struct Combine:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        host_only[target]()
-        check_head(view(counters), view(settings))
+        var s = read_settings(settings)
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -273,28 +302,41 @@ struct Combine:
             raw(bias1),
             raw(shared_out),
         )
-        var ep = Endpoint[False](
-            view(counters),
-            view(settings),
-            view(recv_ptrs),
-            view(recv_count_ptrs),
-        )
         comptime wire = hidden * size_of[Scalar[rows.dtype]]()
-        check_rows[layout, reduce](ep.s, input, wire)
+        check_rows[layout, reduce](s, input, wire)
         check_sums[layout, reduce](
-            ep.s,
+            s,
             output,
             wire,
             hidden * size_of[Scalar[y.dtype]](),
             hidden * size_of[Scalar[bias0.dtype]](),
         )
         rank_slots_only[slots]()
-        combine[
-            rows.dtype,
-            y.dtype,
-            bias0.dtype,
-            topk_ids.dtype,
-            hidden,
-            layout,
-            reduce,
-        ](ep, input, output)
+        comptime if target == "gpu":
+            check_aligned("rows", input.rows)
+            var peers = gpu_peers(
+                s, settings, counters, recv_ptrs, recv_count_ptrs
+            )
+            gpu_fused.combine[
+                rows.dtype,
+                y.dtype,
+                bias0.dtype,
+                topk_ids.dtype,
+                hidden,
+                layout,
+                reduce,
+            ](peers, input, output, ctx)
+        else:
+            check_head(view(counters), view(settings))
+            var ep = Endpoint[False](
+                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
+            )
+            combine[
+                rows.dtype,
+                y.dtype,
+                bias0.dtype,
+                topk_ids.dtype,
+                hidden,
+                layout,
+                reduce,
+            ](ep, input, output)

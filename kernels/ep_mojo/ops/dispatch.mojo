@@ -5,14 +5,19 @@ from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
 
 from ..cpu import expert_slots_dispatch
-from ..cpu.dispatch_async import DispatchInput, dispatch_async
-from ..cpu.dispatch_wait import DispatchOutput, dispatch_wait
+from ..cpu.dispatch_async import dispatch_async
+from ..cpu.dispatch_wait import dispatch_wait
 from ..cpu.fused import dispatch
+from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
-from ..launch import Endpoint, check_head
+from ..gpu import dispatch_async as gpu_dispatch_async
+from ..gpu import dispatch_wait as gpu_dispatch_wait
+from ..gpu import fused as gpu_fused
+from ..identity import check_head
+from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
-from .checks import check_input, check_output
-from .tensors import host_only, rank_slots_only, raw, view
+from .checks import check_aligned, check_input, check_output
+from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
 @extensibility.register("ep_mojo_dispatch_async")
@@ -70,8 +75,7 @@ struct DispatchAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        host_only[target]()
-        check_head(view(counters), view(settings))
+        var s = read_settings(settings)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
@@ -84,21 +88,29 @@ struct DispatchAsync:
             view(num_tokens),
             view(input_scale),
         )
-        var ep = Endpoint[True](
-            view(counters),
-            view(settings),
-            view(recv_ptrs),
-            view(recv_count_ptrs),
-        )
-        check_input[F, encoded, slots == "expert"](ep.s, input)
-        comptime if slots == "expert":
-            expert_slots_dispatch.dispatch_async[F, topk_ids.dtype, encoded](
-                ep, input, STAGE_DISPATCH_ASYNC
+        check_input[F, encoded, slots == "expert"](s, input)
+        comptime if target == "gpu":
+            rank_slots_only[slots]()
+            check_aligned("x", input.tokens)
+            var peers = gpu_peers(
+                s, settings, counters, recv_ptrs, recv_count_ptrs
+            )
+            gpu_dispatch_async.dispatch_async[F, topk_ids.dtype, encoded](
+                peers, input, STAGE_DISPATCH_ASYNC, ctx
             )
         else:
-            dispatch_async[F, topk_ids.dtype, encoded](
-                ep, input, STAGE_DISPATCH_ASYNC
+            check_head(view(counters), view(settings))
+            var ep = Endpoint[True](
+                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )
+            comptime if slots == "expert":
+                expert_slots_dispatch.dispatch_async[
+                    F, topk_ids.dtype, encoded
+                ](ep, input, STAGE_DISPATCH_ASYNC)
+            else:
+                dispatch_async[F, topk_ids.dtype, encoded](
+                    ep, input, STAGE_DISPATCH_ASYNC
+                )
 
 
 @extensibility.register("ep_mojo_dispatch_wait")
@@ -168,8 +180,7 @@ struct DispatchWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        host_only[target]()
-        check_head(view(counters), view(settings))
+        var s = read_settings(settings)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         var output = DispatchOutput(
@@ -185,19 +196,26 @@ struct DispatchWait:
             view(row_map),
             view(recv_num_tokens),
         )
-        var ep = Endpoint[True](
-            view(counters),
-            view(settings),
-            view(recv_ptrs),
-            view(recv_count_ptrs),
-        )
-        check_output[F, layout](ep.s, output)
-        comptime if slots == "expert":
-            expert_slots_dispatch.dispatch_wait[F, layout](
-                ep, output, STAGE_DISPATCH_WAIT
+        check_output[F, layout](s, output)
+        comptime if target == "gpu":
+            rank_slots_only[slots]()
+            var peers = gpu_peers(
+                s, settings, counters, recv_ptrs, recv_count_ptrs
+            )
+            gpu_dispatch_wait.dispatch_wait[F, layout](
+                peers, output, STAGE_DISPATCH_WAIT, ctx
             )
         else:
-            dispatch_wait[F, layout](ep, output, STAGE_DISPATCH_WAIT)
+            check_head(view(counters), view(settings))
+            var ep = Endpoint[True](
+                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
+            )
+            comptime if slots == "expert":
+                expert_slots_dispatch.dispatch_wait[F, layout](
+                    ep, output, STAGE_DISPATCH_WAIT
+                )
+            else:
+                dispatch_wait[F, layout](ep, output, STAGE_DISPATCH_WAIT)
 
 
 @extensibility.register("ep_mojo_dispatch")
@@ -279,8 +297,7 @@ struct Dispatch:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        host_only[target]()
-        check_head(view(counters), view(settings))
+        var s = read_settings(settings)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
@@ -306,13 +323,20 @@ struct Dispatch:
             view(row_map),
             view(recv_num_tokens),
         )
-        var ep = Endpoint[True](
-            view(counters),
-            view(settings),
-            view(recv_ptrs),
-            view(recv_count_ptrs),
-        )
-        check_input[F, encoded, slots == "expert"](ep.s, input)
-        check_output[F, layout](ep.s, output)
+        check_input[F, encoded, slots == "expert"](s, input)
+        check_output[F, layout](s, output)
         rank_slots_only[slots]()
-        dispatch[F, topk_ids.dtype, encoded, layout](ep, input, output)
+        comptime if target == "gpu":
+            check_aligned("x", input.tokens)
+            var peers = gpu_peers(
+                s, settings, counters, recv_ptrs, recv_count_ptrs
+            )
+            gpu_fused.dispatch[F, topk_ids.dtype, encoded, layout](
+                peers, input, output, ctx
+            )
+        else:
+            check_head(view(counters), view(settings))
+            var ep = Endpoint[True](
+                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
+            )
+            dispatch[F, topk_ids.dtype, encoded, layout](ep, input, output)

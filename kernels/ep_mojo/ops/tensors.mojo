@@ -3,7 +3,10 @@
 from extensibility import ManagedTensorSlice
 from std.sys import size_of
 
-from ..peers import View
+from ..gpu.launch import Peers
+from ..identity import check_settings
+from ..peers import View, window_view
+from ..settings import Settings, config_hash
 
 
 @always_inline
@@ -11,7 +14,7 @@ def view(t: ManagedTensorSlice) -> View[t.dtype]:
     """A tensor's elements.
 
     Args:
-        t: Any contiguous tensor in host memory.
+        t: Any contiguous tensor.
 
     Returns:
         The view.
@@ -24,7 +27,7 @@ def raw(t: ManagedTensorSlice) -> View[DType.uint8]:
     """A tensor's memory.
 
     Args:
-        t: Any contiguous tensor in host memory.
+        t: Any contiguous tensor.
 
     Returns:
         The view, in bytes.
@@ -34,23 +37,73 @@ def raw(t: ManagedTensorSlice) -> View[DType.uint8]:
     )
 
 
-def host_only[target: StaticString]():
-    """Refuse targets that have no stages yet.
+def read_settings(settings: ManagedTensorSlice) raises -> Settings:
+    """The settings by name.
+
+    Args:
+        settings: Int64 [17], in host memory.
+
+    Returns:
+        The settings.
+
+    Raises:
+        CorruptHeadError: As text in front of the message.
+    """
+    check_settings(settings.size())
+    return Settings(whole[DType.int64](settings))
+
+
+def gpu_peers(
+    s: Settings,
+    settings: ManagedTensorSlice,
+    counters: ManagedTensorSlice,
+    recv_ptrs: ManagedTensorSlice,
+    recv_count_ptrs: ManagedTensorSlice,
+) -> Peers:
+    """What a kernel gets to know of the ranks.
+
+    Args:
+        s: The settings.
+        settings: The settings tensor, in host memory.
+        counters: `atomic_counters`, in device memory.
+        recv_ptrs: Addresses of the recv windows, in host memory.
+        recv_count_ptrs: Addresses of the count windows, in host memory.
+
+    Returns:
+        The kernel's argument.
+    """
+    return Peers(
+        s,
+        config_hash(whole[DType.int64](settings)),
+        whole[DType.int32](counters),
+        whole[DType.uint64](recv_ptrs),
+        whole[DType.uint64](recv_count_ptrs),
+    )
+
+
+@always_inline
+def whole[dtype: DType](t: ManagedTensorSlice) -> View[dtype]:
+    """A tensor's elements, of a type that the signature does not fix.
 
     Parameters:
-        target: Where MAX runs the op.
+        dtype: Element type.
+
+    Args:
+        t: Any contiguous tensor.
+
+    Returns:
+        The view.
     """
-    comptime assert (
-        target == "cpu"
-    ), "ep_mojo: the stages of this version run on the host; place the ops on a CPU device"
+    return window_view[dtype](raw(t).bytes(), 0, t.size())
 
 
 def rank_slots_only[slots: StaticString]():
-    """Refuse ExpertSlots in a fused op.
+    """Refuse ExpertSlots where there is no stage for it.
 
     Parameters:
         slots: Slot policy, "rank" or "expert".
     """
-    comptime assert (
-        slots == "rank"
-    ), "ep_mojo: slots='expert' has split ops only; use the async and wait ops"
+    comptime assert slots == "rank", (
+        "ep_mojo: slots='expert' has split ops on the host only; use them, or"
+        " slots='rank'"
+    )

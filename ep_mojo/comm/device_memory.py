@@ -1,0 +1,144 @@
+"""The memory of a rank on a GPU: counters and the four windows as MAX buffers, and what `reset` writes there.
+
+The same parts as in `windows.py`, each an allocation of its own. The host sees copies: `counters` is one, made when it
+is asked for, behind everything that the device's queue holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import layout
+from ..config import EPConfig
+from ..errors import DeviceError, DeviceMemoryError
+from .windows import PARTS, RankMemory, part_bytes, restart_counters
+
+if TYPE_CHECKING:
+    from max.driver import Buffer, Device
+
+
+class DeviceMemory(RankMemory):
+    """One rank's windows and counters in the memory of a GPU.
+
+    Attributes:
+        rank: Whose they are.
+        device: Where they are.
+        buffers: By the names of `windows.PARTS`: int32 for "counters", uint8 for the windows.
+    """
+
+    def __init__(self, cfg: EPConfig, rank: int, device: Device):
+        """Allocate them: windows zero, epochs 0.
+
+        Raises:
+            DeviceMemoryError: There is not enough memory on the device.
+        """
+        from max.driver import Buffer
+        from max.dtype import DType
+
+        self.cfg, self.rank, self.device = cfg, rank, device
+        self._identity = b""
+        sizes = part_bytes(cfg)
+        head = np.zeros(layout.counters_words(cfg), np.int32)
+        layout.write_head(head, cfg, rank)
+        self.buffers: dict[str, Buffer] = {"counters": Buffer.from_numpy(head).to(device)}
+        try:
+            for name in PARTS[1:]:
+                self.buffers[name] = Buffer.zeros([sizes[name]], DType.uint8, device)
+        except (ValueError, RuntimeError) as e:
+            raise DeviceMemoryError(
+                f"rank {rank}: no memory for its windows on {device.label}:{device.id} ({e})",
+                field="bytes needed",
+                value=sum(sizes.values()),
+                allowed="what the device has free",
+                remedy="lower max_tokens_per_rank, hidden_size, num_buffers or n_ranks",
+            ) from e
+        device.synchronize()
+
+    @property
+    def counters(self) -> np.ndarray:
+        """A copy of `atomic_counters`, int32 [counters_words(cfg)]."""
+        from max.driver import CPU
+
+        return self.buffers["counters"].to(CPU()).to_numpy().copy()
+
+    def window(self, part: str) -> np.ndarray:
+        """A copy of a window, uint8."""
+        from max.driver import CPU
+
+        return self.buffers[part].to(CPU()).to_numpy().copy()
+
+    def address(self, part: str) -> int:
+        """Device address of a part."""
+        return self.buffers[part]._data_ptr()
+
+    def restart(self, epoch: int) -> None:
+        """See `RankMemory.restart`."""
+        counters = self.counters
+        restart_counters(counters, epoch)
+        self.write("counters", counters)
+        if self.cfg.slots == "rank":
+            credits = np.full(self.cfg.n_ranks, layout.word(epoch, 0), np.uint64)
+            for name in ("dispatch_count", "combine_count"):
+                self.write(name, credits.view(np.uint8))
+        self.device.synchronize()
+
+    def write(self, part: str, values: np.ndarray) -> None:
+        """Overwrite the beginning of a part."""
+        from max.driver import Buffer
+
+        self.buffers[part][: values.size].inplace_copy_from(Buffer.from_numpy(np.ascontiguousarray(values)))
+
+    def record_abort(self) -> None:
+        """See `RankMemory.record_abort`."""
+        counters = self.counters
+        if self.abort_counters(counters):
+            self.write("counters", counters)
+
+
+def accelerators(devices: Sequence[Device | int], count: int) -> list[Device]:
+    """`count` different GPUs that can reach one another.
+
+    Args:
+        devices: GPUs, or their numbers.
+        count: How many there must be.
+
+    Raises:
+        DeviceError: Too few or too many, one twice, none of that number, a host device, or no peer access.
+    """
+    from max.driver import Accelerator, accelerator_count, enable_all_peer_access
+
+    there = accelerator_count()
+    found = []
+    for d in devices:
+        index = d if isinstance(d, int) else getattr(d, "id", None)
+        if getattr(d, "is_host", False) or not isinstance(index, int) or not 0 <= index < there:
+            raise DeviceError(
+                field="devices",
+                value=str(d),
+                allowed=f"GPUs 0 to {there - 1}" if there else "a GPU; MAX sees none here",
+                remedy="see `python -m ep_mojo.doctor`, or use Communicator.cpu",
+            )
+        found.append(Accelerator(index))
+    if len({d.id for d in found}) != count or len(found) != count:
+        raise DeviceError(
+            field="devices",
+            value=[d.id for d in found],
+            allowed=f"{count} different GPUs, one for each rank; MAX sees {there}",
+            remedy="pass cfg.n_ranks devices, or Communicator.one_gpu for ranks that share one",
+        )
+    for a in found:
+        for b in found:
+            if a.id != b.id and not a.can_access(b):
+                raise DeviceError(
+                    f"GPU {a.id} cannot reach the memory of GPU {b.id}",
+                    field="devices",
+                    value=[d.id for d in found],
+                    allowed="GPUs of one node with peer access to one another",
+                    remedy="choose GPUs that share NVLink or PCIe peer access (nvidia-smi topo -p2p r)",
+                )
+    if count > 1:
+        enable_all_peer_access()
+    return found

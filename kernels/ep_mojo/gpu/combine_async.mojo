@@ -1,0 +1,282 @@
+"""The GPU's combine_async: expert rows go back to the ranks that their tokens came from.
+
+Each warp takes chunks of G tokens of a source. For each token with rows here it sums them in float32, k ascending,
+into a row in shared memory, and stores that to the source's window, slot (my rank, token); with reduce "source" it
+stores every row to slot (token, k), with layout "rank" the token's one row. When the chunk's rows have arrived, its
+signal follows, also where there were none. Headers come from the first CTA. The handle is checked row by row, before a
+row is read. Why the order holds: docs/protocol.md.
+"""
+
+from max.gpu import block_idx, lane_id, thread_idx
+from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.primitives import warp
+from max.gpu.sync import syncwarp
+from std.bit import count_trailing_zeros
+
+from ..combine_tensors import CombineInput, row_bytes, sum_terms
+from ..launch import Endpoint
+from ..layout import (
+    FIELD_RECV_NUM_TOKENS,
+    FIELD_ROW_MAP,
+    KIND_SHAPE,
+    align_up,
+    combine_header,
+    partial_offset,
+    row_offset,
+)
+from ..routing import NO_ROW
+from ..signal import publish, word
+from ..team import WarpTeam, copy_bytes, zero_bytes
+from .launch import (
+    ByValue,
+    Peers,
+    Shape,
+    first_item,
+    is_last_cta,
+    item_stride,
+    may_go_on,
+    warp_index,
+    warp_memory,
+    warp_slot,
+)
+from .routing import ballot
+from .shared_rows import (
+    SLOT_ALIGNMENT,
+    RowSlot,
+    finish_stores,
+    release_slots,
+    store_row,
+    written,
+)
+
+
+@always_inline
+def send_back[
+    dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
+](ep: Endpoint[False], x: CombineInput, stage: Int32):
+    """Send; the body of the split and the fused kernel.
+
+    Parameters:
+        dtype: Type of the rows, and on the wire.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        ep: The rank.
+        x: The rows.
+        stage: `STAGE_*`, for the failure record.
+    """
+    comptime by_row = reduce == "source" and layout != "rank"
+    var s = ep.s
+    var epoch = ep.last_sent() + 1
+    if warp_index() == 0:
+        _ = ep.begin_send[WarpTeam](stage)
+        syncwarp()
+    if thread_idx.x == 0 and not ep.head.failed():
+        var rows = x.rows.size // row_bytes[dtype, hidden]()
+        _check_tokens(ep, x, rows, stage)
+    if may_go_on(ep.head):
+        if block_idx.x == 0 and Int(thread_idx.x) < s.n_ranks:
+            var peer = Int(thread_idx.x)
+            publish(
+                ep.count[peer],
+                ep.window.header(ep.buffer(epoch), ep.me),
+                word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
+            )
+        _give_shared[dtype, hidden](x, Int(x.num_tokens[ep.me]))
+        _send_rows[dtype, hidden, layout, by_row](ep, x, epoch, stage)
+    elif x.shared_out.present() and block_idx.x == 0 and warp_index() == 0:
+        zero_bytes[WarpTeam](x.shared_out.bytes(), x.shared_out.size)
+    if is_last_cta(ep, sending=True) and warp_index() == 0:
+        ep.end_send[WarpTeam](epoch)
+
+
+@always_inline
+def _check_tokens(
+    ep: Endpoint[False], x: CombineInput, rows: Int, stage: Int32
+):
+    """Record a failure where the handle names more tokens of a source than there can be, or shared rows that are not there."""
+    var own = Int(x.num_tokens[ep.me])
+    if x.shared_out.present() and own > rows:
+        ep.head.fail(
+            KIND_SHAPE,
+            stage,
+            chunk=FIELD_ROW_MAP,
+            value=own - 1,
+            limit=rows - 1,
+        )
+    for r in range(ep.s.n_ranks):
+        var T = Int(x.num_tokens[r])
+        if T < 0 or T > ep.s.max_tokens:
+            ep.head.fail(
+                KIND_SHAPE,
+                stage,
+                chunk=FIELD_RECV_NUM_TOKENS,
+                value=T,
+                limit=ep.s.max_tokens,
+            )
+
+
+@always_inline
+def _give_shared[dtype: DType, hidden: Int](x: CombineInput, tokens: Int):
+    """Copy the shared expert's rows, the first ones, to their output; zero the rest of it."""
+    comptime size = row_bytes[dtype, hidden]()
+    for t in range(first_item(), x.shared_out.size // size, item_stride()):
+        var to = x.shared_out.bytes(t * size)
+        if t < tokens:
+            copy_bytes[WarpTeam](x.rows.bytes(t * size), to, size)
+        else:
+            zero_bytes[WarpTeam](to, size)
+
+
+@always_inline
+def _send_rows[
+    dtype: DType, hidden: Int, layout: StaticString, by_row: Bool
+](ep: Endpoint[False], x: CombineInput, epoch: UInt64, stage: Int32):
+    """Store the rows of every source's tokens, chunk by chunk, and signal."""
+    comptime size = row_bytes[dtype, hidden]()
+    var s = ep.s
+    var buffer = ep.buffer(epoch)
+    var lane = Int(lane_id())
+    var rows = x.rows.size // size
+    var slot = warp_slot(
+        warp_memory(0, slot_bytes[dtype, hidden]()), sending=True
+    )
+    var items = s.n_ranks * s.n_signals(s.max_tokens)
+    for i in range(first_item(), items, item_stride()):
+        var source = (ep.me + i) % s.n_ranks
+        var chunk = i // s.n_ranks
+        var begin = chunk * s.tokens_per_signal
+        var T = Int(x.num_tokens[source])
+        if begin >= T:
+            continue
+        var recv = ep.recv[source]
+        for t in range(begin, min(begin + s.tokens_per_signal, T)):
+            var at = (source * s.max_tokens + t) * s.top_k
+            var row = NO_ROW
+            if lane < s.top_k:
+                row = x.row_map[at + lane]
+            var left = ballot(row >= 0)
+            if left == 0:
+                continue
+            if ballot(Int(row) >= rows) != 0:
+                if Int(row) >= rows:
+                    ep.head.fail(
+                        KIND_SHAPE,
+                        stage,
+                        chunk=FIELD_ROW_MAP,
+                        value=Int(row),
+                        limit=rows - 1,
+                    )
+                continue
+            comptime if by_row:
+                while left != 0:
+                    var k = Int(count_trailing_zeros(left))
+                    left &= left - 1
+                    var which = Int(warp.shuffle_idx(row, UInt32(k)))
+                    release_slots()
+                    slot.load[size](x.rows.bytes(which * size))
+                    store_row[size](
+                        slot.row,
+                        1,
+                        recv.unsafe_offset(row_offset(s, buffer, t, k)),
+                    )
+            else:
+                release_slots()
+                comptime if layout == "rank":
+                    var k = UInt32(count_trailing_zeros(left))
+                    var which = Int(warp.shuffle_idx(row, k))
+                    slot.load[size](x.rows.bytes(which * size))
+                else:
+                    sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
+                        x.terms[dtype, hidden](at, s.top_k), slot.row
+                    )
+                    written()
+                store_row[size](
+                    slot.row,
+                    1,
+                    recv.unsafe_offset(partial_offset(s, buffer, ep.me, t)),
+                )
+        finish_stores()
+        if lane == 0:
+            publish(
+                ep.count[source],
+                ep.window.signal(buffer, ep.me, chunk),
+                word(epoch, 0),
+            )
+
+
+@always_inline
+def slot_bytes[dtype: DType, hidden: Int]() -> Int:
+    """Shared memory for a row.
+
+    Parameters:
+        dtype: Type of the rows.
+        hidden: H.
+
+    Returns:
+        Bytes of one row slot.
+    """
+    return align_up(row_bytes[dtype, hidden](), SLOT_ALIGNMENT)
+
+
+def combine_async_stage[
+    dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
+](peers: ByValue[Peers], input: ByValue[CombineInput], stage: Int32):
+    """The kernel.
+
+    Parameters:
+        dtype: Type of the rows, and on the wire.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        peers: The rank's side.
+        input: The rows.
+        stage: `STAGE_*`.
+    """
+    if peers.value.valid():
+        send_back[dtype, hidden, layout, reduce](
+            peers.value.endpoint[False](), input.value, stage
+        )
+
+
+def combine_async[
+    dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
+](peers: Peers, x: CombineInput, stage: Int32, ctx: DeviceContext) raises:
+    """Launch it.
+
+    Parameters:
+        dtype: Type of the rows, and on the wire.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        peers: The rank's side.
+        x: The rows, in device memory.
+        stage: `STAGE_*`.
+        ctx: The device.
+
+    Raises:
+        UnsupportedError as text in front of the message, or what the driver raises.
+    """
+    var shape = Shape(
+        ctx,
+        peers.s,
+        items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
+        warp_bytes=slot_bytes[dtype, hidden](),
+    )
+    ctx.enqueue_function[combine_async_stage[dtype, hidden, layout, reduce]](
+        ByValue(peers),
+        ByValue(x),
+        stage,
+        grid_dim=shape.ctas,
+        block_dim=shape.threads,
+        shared_mem_bytes=shape.shared_bytes,
+        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+            UInt32(shape.shared_bytes)
+        ),
+    )

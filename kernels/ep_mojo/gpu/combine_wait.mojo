@@ -1,0 +1,256 @@
+"""The GPU's combine_wait: what came back is summed into the tokens' outputs.
+
+Each warp takes chunks of G own tokens. For a chunk it awaits the signals of the ranks that own one of its tokens'
+experts, lane r that of rank r, then sums every token from the window in float32: biases, shared row, then the rows of
+k ascending or of ranks ascending, rounded once. Rows past T come back zero. The last CTA gives the buffer back.
+"""
+
+from max.gpu import lane_id, thread_idx
+from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.sync import syncwarp
+
+from ..combine_tensors import (
+    CombineOutput,
+    begin_token,
+    check_header,
+    row_bytes,
+    sum_terms,
+)
+from ..launch import Endpoint, token_count
+from ..layout import partial_offset, row_offset
+from ..routing import NO_EXPERT, normal_id
+from ..signal import NO_SIGNAL, Waiter
+from ..team import WarpTeam, zero_bytes
+from .launch import (
+    ByValue,
+    Peers,
+    Shape,
+    first_item,
+    is_last_cta,
+    item_stride,
+    may_go_on,
+    warp_index,
+    warps,
+)
+from .routing import ballot, destination_of_lanes
+
+
+@always_inline
+def receive_back[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+    layout: StaticString,
+    reduce: StaticString,
+](
+    ep: Endpoint[False],
+    x: CombineOutput[ids_dtype],
+    sent: UInt64,
+    stage: Int32,
+):
+    """Receive and sum; the body of the split and the fused kernel.
+
+    Parameters:
+        dtype: Type on the wire, and of the shared expert's rows.
+        out_dtype: Type of the output.
+        bias_dtype: Type of both biases.
+        ids_dtype: Type of the ids.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        sent: The epoch of the last send, one of this very launch included.
+        stage: `STAGE_*`, for the failure record.
+    """
+    comptime out_bytes = row_bytes[out_dtype, hidden]()
+    comptime by_row = reduce == "source" and layout != "rank"
+    var s = ep.s
+    var epoch = ep.next_wait()
+    var waiter = Waiter(ep.head, stage, s.virtual)
+    if thread_idx.x == 0:
+        _ = ep.begin_wait(stage, sent)
+        _ = token_count(ep, stage, x.rows, x.num_tokens)
+    if may_go_on(ep.head):
+        var T = x.given_tokens()
+        if Int(thread_idx.x) < s.n_ranks:
+            var peer = Int(thread_idx.x)
+            var header = ep.header_of(waiter, epoch, peer)
+            if header != NO_SIGNAL:
+                check_header(ep, stage, peer, header, T, by_row)
+        if may_go_on(ep.head):
+            _sum_tokens[
+                dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row
+            ](ep, x, T, epoch, waiter)
+        for t in range(T + first_item(), x.rows, item_stride()):
+            zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
+    if is_last_cta(ep, sending=False):
+        if ep.head.failed():
+            zero_output[out_bytes](x)
+        if warp_index() == 0:
+            ep.end_wait[WarpTeam](epoch)
+
+
+@always_inline
+def zero_output[out_bytes: Int](x: CombineOutput):
+    """Zero all rows, by one CTA.
+
+    Parameters:
+        out_bytes: Bytes of a row.
+
+    Args:
+        x: The outputs.
+    """
+    for t in range(warp_index(), x.rows, warps()):
+        zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
+
+
+@always_inline
+def _sum_tokens[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+    by_row: Bool,
+](
+    ep: Endpoint[False],
+    x: CombineOutput[ids_dtype],
+    T: Int,
+    epoch: UInt64,
+    waiter: Waiter,
+):
+    var s = ep.s
+    var K = s.top_k
+    var buffer = ep.buffer(epoch)
+    var window = ep.recv[ep.me]
+    var lane = Int(lane_id())
+    for chunk in range(first_item(), s.n_signals(T), item_stride()):
+        var arrived: UInt32 = 0
+        var begin = chunk * s.tokens_per_signal
+        for t in range(begin, min(begin + s.tokens_per_signal, T)):
+            var id = NO_EXPERT
+            if lane < K:
+                id = normal_id(
+                    x.ids[t * K + lane].cast[DType.int64](), s.n_experts
+                )
+            var valid = ballot(id >= 0)
+            var mask = destination_of_lanes(s, id)
+            var missing = mask & ~arrived
+            var came = True
+            if (missing >> UInt32(lane)) & 1 == 1:
+                came = ep.chunk_of(waiter, epoch, lane, chunk)
+            if ballot(not came) != 0:
+                return
+            syncwarp()
+            arrived |= missing
+            var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
+            comptime if by_row:
+                for k in range(K):
+                    if (valid >> UInt64(k)) & 1 == 1:
+                        terms.add(
+                            window.unsafe_offset(row_offset(s, buffer, t, k)),
+                            x.weight(t, k, K),
+                        )
+            else:
+                for r in range(s.n_ranks):
+                    if (mask >> UInt32(r)) & 1 == 1:
+                        terms.add(
+                            window.unsafe_offset(
+                                partial_offset(s, buffer, r, t)
+                            )
+                        )
+            sum_terms[WarpTeam, dtype, bias_dtype, out_dtype, hidden](
+                terms, x.y.bytes(t * row_bytes[out_dtype, hidden]())
+            )
+
+
+def combine_wait_stage[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+    layout: StaticString,
+    reduce: StaticString,
+](
+    peers: ByValue[Peers],
+    output: ByValue[CombineOutput[ids_dtype]],
+    stage: Int32,
+):
+    """The kernel.
+
+    Parameters:
+        dtype: Type on the wire, and of the shared expert's rows.
+        out_dtype: Type of the output.
+        bias_dtype: Type of both biases.
+        ids_dtype: Type of the ids.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        peers: The rank's side.
+        output: Its tokens.
+        stage: `STAGE_*`.
+    """
+    if peers.value.valid():
+        var ep = peers.value.endpoint[False]()
+        receive_back[
+            dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+        ](ep, output.value, ep.last_sent(), stage)
+    else:
+        zero_output[row_bytes[out_dtype, hidden]()](output.value)
+
+
+def combine_wait[
+    dtype: DType,
+    out_dtype: DType,
+    bias_dtype: DType,
+    ids_dtype: DType,
+    hidden: Int,
+    layout: StaticString,
+    reduce: StaticString,
+](
+    peers: Peers,
+    x: CombineOutput[ids_dtype],
+    stage: Int32,
+    ctx: DeviceContext,
+) raises:
+    """Launch it.
+
+    Parameters:
+        dtype: Type on the wire, and of the shared expert's rows.
+        out_dtype: Type of the output.
+        bias_dtype: Type of both biases.
+        ids_dtype: Type of the ids.
+        hidden: H.
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        peers: The rank's side.
+        x: Its tokens, in device memory.
+        stage: `STAGE_*`.
+        ctx: The device.
+
+    Raises:
+        What the driver raises.
+    """
+    var shape = Shape(ctx, peers.s, items=max(1, x.rows), warp_bytes=0)
+    ctx.enqueue_function[
+        combine_wait_stage[
+            dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+        ]
+    ](
+        ByValue(peers),
+        ByValue(x),
+        stage,
+        grid_dim=shape.ctas,
+        block_dim=shape.threads,
+        shared_mem_bytes=shape.shared_bytes,
+    )

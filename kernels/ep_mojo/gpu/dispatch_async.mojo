@@ -1,0 +1,256 @@
+"""The GPU's dispatch_async: routing table and messages leave for every destination rank.
+
+    CTA b < R      writes the routing table into rank b's count window, then its header (value T); then messages too
+    every warp     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
+                   message to every destination rank at once (lane r serves rank r), and when the whole chunk has
+                   arrived publishes its signal, lane r to rank r
+
+No warp waits for anything but its own stores; before the first store the buffer's credits are awaited. The last CTA
+counts the epoch. Why the order holds: docs/protocol.md.
+"""
+
+from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim
+from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.sync import barrier, syncwarp
+
+from ..dispatch_tensors import DispatchInput
+from ..formats import TokenFormat
+from ..launch import Endpoint, token_count
+from ..layout import align_up, message_offset
+from ..peers import View, typed
+from ..routing import NO_EXPERT, normal_id
+from ..signal import publish, word
+from ..team import WarpTeam
+from .launch import (
+    ByValue,
+    Peers,
+    Shape,
+    first_item,
+    is_last_cta,
+    item_stride,
+    may_go_on,
+    warp_index,
+    warp_memory,
+    warp_slot,
+)
+from .routing import destination_of_lanes
+from .shared_rows import (
+    SLOT_ALIGNMENT,
+    finish_stores,
+    release_slots,
+    store_row,
+    written,
+)
+
+
+@always_inline
+def slot_bytes[F: TokenFormat]() -> Int:
+    """Shared memory for a token as it comes, or for its message.
+
+    Parameters:
+        F: The format.
+
+    Returns:
+        Bytes of one row slot.
+    """
+    return align_up(max(F.message_bytes, 2 * F.hidden_size), SLOT_ALIGNMENT)
+
+
+@always_inline
+def send[
+    F: TokenFormat, ids_dtype: DType, encoded: Bool
+](ep: Endpoint[True], x: DispatchInput[ids_dtype], stage: Int32):
+    """Send; the body of the split and the fused kernel.
+
+    Parameters:
+        F: The format.
+        ids_dtype: Type of the ids.
+        encoded: Whether `x.tokens` and `x.scales` are in the format already.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        stage: `STAGE_*`, for the failure record.
+    """
+    var s = ep.s
+    var epoch = ep.last_sent() + 1
+    if warp_index() == 0:
+        _ = ep.begin_send[WarpTeam](stage)
+        syncwarp()
+    if thread_idx.x == 0:
+        _ = token_count(ep, stage, x.rows, x.num_tokens)
+    if may_go_on(ep.head):
+        var T = x.given_tokens()
+        for peer in range(Int(block_idx.x), s.n_ranks, Int(grid_dim.x)):
+            _send_table(ep, x, T, epoch, peer)
+        _send_messages[F, ids_dtype, encoded](ep, x, T, epoch)
+    if is_last_cta(ep, sending=True) and warp_index() == 0:
+        ep.end_send[WarpTeam](epoch)
+
+
+@always_inline
+def _send_table[
+    ids_dtype: DType
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    T: Int,
+    epoch: UInt64,
+    peer: Int,
+):
+    """Write the routing table into a peer's window, and say so in the header; the whole CTA calls this."""
+    comptime V = 8
+    var buffer = ep.buffer(epoch)
+    var n = T * ep.s.top_k
+    var window = ep.count[peer]
+    var ids = typed[DType.int16](window, ep.window.table_ids(buffer, ep.me))
+    var weights = typed[DType.float32](
+        window, ep.window.table_weights(buffer, ep.me)
+    )
+    var whole = n // V * V
+    var threads = Int(block_dim.x)
+    for i in range(Int(thread_idx.x) * V, whole, threads * V):
+        var id = x.ids.ptr.unsafe_load[width=V, alignment=4, invariant=False](
+            i
+        ).cast[DType.int64]()
+        var known = id.ge(0) & id.lt(Int64(ep.s.n_experts))
+        ids.unsafe_store[width=V, alignment=16](
+            i,
+            known.select(id, SIMD[DType.int64, V](-1)).cast[DType.int16](),
+        )
+        var w = SIMD[DType.float32, V](1)
+        if x.weights.present():
+            w = x.weights.ptr.unsafe_load[
+                width=V, alignment=4, invariant=False
+            ](i)
+        weights.unsafe_store[width=V, alignment=16](i, w)
+    for i in range(whole + Int(thread_idx.x), n, threads):
+        ids.unsafe_store(
+            i, normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
+        )
+        weights.unsafe_store(
+            i, x.weights[i] if x.weights.present() else Float32(1)
+        )
+    barrier()
+    if thread_idx.x == 0:
+        publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
+
+
+@always_inline
+def _send_messages[
+    F: TokenFormat, ids_dtype: DType, encoded: Bool
+](ep: Endpoint[True], x: DispatchInput[ids_dtype], T: Int, epoch: UInt64):
+    """Store every token's message, chunk by chunk, and signal."""
+    comptime size = slot_bytes[F]()
+    var s = ep.s
+    var buffer = ep.buffer(epoch)
+    var lane = Int(lane_id())
+    var peer = min(lane, s.n_ranks - 1)
+    var recv = ep.recv[peer]
+    var count = ep.count[peer]
+    var token = warp_slot(warp_memory(0, size, 2), sending=True)
+    var message = warp_memory(1, size, 2)
+    var factor = x.factor[0] if x.factor.present() else Float32(1)
+    for chunk in range(first_item(s.n_ranks), s.n_signals(T), item_stride()):
+        var begin = chunk * s.tokens_per_signal
+        for t in range(begin, min(begin + s.tokens_per_signal, T)):
+            var id = NO_EXPERT
+            if lane < s.top_k:
+                id = normal_id(
+                    x.ids[t * s.top_k + lane].cast[DType.int64](), s.n_experts
+                )
+            var targets = destination_of_lanes(s, id)
+            if s.shared_expert:
+                targets |= UInt32(1) << UInt32(ep.me)
+            if targets == 0:
+                continue
+            comptime if encoded:
+                release_slots()
+                x.write[F, True, WarpTeam](t, message)
+            else:
+                token.load[2 * F.hidden_size](
+                    x.tokens.bytes(t * 2 * F.hidden_size)
+                )
+                release_slots()
+                F.encode[WarpTeam](token.row, factor, message)
+            written()
+            store_row[F.message_bytes](
+                message,
+                targets,
+                recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
+            )
+        finish_stores()
+        if lane < s.n_ranks:
+            publish(
+                count,
+                ep.window.signal(buffer, ep.me, chunk),
+                word(epoch, 0),
+            )
+
+
+def dispatch_async_stage[
+    F: TokenFormat, ids_dtype: DType, encoded: Bool
+](
+    peers: ByValue[Peers],
+    input: ByValue[DispatchInput[ids_dtype]],
+    stage: Int32,
+):
+    """The kernel.
+
+    Parameters:
+        F: The format.
+        ids_dtype: Type of the ids.
+        encoded: Whether tokens are in the format already.
+
+    Args:
+        peers: The rank's side.
+        input: Its tokens.
+        stage: `STAGE_*`.
+    """
+    if peers.value.valid():
+        send[F, ids_dtype, encoded](
+            peers.value.endpoint[True](), input.value, stage
+        )
+
+
+def dispatch_async[
+    F: TokenFormat, ids_dtype: DType, encoded: Bool
+](
+    peers: Peers,
+    x: DispatchInput[ids_dtype],
+    stage: Int32,
+    ctx: DeviceContext,
+) raises:
+    """Launch it.
+
+    Parameters:
+        F: The format.
+        ids_dtype: Type of the ids.
+        encoded: Whether tokens are in the format already.
+
+    Args:
+        peers: The rank's side.
+        x: Its tokens, in device memory.
+        stage: `STAGE_*`.
+        ctx: The device.
+
+    Raises:
+        UnsupportedError as text in front of the message, or what the driver raises.
+    """
+    var shape = Shape(
+        ctx,
+        peers.s,
+        items=max(peers.s.n_ranks, peers.s.n_signals(x.rows)),
+        warp_bytes=2 * slot_bytes[F](),
+    )
+    ctx.enqueue_function[dispatch_async_stage[F, ids_dtype, encoded]](
+        ByValue(peers),
+        ByValue(x),
+        stage,
+        grid_dim=shape.ctas,
+        block_dim=shape.threads,
+        shared_mem_bytes=shape.shared_bytes,
+        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+            UInt32(shape.shared_bytes)
+        ),
+    )

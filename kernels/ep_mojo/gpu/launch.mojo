@@ -1,0 +1,343 @@
+"""What every kernel begins and ends with, and how it is launched.
+
+A kernel gets everything by value: settings, window addresses, tensor addresses. Nothing is read from the host, nothing
+allocated, nothing reset by the host between launches, so that a captured launch can be replayed.
+
+    CTA, first     warp 0 opens the launch (`Endpoint.begin_*`), then all threads learn whether it may go on
+    body
+    CTA, last      counts itself in; whoever is last of the grid closes the launch (`Endpoint.end_*`)
+
+No more CTAs are launched than the device has SMs, one on each: so all are resident, and one may spin on another.
+"""
+
+from max.gpu import (
+    WARP_SIZE,
+    block_dim,
+    block_idx,
+    grid_dim,
+    lane_id,
+    thread_idx,
+)
+from max.gpu.host import DeviceAttribute, DeviceContext
+from max.gpu.sync import barrier, syncwarp
+from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
+
+from ..launch import Endpoint
+from ..layout import (
+    ARRIVED,
+    HEAD_CONFIG_HASH,
+    HEAD_LAYOUT_VERSION,
+    HEAD_MAGIC,
+    LAYOUT_VERSION,
+    MAGIC,
+)
+from ..peers import Bytes, PeerTable, View
+from ..settings import Settings
+from ..signal import Head, arrive
+from ..team import WarpTeam
+from .shared_rows import BARRIER_BYTES, SLOT_ALIGNMENT, RowSlot, shared_memory
+
+comptime MAX_WARPS = 8
+"""Warps of a CTA, where their row slots fit into shared memory."""
+comptime VERDICT = 0
+"""Byte offset in shared memory: thread 0's word for all threads of the CTA."""
+comptime BARRIERS = 64
+"""Byte offset in shared memory of the warps' mbarriers."""
+comptime SLOTS = 512
+"""Byte offset in shared memory of the warps' row slots."""
+
+
+struct ByValue[T: TrivialRegisterPassable](
+    DevicePassable, TrivialRegisterPassable
+):
+    """A kernel argument that is copied to the device.
+
+    Parameters:
+        T: Its type.
+    """
+
+    comptime device_type: AnyType = Self
+    """The same on both sides."""
+
+    var value: Self.T
+    """The argument."""
+
+    def __init__(out self, value: Self.T):
+        """Wrap it.
+
+        Args:
+            value: The argument.
+        """
+        self.value = value
+
+    def _to_device_type(
+        self,
+        mut encoder: Some[DeviceTypeEncoder],
+        target: MutOpaquePointer[_],
+    ):
+        encoder.encode(self, target)
+
+    @staticmethod
+    def get_type_name() -> String:
+        """Name the type in messages.
+
+        Returns:
+            A name.
+        """
+        return "ep_mojo.ByValue"
+
+
+struct Peers(TrivialRegisterPassable):
+    """One rank's side of dispatch or combine, before it is known on the device which rank that is."""
+
+    var s: Settings
+    """The settings."""
+    var hash: UInt64
+    """What the head must hold, `config_hash`."""
+    var counters: View[DType.int32]
+    """The rank's `atomic_counters`, in device memory."""
+    var recv: PeerTable
+    """Everybody's recv windows."""
+    var count: PeerTable
+    """Everybody's count windows."""
+
+    def __init__(
+        out self,
+        s: Settings,
+        hash: UInt64,
+        counters: View[DType.int32],
+        recv_ptrs: View[DType.uint64],
+        recv_count_ptrs: View[DType.uint64],
+    ):
+        """Gather the launch's arguments on the host.
+
+        Args:
+            s: The settings.
+            hash: What the head must hold.
+            counters: `atomic_counters`, in device memory.
+            recv_ptrs: Addresses of the recv windows, in host memory.
+            recv_count_ptrs: Addresses of the count windows, in host memory.
+        """
+        self.s = s
+        self.hash = hash
+        self.counters = counters
+        self.recv = PeerTable(recv_ptrs)
+        self.count = PeerTable(recv_count_ptrs)
+
+    @always_inline
+    def valid(self) -> Bool:
+        """Whether the counters are those of a rank of a communicator with these settings.
+
+        Returns:
+            False for a head that must not be touched.
+        """
+        var head = Head(self.counters.bytes())
+        var rank = head.my_rank()
+        return (
+            head.i32(HEAD_MAGIC) == MAGIC
+            and head.i32(HEAD_LAYOUT_VERSION) == LAYOUT_VERSION
+            and head.u64(HEAD_CONFIG_HASH) == self.hash
+            and 0 <= rank < self.s.n_ranks
+        )
+
+    @always_inline
+    def endpoint[has_table: Bool](self) -> Endpoint[has_table]:
+        """The rank's side, on the device.
+
+        Parameters:
+            has_table: True for dispatch, False for combine.
+
+        Returns:
+            The endpoint.
+        """
+        return Endpoint[has_table](self.counters, self.s, self.recv, self.count)
+
+
+@always_inline
+def warps() -> Int:
+    """Warps of the CTA.
+
+    Returns:
+        Their number, 1 to `MAX_WARPS`.
+    """
+    return Int(block_dim.x) // WARP_SIZE
+
+
+@always_inline
+def warp_index() -> Int:
+    """The calling warp of its CTA.
+
+    Returns:
+        0 to `warps()` - 1.
+    """
+    return Int(thread_idx.x) // WARP_SIZE
+
+
+@always_inline
+def first_item(skip: Int = 0) -> Int:
+    """The calling warp's first piece of work; further ones follow at a distance of `item_stride`.
+
+    Neighbouring items go to different CTAs, so that little work spreads over many SMs.
+
+    Args:
+        skip: CTAs that have something else to do first, and so come last here.
+
+    Returns:
+        Index of the item.
+    """
+    var ctas = Int(grid_dim.x)
+    var turned = Int(block_idx.x) - skip
+    if turned < 0:
+        turned += ctas
+    return warp_index() * ctas + turned
+
+
+@always_inline
+def item_stride() -> Int:
+    """Warps of the launch.
+
+    Returns:
+        Their number.
+    """
+    return Int(grid_dim.x) * warps()
+
+
+@always_inline
+def told(mine: Int) -> Int:
+    """What thread 0 says, for all threads of its CTA; also a barrier.
+
+    Args:
+        mine: What thread 0 says.
+
+    Returns:
+        The same for all threads.
+    """
+    var word = View[DType.int32](Int(shared_memory(VERDICT)), 1)
+    if thread_idx.x == 0:
+        word[0] = Int32(mine)
+    barrier()
+    var said = Int(word[0])
+    barrier()
+    return said
+
+
+@always_inline
+def may_go_on(head: Head) -> Bool:
+    """Whether the rank has not failed, asked once for the whole CTA; also a barrier.
+
+    Args:
+        head: The rank's head.
+
+    Returns:
+        The same for all threads.
+    """
+    var fine = 0
+    if thread_idx.x == 0:
+        fine = Int(not head.failed())
+    return told(fine) != 0
+
+
+@always_inline
+def is_last_cta[
+    has_table: Bool
+](ep: Endpoint[has_table], sending: Bool) -> Bool:
+    """Count the CTA in when all its threads are done.
+
+    Parameters:
+        has_table: True for dispatch, False for combine.
+
+    Args:
+        ep: The rank.
+        sending: Whether this is the sending or the receiving half.
+
+    Returns:
+        For all threads, whether all other CTAs came before; what they did is then visible.
+    """
+    barrier()
+    var last = 0
+    if thread_idx.x == 0:
+        var word = ARRIVED + 2 * Int(has_table) + Int(sending)
+        last = Int(arrive(ep.head.base, 4 * word, Int(grid_dim.x)))
+    return told(last) != 0
+
+
+@always_inline
+def warp_memory(index: Int, bytes: Int, per_warp: Int = 1) -> Bytes:
+    """Shared memory of the calling warp for a row.
+
+    Args:
+        index: Which of the warp's rows.
+        bytes: Size of one, a multiple of `SLOT_ALIGNMENT`.
+        per_warp: Rows of a warp.
+
+    Returns:
+        Its first byte.
+    """
+    return shared_memory(SLOTS + (warp_index() * per_warp + index) * bytes)
+
+
+@always_inline
+def warp_slot(row: Bytes, sending: Bool) -> RowSlot:
+    """A row that the calling warp loads into. Each half of a launch has an mbarrier of its own for each warp.
+
+    Args:
+        row: From `warp_memory`.
+        sending: Whether this is the sending or the receiving half.
+
+    Returns:
+        The slot.
+    """
+    var i = warp_index() + MAX_WARPS * Int(sending)
+    return RowSlot(row, shared_memory(BARRIERS + i * BARRIER_BYTES))
+
+
+struct Shape(TrivialRegisterPassable):
+    """Size of a launch."""
+
+    var ctas: Int
+    """CTAs."""
+    var threads: Int
+    """Threads of a CTA."""
+    var shared_bytes: Int
+    """Dynamic shared memory of a CTA."""
+
+    def __init__(
+        out self,
+        ctx: DeviceContext,
+        s: Settings,
+        *,
+        items: Int,
+        warp_bytes: Int,
+        cta_bytes: Int = 0,
+    ) raises:
+        """Choose it.
+
+        Args:
+            ctx: The device.
+            s: The settings, with the budget `n_sms`.
+            items: Pieces of work for one warp each, an upper bound.
+            warp_bytes: Shared memory for the slots of one warp.
+            cta_bytes: Shared memory that a CTA needs at least, at the place of the slots.
+
+        Raises:
+            UnsupportedError as text in front of the message: a row does not fit into shared memory.
+        """
+        var room = ctx.get_attribute(
+            DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        )
+        var fit = (room - SLOTS) // max(1, warp_bytes)
+        if fit < 1 or SLOTS + cta_bytes > room:
+            raise Error(
+                "ep_mojo.UnsupportedError: a launch needs ",
+                SLOTS + max(warp_bytes, cta_bytes),
+                " bytes of shared memory, this device has ",
+                room,
+                "; use a smaller hidden_size, or fewer experts on a rank",
+            )
+        var most = ctx.get_attribute(DeviceAttribute.MULTIPROCESSOR_COUNT)
+        if s.n_sms > 0:
+            most = min(most, s.n_sms)
+        var n_warps = min(fit, MAX_WARPS)
+        self.ctas = max(1, min(most, items))
+        self.threads = n_warps * WARP_SIZE
+        self.shared_bytes = SLOTS + max(n_warps * warp_bytes, cta_bytes)

@@ -1,0 +1,231 @@
+"""Rows on their way through shared memory: a warp loads one, works on it, stores it to a peer.
+
+On sm_90 and newer, rows that are multiples of 16 bytes move by bulk copies (the async proxy): one lane starts a copy,
+the others have their hands free. Everywhere else the lanes of the warp move them 16 bytes at a time. The functions are
+the same, and so is what the caller must do:
+
+    load           global -> slot, complete when it returns
+    written        the warp has written the slot with ordinary stores; now it may be stored from
+    store          slot -> global, by the lane that calls (bulk) or by the whole warp
+    finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
+    release        the slot may be written again
+
+Rules of order, held by the PTX test (docs/protocol.md): ordinary stores to a slot come before a proxy fence and a warp
+barrier, before any bulk store of it; a full `wait_group 0`, by the lane that started them, comes between bulk stores
+and the signal; a proxy fence comes between an acquire and a bulk load of what it covers.
+"""
+
+from max.gpu import lane_id
+from max.gpu.primitives import warp
+from max.gpu.memory import external_memory
+from max.gpu.sync import syncwarp
+from std.bit import count_trailing_zeros
+from std.sys import inlined_assembly, is_nvidia_gpu
+from std.sys.info import _is_sm_9x_or_newer
+
+from ..layout import align_up
+from ..peers import Bytes
+from ..team import WarpTeam, copy_bytes
+
+comptime SLOT_ALIGNMENT = 128
+"""Bytes that slots and what stands in front of them are rounded up to."""
+comptime BARRIER_BYTES = 16
+"""Shared memory of one mbarrier, rounded up."""
+
+
+@always_inline
+def moves_in_bulk() -> Bool:
+    """Whether this target has bulk copies between global and shared memory.
+
+    Returns:
+        True on sm_90 and newer.
+    """
+    comptime if is_nvidia_gpu():
+        return _is_sm_9x_or_newer()
+    else:
+        return False
+
+
+@always_inline
+def shared_memory(offset: Int) -> Bytes:
+    """The launch's dynamic shared memory as an ordinary pointer.
+
+    Args:
+        offset: Byte offset in it.
+
+    Returns:
+        The pointer.
+    """
+    var base = external_memory[
+        UInt8, address_space=AddressSpace.SHARED, alignment=SLOT_ALIGNMENT
+    ]()
+    comptime if is_nvidia_gpu():
+        var generic = inlined_assembly[
+            "cvta.shared.u64 $0, $1;", UInt64, constraints="=l,l"
+        ](UInt64(Int(base)))
+        return Bytes(unsafe_from_address=Int(generic) + offset)
+    else:
+        var generic = base.unsafe_address_space_cast[AddressSpace.GENERIC]()
+        return Bytes(unsafe_from_address=Int(generic) + offset)
+
+
+@always_inline
+def _shared_address(p: Bytes) -> UInt32:
+    """The 32-bit address that PTX wants for shared memory."""
+    return UInt32(
+        inlined_assembly[
+            "cvta.to.shared.u64 $0, $1;", UInt64, constraints="=l,l"
+        ](UInt64(Int(p)))
+    )
+
+
+struct RowSlot(Movable):
+    """Room for one row in shared memory, owned by one warp."""
+
+    var row: Bytes
+    """Its first byte."""
+    var barrier: Bytes
+    """Counts the bytes of bulk loads."""
+    var phase: UInt32
+    """Parity of the next load."""
+
+    def __init__(out self, row: Bytes, barrier: Bytes):
+        """Take the slot; all lanes of its warp call this at once.
+
+        Args:
+            row: `SLOT_ALIGNMENT`-aligned shared memory.
+            barrier: `BARRIER_BYTES` of shared memory.
+        """
+        self.row = row
+        self.barrier = barrier
+        self.phase = 0
+        comptime if moves_in_bulk():
+            if lane_id() == 0:
+                inlined_assembly[
+                    "mbarrier.init.shared::cta.b64 [$0], 1;",
+                    NoneType,
+                    constraints="r,~{memory}",
+                ](_shared_address(barrier))
+                inlined_assembly[
+                    "fence.mbarrier_init.release.cluster;",
+                    NoneType,
+                    constraints="~{memory}",
+                ]()
+            syncwarp()
+
+    @always_inline
+    def load[n: Int](mut self, source: Bytes):
+        """Bring a row into the slot; all lanes may read it afterwards.
+
+        Parameters:
+            n: Bytes.
+
+        Args:
+            source: Global memory, aligned to 16. What an acquire of this warp covers may be loaded.
+        """
+        syncwarp()  # nobody reads the slot any more
+        comptime if moves_in_bulk() and n % 16 == 0:
+            if lane_id() == 0:
+                var bar = _shared_address(self.barrier)
+                inlined_assembly[
+                    "fence.proxy.async;", NoneType, constraints="~{memory}"
+                ]()
+                inlined_assembly[
+                    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
+                    NoneType,
+                    constraints="r,r,~{memory}",
+                ](bar, Int32(n))
+                inlined_assembly[
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+                    NoneType,
+                    constraints="r,l,r,r,~{memory}",
+                ](
+                    _shared_address(self.row),
+                    UInt64(Int(source)),
+                    Int32(n),
+                    bar,
+                )
+            self._await_load()
+        else:
+            copy_bytes[WarpTeam](source, self.row, n)
+            syncwarp()
+
+    @always_inline
+    def _await_load(mut self):
+        var bar = _shared_address(self.barrier)
+        inlined_assembly[
+            "{\n.reg .pred p;\nWAIT_${:uid}:\nmbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra DONE_${:uid};\nbra WAIT_${:uid};\nDONE_${:uid}:\n}",
+            NoneType,
+            constraints="r,r,~{memory}",
+        ](bar, self.phase)
+        self.phase ^= 1
+        syncwarp()
+
+
+@always_inline
+def written():
+    """Order this warp's ordinary stores to its slots before bulk stores from them."""
+    comptime if moves_in_bulk():
+        inlined_assembly[
+            "fence.proxy.async.shared::cta;",
+            NoneType,
+            constraints="~{memory}",
+        ]()
+    syncwarp()
+
+
+@always_inline
+def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
+    """Store a row to as many places as there are bits; all lanes of the warp call this.
+
+    Lane i stores to its own `target` where bit i is set. `finish_stores` comes before any signal.
+
+    Parameters:
+        n: Bytes.
+
+    Args:
+        row: Shared memory.
+        targets: Which lanes store.
+        target: The calling lane's place, aligned to 16.
+    """
+    comptime if moves_in_bulk() and n % 16 == 0:
+        if (targets >> UInt32(lane_id())) & 1 == 1:
+            inlined_assembly[
+                "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
+                NoneType,
+                constraints="l,r,r,~{memory}",
+            ](UInt64(Int(target)), _shared_address(row), Int32(n))
+            inlined_assembly[
+                "cp.async.bulk.commit_group;",
+                NoneType,
+                constraints="~{memory}",
+            ]()
+    else:
+        var left = targets
+        while left != 0:
+            var lane = count_trailing_zeros(left)
+            left &= left - 1
+            var to = warp.shuffle_idx(UInt64(Int(target)), lane)
+            copy_bytes[WarpTeam](row, Bytes(unsafe_from_address=Int(to)), n)
+
+
+@always_inline
+def finish_stores():
+    """Wait until all that the calling lane has stored in bulk is in place, then let the warp meet."""
+    comptime if moves_in_bulk():
+        inlined_assembly[
+            "cp.async.bulk.wait_group 0;", NoneType, constraints="~{memory}"
+        ]()
+    syncwarp()
+
+
+@always_inline
+def release_slots():
+    """Wait until bulk stores have read their slots, so that these may be written again."""
+    comptime if moves_in_bulk():
+        inlined_assembly[
+            "cp.async.bulk.wait_group.read 0;",
+            NoneType,
+            constraints="~{memory}",
+        ]()
+    syncwarp()

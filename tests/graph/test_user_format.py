@@ -1,17 +1,18 @@
-"""The format of docs/formats.md, in a Mojo program and in a MAX graph."""
+"""The format and the programs of docs/formats.md: by itself, in all stages of a Mojo program, and in a MAX graph."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import ep_mojo as ep
-from ep_mojo.dtypes import float32_to_bfloat16_bits
 from ep_mojo.kernels import find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
-H, R, K = 256, 2, 2
+PAGE = (ROOT / "docs" / "formats.md").read_text()
+STRUCT, USE = re.findall(r"```mojo\n(.*?)```", PAGE, re.DOTALL)
+(GRAPH,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 PROGRAM = """
 from layout import TileTensor, row_major
 from std.memory import bitcast
@@ -73,12 +74,22 @@ def main() raises:
 
 @pytest.fixture(scope="module")
 def my_formats(tmp_path_factory):
-    text = (ROOT / "docs" / "formats.md").read_text()
-    (code,) = re.findall(r"```mojo\n(.*?)```", text, re.DOTALL)
     package = tmp_path_factory.mktemp("user") / "my_formats"
     package.mkdir()
-    (package / "__init__.mojo").write_text(code)
+    (package / "__init__.mojo").write_text(STRUCT)
     return package
+
+
+def test_the_mojo_program_of_the_page(my_formats):
+    assert ".venv/bin/mojo run -I kernels my_program.mojo\n" in PAGE
+    program = my_formats.parent / "my_program.mojo"
+    program.write_text(USE)
+    done = find_compiler().run("run", "-I", ROOT / "kernels", program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^(\S+) travels as (\S+) = (\S+)$", done.stdout, re.MULTILINE)
+    assert len(lines) == 8
+    for x, q, value in (map(float, line) for line in lines):
+        assert (q, value) == (np.clip(np.round(x * 16), -127, 127), q / 16)
 
 
 def test_in_a_mojo_program(my_formats):
@@ -92,39 +103,21 @@ def test_in_a_mojo_program(my_formats):
     assert int(rows) > 20
 
 
-def test_in_a_max_graph(my_formats):
-    from max.dtype import DType
-    from max.graph import DeviceRef, Graph, TensorType
-
-    fmt = ep.CustomFormat("my_formats.Sixteenths", token_dtype="int8", message_size=H)
-    cfg = ep.EPConfig(
-        hidden_size=H, top_k=K, n_experts=4, max_tokens_per_rank=8, n_ranks=R, dispatch_format=fmt, reduce="expert"
-    )
-    library = ep.kernel_library(extra_sources=[my_formats])
-    cpu = DeviceRef.CPU()
-    with ep.Communicator.cpu(cfg) as comm:
-        types = [
-            TensorType(dtype, [f"T{r}", n], cpu)
-            for dtype, n in ((DType.bfloat16, H), (DType.int32, K))
-            for r in range(R)
-        ]
-        with Graph("user_format", input_types=[*types, *comm.input_types()], custom_extensions=[library]) as graph:
-            ranks = comm.bind(graph.inputs[-comm.num_inputs :])
-            values = [v.tensor for v in graph.inputs[: 2 * R]]
-            handles = ep.dispatch(ranks, values[:R], values[R:])
-            graph.output(*[h.tokens for h in handles], *[h.src_info for h in handles])
-        model = comm.compile(graph)
-        rng = np.random.default_rng(5)
-        xs = [rng.uniform(-9, 9, (8, H)).astype(np.float32) for _ in range(R)]
-        bits = [float32_to_bfloat16_bits(x) for x in xs]
-        ids = [rng.integers(0, 4, (8, K)).astype(np.int32) for _ in range(R)]
-        out = comm.execute(model, *bits, *ids)
-    exact = [(b.astype(np.uint32) << 16).view(np.float32) for b in bits]
+def test_the_graph_of_the_page(my_formats, monkeypatch, capsys):
+    """Every row that arrives is the right token, rounded as the format says."""
+    monkeypatch.chdir(my_formats.parent)
+    program = my_formats.parent / "my_graph.py"
+    program.write_text(GRAPH)
+    names = runpy.run_path(str(program))
+    names["comm"].destroy()
+    assert "int8" in capsys.readouterr().out
+    out, n_ranks = names["out"], names["R"]
+    exact = [(bits.astype(np.uint32) << 16).view(np.float32) for bits in names["x"]]
     rows = 0
-    for rank in range(R):
-        for row, (where, _) in enumerate(out[R + rank]):
+    for rank in range(n_ranks):
+        for row, (where, _) in enumerate(out[n_ranks + rank]):
             if where >= 0:
                 x = exact[where // 8][where % 8]
                 np.testing.assert_array_equal(out[rank][row], np.clip(np.round(x * 16), -127, 127).astype(np.int8))
                 rows += 1
-    assert rows == R * 8 * K
+    assert rows == n_ranks * 8 * names["K"]

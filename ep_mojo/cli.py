@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 
 from . import __version__
-from .errors import EPError, MissingDependencyError
+from .errors import ConfigError, EPError, InputFileError, MissingDependencyError
 
 FORMATS = ("fp8", "fp8-power-of-two", "fp8-ue8m0", "bf16")
 LAYOUTS = ("expert", "expert_padded", "rank")
@@ -18,6 +19,25 @@ PROGRAMS = {
     "doctor": "show what this machine has, what is missing, and how to mend it",
     "bench": "time a round against NumPy and a plain memory copy",
 }
+OPTIONS = {
+    "n_ranks": "--ranks",
+    "max_tokens_per_rank": "--tokens",
+    "hidden_size": "--hidden",
+    "n_experts": "--experts",
+    "top_k": "--top-k",
+    "output_layout": "--layout",
+}
+"""Options by the config's names."""
+FILE_SIZES = {
+    "n_ranks": "R of x",
+    "max_tokens_per_rank": "T of x",
+    "hidden_size": "H of x",
+    "top_k": "K of topk_ids",
+    "output_layout": "--layout",
+}
+"""The same for `run`, which has its sizes from a file."""
+SAME_NAME = ("input", "output", "plot", "repeats", "seed")
+"""Options called like the field that errors name."""
 ERROR_STATUS = 2
 INTERRUPTED = 130
 
@@ -41,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         return _program(args.program).main(args)
     except EPError as error:
-        print(f"ep-mojo: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"ep-mojo: {type(error).__name__}: {_with_options(args.program, error)}", file=sys.stderr)
         return ERROR_STATUS
     except MemoryError as error:
         print(f"ep-mojo: out of memory: {error}. Remedy: use fewer tokens or a smaller hidden size.", file=sys.stderr)
@@ -83,6 +103,18 @@ def _program(name: str):
             f"ep-mojo {name} needs the package {missing!r}, which is not installed here",
             remedy="pip install . in the checkout brings it; `ep-mojo doctor` shows what is missing",
         ) from error
+
+
+def _with_options(program: str, error: EPError) -> str:
+    """The text of an error, with the options of the command line for the names of the config."""
+    text = str(error)
+    if not isinstance(error, (ConfigError, InputFileError)):
+        return text
+    if error.field in SAME_NAME:
+        text = re.sub(rf"^(?={error.field} = )|(?<=choose )(?={error.field} in )", "--", text)
+    text = re.sub(r" or use BF16\(\)", "" if program == "bench" else " or use --format bf16", text)
+    names = FILE_SIZES if program == "run" else OPTIONS
+    return re.sub(rf"(?<![\w/.-])({'|'.join(names)})(?![\w/-]|\.\w)", lambda found: names[found[1]], text)
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:

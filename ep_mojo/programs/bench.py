@@ -148,9 +148,9 @@ def main(args: argparse.Namespace) -> int:
     """
     check_int("repeats", args.repeats, 1, 10_000)
     check_int("seed", args.seed, 0, 2**32 - 1)
-    for path in (args.output, args.plot):
+    for option, path in (("output", args.output), ("plot", args.plot)):
         if path:
-            files.check_writable(Path(path))
+            files.check_writable(Path(path), option)
     if args.plot:
         plot.require_matplotlib()
     cfg = EPConfig(

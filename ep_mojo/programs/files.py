@@ -112,8 +112,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise InputFileError(what, field="input", value=str(path), remedy=remedy) from error
 
 
-def check_writable(path: Path) -> None:
-    """Raise `InputFileError` unless a file can be written at `path`; before the work, not after it."""
+def check_writable(path: Path, option: str = "output") -> None:
+    """Raise `InputFileError` unless a file can be written at `path`, which `option` gave; before the work."""
     parent = path.parent
     if path.is_dir():
         problem, remedy = "it is a directory", "name a file in it"
@@ -123,7 +123,7 @@ def check_writable(path: Path) -> None:
         problem, remedy = f"nothing can be written to {parent}", "choose a directory of yours"
     else:
         return
-    raise InputFileError(problem, field="output", value=str(path), remedy=remedy)
+    raise InputFileError(problem, field=option, value=str(path), remedy=remedy)
 
 
 def write_atomically(path: Path, content: dict[str, np.ndarray] | str | bytes) -> None:

@@ -175,23 +175,28 @@ def test_output_that_cannot_be_written_is_found_before_the_work(tmp_path, output
     np.savez(tmp_path / "in.npz", **good())
     status = cli.main(["run", "--input", str(tmp_path / "in.npz"), "--output", str(tmp_path / output)])
     assert status == 2
-    assert "InputFileError: output" in capsys.readouterr().err
+    assert "InputFileError: --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["demo", "--ranks", "9"], "n_ranks = 9"),
-        (["demo", "--ranks", "3"], "n_experts = 256"),
-        (["demo", "--hidden", "100"], "hidden_size = 100"),
-        (["demo", "--top-k", "33"], "top_k = 33"),
-        (["demo", "--tokens", "0"], "max_tokens_per_rank = 0"),
-        (["demo", "--seed", "-1"], "seed = -1"),
-        (["demo", "--experts", "4", "--top-k", "8"], "top_k = 8"),
-        (["bench", "--repeats", "0"], "repeats = 0"),
-        (["bench", "--experts", "4", "--top-k", "8"], "top_k = 8"),
-        (["bench", "--output", "/nowhere/at/all.json"], "output = '/nowhere/at/all.json'"),
-        (["run", "--input", "/nowhere.npz", "--output", "out.npz"], "input = '/nowhere.npz'"),
+        (["demo", "--ranks", "9"], "--ranks = 9"),
+        (["demo", "--ranks", "3"], "--experts = 256. Allowed: a multiple of --ranks = 3. Remedy: pad the number of "),
+        (["demo", "--ranks", "3"], "or choose --ranks that divides it."),
+        (["demo", "--hidden", "100"], "--hidden = 100"),
+        (["demo", "--hidden", "200"], "pad the hidden size or use --format bf16."),
+        (["bench", "--hidden", "200"], "Remedy: pad the hidden size."),
+        (["demo", "--top-k", "33"], "--top-k = 33"),
+        (["demo", "--tokens", "0"], "--tokens = 0"),
+        (["demo", "--seed", "-1"], "--seed = -1. Allowed: an integer from 0 to 4294967295. Remedy: choose --seed in"),
+        (["demo", "--experts", "4", "--top-k", "8"], "--top-k = 8"),
+        (["bench", "--repeats", "0"], "--repeats = 0"),
+        (["bench", "--experts", "4", "--top-k", "8"], "--top-k = 8"),
+        (["bench", "--plot", "/nowhere/at/all.png"], "--plot = '/nowhere/at/all.png'"),
+        (["bench", "--output", "/nowhere/at/all.json"], "--output = '/nowhere/at/all.json'"),
+        (["run", "--input", "/nowhere.npz", "--output", "out.npz"], "--input = '/nowhere.npz'"),
+        (["run", "--input", "/top_k/n_ranks.npz", "--output", "out.npz"], "--input = '/top_k/n_ranks.npz'"),
     ],
     ids=" ".join,
 )
@@ -202,6 +207,13 @@ def test_errors_are_one_message_and_status_2(argv, message, capsys, tmp_path, mo
     assert message in err
     assert "Remedy: " in err
     assert "Traceback" not in err
+
+
+def test_errors_of_run_name_the_sizes_of_the_file(tmp_path, capsys):
+    arrays = without(*EXPERTS) | {"x": np.zeros((R, T, 7), np.float32)}
+    np.savez(tmp_path / "in.npz", **arrays)
+    assert cli.main(["run", "--input", str(tmp_path / "in.npz"), "--output", str(tmp_path / "out.npz")]) == 2
+    assert "ConfigError: H of x = 7. Allowed: an integer from 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", [[], *([p] for p in cli.PROGRAMS)], ids=lambda p: " ".join(p) or "all")

@@ -137,6 +137,13 @@ def test_arguments_reach_the_task_unchanged(ready):
     assert done.stdout.strip() == str(args), done.stderr
 
 
+def test_a_leading_double_dash_is_dropped(ready, tmp_path):
+    assert run(ready, "show", "--", "--help", "--").stdout.strip() == "['--help', '--']"
+    assert run(ready, "zero", "--").returncode == 0
+    with_pixi = run(ready, "show", "--", "--help", path=fake_pixi(tmp_path / "bin", "pixi 0.60.0"))
+    assert with_pixi.stdout.splitlines()[-2:] == ["[show]", "[--help]"]
+
+
 def test_dependencies_run_first_and_once(ready):
     done = run(ready, "two", "three")
     assert done.stdout.split("\n") == ["zero", "one", "two", "more three", ""]

@@ -99,9 +99,12 @@ def _program(name: str):
         missing = (error.name or "").partition(".")[0]
         if missing in ("", __package__):
             raise
+        from .doctor import PIP
+
         raise MissingDependencyError(
             f"ep-mojo {name} needs the package {missing!r}, which is not installed here",
-            remedy="pip install . in the checkout brings it; `ep-mojo doctor` shows what is missing",
+            remedy="in a checkout use .venv/bin/ep-mojo, which any ./task makes, or install it for this Python: "
+            f"{PIP} . in the checkout; `ep-mojo doctor` shows what is missing",
         ) from error
 
 
@@ -173,7 +176,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")
     parser.add_argument("--output", metavar="FILE.json", help="also write the JSON to this file")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs pip install '.[plots]')")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs matplotlib)")
 
 
 def _layer_arguments(parser: argparse.ArgumentParser, default_format: str) -> None:

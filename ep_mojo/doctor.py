@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ MIN_PYTHON = (3, 11)
 TOO_NEW_PYTHON = (3, 15)
 PLATFORMS = (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
 
-PIP = f"{os.path.basename(sys.executable) or 'python3'} -m pip install"
+PIP = f"{shlex.quote(sys.executable or 'python3')} -m pip install"  # for the Python that runs, whichever is on PATH
 GIB = 1 << 30
 LOW_SHARED_MEMORY = 256 << 20
 LOW_MEMORY = 4 * GIB
@@ -192,11 +193,10 @@ def check_gpus() -> Check:
 
 
 def optional_checks() -> list[Check]:
-    """Packages of the extras."""
+    """Packages of the extras that something uses."""
     return [
-        _check_package("torch", "torch", "note", ".[torch]", "only for the PyTorch side"),
-        _check_package("matplotlib", "matplotlib", "note", ".[plots]", "only for plots of ep-mojo bench"),
-        _check_package("ml_dtypes", "ml_dtypes", "note", ".[bench]", "only for the fp8 figures of ep-mojo bench"),
+        _check_package("matplotlib", "matplotlib", "note", "matplotlib", "only for plots of ep-mojo bench"),
+        _check_package("ml_dtypes", "ml_dtypes", "note", "ml_dtypes", "only for the fp8 figures of ep-mojo bench"),
     ]
 
 
@@ -266,14 +266,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_package(name: str, module: str, status_if_absent: str, requirement: str, purpose: str) -> Check:
-    remedy = f"{PIP} '{requirement}'" + (" in the checkout" if requirement.startswith(".") else "")
+    remedy = f"{PIP} {requirement}"
     if importlib.util.find_spec(module) is None:
         return Check(name, status_if_absent, "not installed" + (f"; {purpose}" if purpose else ""), remedy)
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         version = "version unknown"
-    # Optional packages are not imported: torch alone takes seconds.
+    # Optional packages are not imported: that can take seconds.
     problem = _run_python(f"import {module}")[1] if status_if_absent == "missing" else ""
     if problem:
         detail = f"{version}, but importing it fails: {problem}"

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..doctor import PIP
 from ..errors import InputFileError, MissingDependencyError
 
 BARS = (
@@ -22,7 +23,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "--plot needs matplotlib, which is not installed here", remedy="pip install '.[plots]' in the checkout"
+            "--plot needs matplotlib, which this Python does not have", remedy=f"{PIP} matplotlib"
         ) from error
 
 

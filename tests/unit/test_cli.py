@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -258,10 +259,11 @@ def test_help_and_doctor_need_only_the_standard_library():
     assert not json.loads(doctor.stdout)["ok"]
 
 
-def test_plot_without_matplotlib_names_the_extra(monkeypatch):
+def test_plot_without_matplotlib_names_the_python_that_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install \'\.\[plots\]\'"):
+    with pytest.raises(MissingDependencyError) as caught:
         plot.require_matplotlib()
+    assert str(caught.value).endswith(f"Remedy: {shlex.quote(sys.executable)} -m pip install matplotlib.")
 
 
 def test_errors_in_the_middle_are_reported_too(monkeypatch, capsys):

@@ -38,6 +38,8 @@ FILE_SIZES = {
 """The same for `run`, which has its sizes from a file."""
 SAME_NAME = ("input", "output", "plot", "repeats", "seed")
 """Options called like the field that errors name."""
+BENCH_SHAPE = {"ranks": 4, "tokens": 256, "hidden": 7168, "experts": 64, "top_k": 8}
+"""What `bench` times unless told otherwise, and what its goals are for."""
 ERROR_STATUS = 2
 INTERRUPTED = 130
 
@@ -164,14 +166,19 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time one round (dispatch + combine) in bfloat16 and with fp8 dispatch, against vectorised NumPy and against a "
         "plain memory copy of the bytes that a round must move; and fp8 encoding against NumPy with ml_dtypes. Results "
-        "are compared with the reference before anything is timed. Exit status 1: a result is wrong. A missed goal is "
-        "only reported. For steady figures let nothing else run."
+        "are compared with the reference before anything is timed. Exit status 1: a result is wrong. Goals are "
+        "for the default shape; a missed one is only reported. For steady figures let nothing else run."
     )
-    parser.add_argument("--ranks", type=int, default=4, metavar="R", help="ranks, 1 to 8 (default: 4)")
-    parser.add_argument("--tokens", type=int, default=256, metavar="T", help="tokens of each rank (default: 256)")
-    parser.add_argument("--hidden", type=int, default=7168, metavar="H", help="elements of a token (default: 7168)")
-    parser.add_argument("--experts", type=int, default=64, metavar="E", help="experts in all (default: 64)")
-    parser.add_argument("--top-k", type=int, default=8, metavar="K", help="experts of each token (default: 8)")
+    helps = (
+        ("R", "ranks, 1 to 8"),
+        ("T", "tokens of each rank"),
+        ("H", "elements of a token"),
+        ("E", "experts in all"),
+        ("K", "experts of each token"),
+    )
+    for (name, value), (letter, text) in zip(BENCH_SHAPE.items(), helps, strict=True):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=value, metavar=letter, help=f"{text} (default: {value})")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs of everything (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")

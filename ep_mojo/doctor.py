@@ -143,7 +143,7 @@ def check_kernels() -> Check:
     except EPError:
         return Check("kernels", "missing", f"sources in {sources}, but nothing to compile them with", "see mojo above")
     if path is None:
-        return Check("kernels", "ok", f"sources in {sources}; compiled on first use (under a minute)")
+        return Check("kernels", "ok", f"sources in {sources}; compiled on first use (a few seconds)")
     return Check("kernels", "ok", f"compiled: {path}")
 
 

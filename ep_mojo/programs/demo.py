@@ -16,6 +16,7 @@ from .experts import SwiGLU
 from .layer import FORMATS, GraphSet, MoELayer
 from .one_round import failures, report_text, run_round
 from .progress import Progress, format_seconds
+from .report import number_of
 
 WIDTH = 16
 """Width of each expert's FFN."""
@@ -48,13 +49,14 @@ def main(args: argparse.Namespace) -> int:
 
     progress = Progress()
     if not args.json:
+        ranks, tokens = number_of(cfg.n_ranks, "rank"), number_of(args.tokens, "token")
         print(
-            f"ep-mojo {__version__}: {cfg.n_ranks} ranks x {args.tokens} tokens, hidden {cfg.hidden_size}, "
-            f"{cfg.n_experts} experts, top {cfg.top_k}, {args.format} dispatch, {cfg.combine_dtype} combine, all on "
-            "this CPU",
+            f"ep-mojo {__version__}: {ranks} x {tokens}, hidden {cfg.hidden_size}, "
+            f"{number_of(cfg.n_experts, 'expert')}, top {cfg.top_k}, {args.format} dispatch, {cfg.combine_dtype} "
+            "combine, all on this CPU",
             flush=True,
         )
-    with progress.step("inputs", f"Random tokens, and {cfg.n_experts} SwiGLU experts of width {WIDTH}"):
+    with progress.step("inputs", f"Random tokens, and {number_of(cfg.n_experts, 'SwiGLU expert')} of width {WIDTH}"):
         ffn = SwiGLU.random(args.seed, cfg.n_experts, cfg.hidden_size, WIDTH)
         rng = np.random.default_rng([args.seed, cfg.n_experts])
         shape = (cfg.n_ranks, args.tokens, cfg.hidden_size)

@@ -62,7 +62,9 @@ class GraphSet:
         from max.driver import CPU
         from max.engine import InferenceSession
 
-        with self._progress.step("graphs", "Compiling the graphs (about a minute on the first run)"):
+        with self._progress.step(
+            "graphs", "Loading the graphs (a new shape compiles for up to a minute, a known one loads in seconds)"
+        ):
             session = InferenceSession(devices=[CPU()])
             models = session.load_all(self._module, custom_extensions=[self.library])
             self.compiled = {n: CompiledGraph(n, specs, models[n]) for n, specs in self._specs.items()}
@@ -182,7 +184,7 @@ def build_kernels(progress: Progress) -> Any:
     ready = cached_library()
     if ready is not None:
         return ready
-    with progress.step("kernels", "Compiling the Mojo kernels (once on this machine, about a minute)"):
+    with progress.step("kernels", "Compiling the Mojo kernels (once on this machine, a few seconds)"):
         return kernel_library()
 
 

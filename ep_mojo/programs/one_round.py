@@ -92,10 +92,10 @@ def run_round(
             rows = [np.zeros((*h.tokens.shape[:-1], cfg.hidden_size), _row_dtype(cfg)) for h in layer.handles(buffers)]
             layer.combine(rows, buffers)
             del buffers, rows
-    with progress.step("dispatch", f"Dispatch: {sum(len(x) for x in xs)} tokens to their experts"):
+    with progress.step("dispatch", f"Dispatch: {report.number_of(sum(map(len, xs)), 'token')} to their experts"):
         buffers = layer.dispatch(xs, topk_ids, weights)
     handles = layer.handles(buffers)
-    with progress.step("experts", f"Experts: {sum(int(h.counts.sum()) for h in handles)} rows"):
+    with progress.step("experts", f"Experts: {report.number_of(sum(int(h.counts.sum()) for h in handles), 'row')}"):
         ys = [expert_outputs(cfg, r, handles[r], ffn) for r in ranks]
     with progress.step("combine", "Combine: weighted sums back to the tokens' ranks"):
         outputs = [to_numpy(b) for b in layer.combine(ys, buffers)]
@@ -166,7 +166,7 @@ def report_text(cfg: EPConfig, result: RoundResult) -> str:
     rows = []
     for stage in ("dispatch", "combine", "total"):
         saved = f"{100 * (1 - ours[stage] / theirs[stage]):.0f} % less" if theirs[stage] else "-"
-        rows.append([stage, report.megabytes(ours[stage]), report.megabytes(theirs[stage]), saved])
+        rows.append([stage, report.size(ours[stage]), report.size(theirs[stage]), saved])
     lines += ["", "Bytes between ranks: one message a (token, rank) against one a (token, expert)"]
     lines.append(report.table(["", "here", "per expert", ""], rows))
     lines += ["", "Error against the layer computed densely in float32 (worst token, relative to its terms)"]
@@ -179,5 +179,6 @@ def report_text(cfg: EPConfig, result: RoundResult) -> str:
             rows.append([text, f"{e['largest']:.5f}", f"{e['rms']:.5f}", f"{e['limit']:.5f}", verdict])
     lines.append(report.table(["", "worst", "rms", "limit", ""], rows))
     if result.errors["skipped_tokens"]:
-        lines.append(f"  {result.errors['skipped_tokens']} tokens were left out: their reference is not finite")
+        n = result.errors["skipped_tokens"]
+        lines.append(f"  Left out: {report.number_of(n, 'token')} whose reference is not finite")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..doctor import PIP
 from ..errors import InputFileError, MissingDependencyError
+from . import report
 
 BARS = (
     ("bf16", ("bf16 round", "bf16 NumPy round", "bf16 plain copy, all cores")),
@@ -46,7 +47,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     ours = [n in ("bf16 round", "fp8 round", "fp8 encoding") for n in names]
     bars = axes.barh(names, medians, xerr=whiskers, color=["#1f77b4" if own else "#bbbbbb" for own in ours])
-    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.bar_label(bars, [report.two_digits(m) for m in medians], padding=4)
+    axes.margins(x=0.1)  # room for the label of the longest bar
     axes.invert_yaxis()
     axes.set_xlabel("ms, median (p10 to p90)")
     c = result["config"]

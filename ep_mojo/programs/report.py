@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -37,9 +38,20 @@ def bars(values: np.ndarray, stream: TextIO | None = None) -> str:
     return "".join(symbols[0 if v <= 0 else max(1, round(int(v) * steps / top))] for v in values)
 
 
-def megabytes(count: float) -> str:
-    """Bytes as MB (10^6)."""
-    return f"{count / 1e6:.1f} MB"
+def size(count: float) -> str:
+    """Bytes as MB (10^6), below one as kB (10^3)."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def number_of(count: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def two_digits(value: float) -> str:
+    """A number with two significant digits, or all digits before the point: "0.15", "1.5", "15", "150"."""
+    places = 1 - math.floor(math.log10(abs(value))) if value else 1
+    return f"{value:.{max(places, 0)}f}"
 
 
 def traffic_matrix(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:

@@ -99,7 +99,7 @@ def test_run_carries_tokens_that_are_not_finite(input_file, tmp_path, capsys):
     np.savez(path, **arrays)
     output = tmp_path / "out.npz"
     assert cli.main(["run", "--input", str(path), "--output", str(output)]) == 0
-    assert "1 tokens were left out" in capsys.readouterr().out
+    assert "Left out: 1 token whose reference is not finite" in capsys.readouterr().out
     with np.load(output) as written:
         out = bfloat16_bits_to_float32(written["out"][0, 0])
     assert np.isinf(out[0])
@@ -113,6 +113,8 @@ def test_bench(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "equal to the reference bit for bit" in out
     assert "bf16 round, times NumPy's speed" in out
+    assert "goals are for the default shape" in out
+    assert "NOT MET" not in out
     result = json.loads(file.read_text())
     assert {r["name"] for r in result["ratios"]} == set(bench.GOALS)
     for windows in result["windows"].values():

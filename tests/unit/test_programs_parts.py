@@ -12,7 +12,7 @@ from ep_mojo import layout, reference
 from ep_mojo.config import EPConfig
 from ep_mojo.dtypes import bfloat16_bits_to_float32
 from ep_mojo.formats import BF16, BlockwiseFP8
-from ep_mojo.programs import measures, report
+from ep_mojo.programs import bench, measures, report
 from ep_mojo.programs.experts import SwiGLU, dense_moe, expert_outputs, identity
 from ep_mojo.programs.layer import FORMATS, float_tokens
 from ep_mojo.programs.one_round import ROUNDING_LIMIT, failures
@@ -149,6 +149,22 @@ def test_bars_in_unicode_and_in_ascii():
     assert report.bars(np.array([0, 1, 100]), utf8) == " ▁█"
     assert report.bars(np.array([0, 1, 100]), ascii_) == " 19"
     assert report.bars(np.zeros(3, int), ascii_) == "   "
+
+
+def test_figures_for_people():
+    assert [report.size(n) for n in (0, 160, 154_112, 213_500_000)] == ["0.0 kB", "0.2 kB", "154.1 kB", "213.5 MB"]
+    assert [report.number_of(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
+    numbers = (0, 0.0123, 0.153, 1.56, 17.1, 198.2)
+    assert [report.two_digits(x) for x in numbers] == ["0.0", "0.012", "0.15", "1.6", "17", "198"]
+
+
+@pytest.mark.parametrize(("default", "verdict"), [(True, "NOT MET"), (False, "")])
+def test_goals_are_for_the_default_shape(default, verdict):
+    text = bench.goals_text(bench.goals(dict.fromkeys(bench.GOALS, 0.1), default), default)
+    for name, goal in bench.GOALS.items():
+        (line,) = (line for line in text.splitlines() if name in line)
+        assert line.endswith(verdict or str(goal))
+    assert ("goals are for the default shape" in text) != default
 
 
 def test_progress_names_steps_and_adds_up():

@@ -145,7 +145,7 @@ Run one expert-parallel layer on your own tokens and routing, check it, and writ
 
 arrays in the input file (numpy.savez); R ranks, T tokens a rank, H hidden size, K experts a token:
   x             [R, T, H]  float32 or float16 (rounded to bfloat16), or uint16 = bits of bfloat16
-  topk_ids      [R, T, K]  int32 or int64: experts of each token; -1 = none
+  topk_ids      [R, T, K]  int32 or int64: experts of each token; -1 = none, an expert named twice counts twice
   topk_weights  [R, T, K]  float32: the router's weights
   num_tokens    [R]        int32 or int64, optional: tokens that count on each rank, the others come back as zeros
   w_gate, w_up  [E, F, H]  float32, optional: SwiGLU experts of any width F,

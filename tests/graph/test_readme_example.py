@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_example_prints_true(tmp_path):
     text = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"## Example\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert ".venv/bin/python example.py" in text
     program = tmp_path / "example.py"
     program.write_text(code)
     done = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -189,11 +189,24 @@ def test_readme_names_only_tasks_that_exist(readme):
     assert set(re.findall(r"\./task ([a-z][\w-]*)", readme)) <= set(PIXI["tasks"])
 
 
+def test_readme_names_every_program_and_every_array_that_run_needs(readme):
+    from ep_mojo import cli
+    from ep_mojo.programs import files
+
+    assert set(re.findall(r"^\| `ep-mojo (\w+)", readme, re.MULTILINE)) == set(cli.PROGRAMS)
+    assert set(re.findall(r"`([a-z_]+)`", readme)) >= {*files.REQUIRED, "num_tokens", *files.EXPERT_WEIGHTS}
+
+
+def test_readme_names_the_commands_that_the_venv_has(readme):
+    assert set(re.findall(r"\.venv/bin/([\w-]+)", readme)) == {"python", *PYPROJECT["project"]["scripts"]}
+
+
 def test_readme_agrees_about_versions(readme):
-    assert f"{doctor.MIN_PYTHON[0]}.{doctor.MIN_PYTHON[1]}" in readme
+    pythons = {f"3.{doctor.MIN_PYTHON[1]} to 3.{doctor.TOO_NEW_PYTHON[1] - 1}"}
+    assert set(re.findall(r"Python (3[\w. ]*\d)", readme)) == pythons
     for found in re.findall(r"max==([\d.]+)", readme):
         assert found.rstrip(".").startswith(doctor.MAX_VERSION)
-    for extra in re.findall(r"ep-mojo\[([\w,]+)\]", readme):
+    for extra in re.findall(r"'(?:ep-mojo|\.)\[([\w,]+)\]'", readme):
         assert set(extra.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"])
 
 

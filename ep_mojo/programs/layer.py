@@ -63,7 +63,7 @@ class GraphSet:
         from max.engine import InferenceSession
 
         with self._progress.step(
-            "graphs", "Loading the graphs (a new shape compiles for up to a minute, a known one loads in seconds)"
+            "graphs", "Loading the graphs (a new shape compiles for about a minute, a known one loads in seconds)"
         ):
             session = InferenceSession(devices=[CPU()])
             models = session.load_all(self._module, custom_extensions=[self.library])

@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import layout
 from ..config import EPConfig
+from ..dtypes import to_buffer, to_numpy
 from ..errors import ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError, error_from_text
 from . import windows
 from .arguments import InputSpec, graph_specs, model_specs, place
@@ -280,7 +281,8 @@ class Communicator(ABC):
             as_buffers: Return MAX buffers (`Communicator.cpu`), not NumPy arrays.
 
         Returns:
-            The outputs in the same order, as NumPy arrays; bfloat16 as uint16 bits, float8 as uint8 bits.
+            The outputs in the same order, as NumPy arrays; bfloat16 as uint16 bits, float8 as uint8 bits. In host
+            memory they share none with the arguments, also where the graph only passes one through.
 
         Raises:
             ShapeError, DTypeError, DeviceError: An argument does not fit; nothing has run.
@@ -389,8 +391,6 @@ def host_inputs(
     cfg: EPConfig, virtual: bool, memories: Sequence[windows.RankMemory], own: Sequence[int]
 ) -> list[Buffer]:
     """The communicator's inputs: settings, tables over all `memories`, order, and the counters of the ranks `own`."""
-    from ..dtypes import to_buffer
-
     arrays = [windows.settings_array(cfg, virtual), *windows.pointer_tables(memories)]
     arrays.append(np.zeros(windows.ORDER_WORDS, np.int32))
     return [to_buffer(a) for a in (*arrays, *(memories[r].counters for r in own))]
@@ -425,14 +425,33 @@ def load_graphs(session: Any, graphs: Sequence[Any], specs: Sequence[tuple[Input
 
 
 def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
-    """`model.execute`, with the named errors that ops raise as themselves."""
+    """`model.execute`, with the named errors that ops raise as themselves, and host outputs that share no memory.
+
+    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
+    and fills the input anew would change both.
+    """
     try:
-        return model.execute(*buffers)
+        outputs = model.execute(*buffers)
     except ValueError as e:
         named = error_from_text(str(e))
         if named is None:
             raise
         raise named from e
+    given = _address_ranges(buffers)
+    for i, (start, end) in enumerate(_address_ranges(outputs)):
+        if start < end and ((given[:, 0] < end) & (start < given[:, 1])).any():
+            # Not Buffer.copy(), which returns before it has copied.
+            outputs[i] = to_buffer(to_numpy(outputs[i]).copy(), outputs[i].dtype.name)
+    return outputs
+
+
+def _address_ranges(buffers: Sequence[Any]) -> np.ndarray:
+    """uint64 [n, 2]: first address of each buffer in host memory, and the one behind it; 0, 0 for one elsewhere."""
+    ranges = [
+        (b._data_ptr(), b._data_ptr() + b.num_elements * b.element_size) if b.device.is_host else (0, 0)
+        for b in buffers
+    ]
+    return np.array(ranges, np.uint64).reshape(-1, 2)
 
 
 def arg_labels(n: int, n_ranks: int) -> list[str]:

@@ -12,6 +12,7 @@ from ep_mojo.comm import Communicator, CompiledGraph
 from ep_mojo.comm import windows as w
 from ep_mojo.comm.arguments import InputSpec, check_args
 from ep_mojo.config import EPConfig
+from ep_mojo.dtypes import to_numpy
 from ep_mojo.errors import (
     CapacityError,
     ConfigError,
@@ -120,6 +121,19 @@ def test_execute_returns_bits_of_every_rank(compiled):
     out = comm.execute(model.model, *xs, *zs, as_buffers=True)
     assert [tuple(o.shape) for o in out] == [(0,), (1,), (2,), (0, 2), (1, 2), (2, 2)]
     assert comm.inputs()[7].to_numpy()[0] == before + 1, "order must be changed in place"
+
+
+@pytest.mark.parametrize("as_buffers", [False, True])
+def test_outputs_share_no_memory_with_arguments(compiled, as_buffers):
+    """The graph passes z through: what came back must stay as it is when the caller fills z anew."""
+    comm, model = compiled
+    xs, zs = arrays(3)
+    before = [z.copy() for z in zs]
+    out = comm.execute(model, *xs, *zs, as_buffers=as_buffers)
+    for z in zs:
+        z[...] = 0
+    for got, expected in zip(map(to_numpy, out[3:]), before, strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_execute_takes_ml_dtypes(compiled):

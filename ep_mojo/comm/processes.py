@@ -28,7 +28,7 @@ from ..errors import (
 from . import shm, windows, worker
 from .arguments import check_args
 from .base import Communicator, CompiledGraph, arg_labels, compile_modules, raise_first
-from .launcher import Worker, collect, dismiss, dismiss_at_exit, lost_error
+from .launcher import Look, Patience, Worker, collect, dismiss, dismiss_at_exit, lost_error
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -127,8 +127,9 @@ class ProcessCommunicator(Communicator):
             ranks = range(self.cfg.n_ranks)
             self._sweep()
             self._settle(ranks)
+            look = self._look()
             for w in self._workers:
-                w.request("warm")
+                w.request("warm", look=look)
             if self._session is None:
                 from max.driver import CPU
                 from max.engine import InferenceSession
@@ -192,6 +193,8 @@ class ProcessCommunicator(Communicator):
 
         Raises:
             PeerLostError: A process died.
+            PeerTimeoutError: A process has been stopped (SIGSTOP) for longer than cfg.timeout_s. A call that runs may
+                take any time.
             Exception: What the calls raised, as itself, with the worker's traceback as a note and `by_rank`.
         """
         with self._exclusive():
@@ -230,6 +233,7 @@ class ProcessCommunicator(Communicator):
 
         Raises:
             PeerLostError: A process is gone: no reset brings it back.
+            PeerTimeoutError: A process has been stopped (SIGSTOP) for longer than cfg.timeout_s.
         """
         with self._exclusive():
             self._sweep()
@@ -250,13 +254,24 @@ class ProcessCommunicator(Communicator):
         self, ranks: Iterable[int], message: Callable[[int], tuple[Any, ...]], raise_errors: bool = True
     ) -> dict[int, Any]:
         """Send every rank its message, wait for all answers; raise the first error, or give errors as values."""
-        ranks = list(ranks)
+        ranks, look = list(ranks), self._look()
         self._settle(ranks)
-        numbers = {r: self._workers[r].request(*message(r)) for r in ranks}
-        answers = collect(self._workers, numbers, self._mark_lost)
+        numbers = {r: self._workers[r].request(*message(r), look=look) for r in ranks}
+        answers = collect(self._workers, numbers, self._mark_lost, look=look)
+        self._live()
         if raise_errors:
             raise_first({rank: value for rank, (ok, value) in answers.items() if not ok})
         return {rank: value for rank, (_, value) in answers.items()}
+
+    def _look(self) -> Look:
+        """What to look for while waiting: a `destroy` by another thread or a signal handler, and stopped processes."""
+        patience = Patience(self.cfg.timeout_s, self._workers)
+
+        def look(waited_for: Sequence[Worker]) -> None:
+            self._live()
+            patience(waited_for)
+
+        return look
 
     def _sweep(self) -> None:
         """Notice deaths without waiting, and drop answers that nobody wants any more."""
@@ -280,7 +295,8 @@ class ProcessCommunicator(Communicator):
         workers = self._workers
         behind = {r: workers[r].sent for r in ranks if workers[r].alive and workers[r].answered < workers[r].sent}
         if behind:
-            collect(workers, behind, self._mark_lost)
+            collect(workers, behind, self._mark_lost, look=self._look())
+            self._live()
 
     def _mark_lost(self, rank: int) -> None:
         if rank in self._known_lost:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import itertools
 import os
 import pickle
 import select
@@ -224,23 +225,27 @@ class Server:
 
     def serve(self) -> None:
         """Until the parent is gone."""
-        while True:
+        for number in itertools.count(1):
             try:
                 parts = self.channel.receive()
-                number, ok, value = self._answer(parts)
-                self._reply(number, ok, value)
+                self._reply(number, *self._answer(parts))
             except ChannelError:
                 return
 
-    def _answer(self, parts: Any) -> tuple[int, bool, Any]:
-        number = -1
+    def _answer(self, parts: Any) -> tuple[bool, Any]:
         try:
-            number, verb, payload = self.channel.decode(parts)
-            return number, True, getattr(self, f"do_{verb}")(*payload)
+            _, verb, payload = self.channel.decode(parts)
+        except BaseException as e:
+            return False, EPError(
+                f"the request cannot be unpickled in the worker: {type(e).__name__}: {text_of(e)}",
+                remedy="define the classes of what you pass in a module that can be imported, not in __main__",
+            )
+        try:
+            return True, getattr(self, f"do_{verb}")(*payload)
         except ChannelError:
             raise
         except BaseException as e:
-            return number, False, portable(e)
+            return False, portable(e)
 
     def _reply(self, number: int, ok: bool, value: Any) -> None:
         try:
@@ -248,7 +253,8 @@ class Server:
         except ChannelError:
             raise
         except Exception as e:
-            self.channel.send((number, False, EPError(f"the result cannot be sent back: {type(e).__name__}: {e}")))
+            text = f"the result cannot be sent back: {type(e).__name__}: {text_of(e)}"
+            self.channel.send((number, False, EPError(text)))
 
     def do_attach(self, cfg: EPConfig, rank: int, group: int) -> int:
         """Become `rank`; the descriptors of all blocks follow. Returns the process id."""
@@ -284,26 +290,37 @@ class Server:
 
 
 def portable(error: BaseException) -> Exception:
-    """`error` as something that the parent can unpickle, with the traceback as a note."""
-    trace = "".join(traceback.format_exception(error)).rstrip()
-    if isinstance(error, Exception):
-        error.add_note(f"In the worker process {os.getpid()}:\n{trace}")
-        try:
+    """`error` as something that the parent can unpickle, with the traceback as a note. Never raises."""
+    trace = ""
+    with contextlib.suppress(BaseException):  # whatever the methods of a user's class do
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(error, Exception):
+            error.add_note(f"In the worker process {os.getpid()}:\n{trace}")
             again = pickle.loads(pickle.dumps(error))
             if type(again) is type(error) and str(again) == str(error):
                 return error
-        except Exception:
-            pass
-    return EPError(f"{type(error).__name__} in a worker: {error}\n{trace}")
+    return EPError(f"{type(error).__name__} in a worker: {text_of(error)}\n{trace}")
 
 
-def watch(sock: socket.socket) -> None:
-    """End the process as soon as the other end of `sock` closes."""
+def text_of(error: BaseException) -> str:
+    """`str(error)`, also where a class of the user's cannot say it."""
+    try:
+        return str(error)
+    except BaseException as e:
+        return f"(its text cannot be had: its __str__ raises {type(e).__name__})"
+
+
+def watch(sock: socket.socket, parent: int) -> None:
+    """End the process as soon as the other end of `sock` closes, or within a second of the end of its parent.
+
+    A process that the parent forked may hold a copy of the other end, which then does not close.
+    """
     poller = select.poll()
     poller.register(sock.fileno(), 0)  # hang-ups are always reported
-    while True:
-        if any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poller.poll()):
-            leave()
+    while os.getppid() == parent:
+        if any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poller.poll(1000)):
+            break
+    leave()
 
 
 def leave() -> None:
@@ -314,13 +331,13 @@ def leave() -> None:
     os._exit(0)
 
 
-def main(fd: int) -> None:
-    """Serve the parent at the other end of the socket `fd` until it is gone."""
+def main(fd: int, parent: int) -> None:
+    """Serve the process `parent` at the other end of the socket `fd` until it is gone."""
     global inside_worker
     inside_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
-    threading.Thread(target=watch, args=(sock,), name="ep-mojo-watch", daemon=True).start()
+    threading.Thread(target=watch, args=(sock, parent), name="ep-mojo-watch", daemon=True).start()
     Server(Channel(sock)).serve()
     leave()

@@ -183,6 +183,53 @@ def test_ctrl_c_leaves_the_communicator_in_order(comm):
     assert comm.run(echo, 8) == [8, 8, 8]
 
 
+def test_ctrl_c_while_a_large_request_is_sent_loses_no_rank(comm):
+    """Worker 1 is stopped, so that its request stays half sent; once it goes on, the rest of it follows."""
+    os.kill(comm.pids[1], signal.SIGSTOP)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with time_limit(20), pytest.raises(KeyboardInterrupt):
+        comm.run(echo, np.zeros(LARGE, np.uint8))
+    os.kill(comm.pids[1], signal.SIGCONT)
+    with time_limit(20):
+        comm.reset()
+        assert comm.run(echo, 5) == [5, 5, 5]
+    assert comm.lost == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="sees a stopped process by /proc")
+@pytest.mark.parametrize("n_bytes", [1, 8 << 20], ids=["small_request", "large_request"])
+def test_a_stopped_worker_is_named_and_goes_on_where_it_stopped(n_bytes):
+    with Communicator.processes(CFG.replace(timeout_s=0.5)) as comm, time_limit(60):
+        os.kill(comm.pids[1], signal.SIGSTOP)
+        for call in (lambda: comm.run(echo, np.zeros(n_bytes, np.uint8)), comm.reset):
+            with pytest.raises(PeerTimeoutError, match=f"rank 1: .*stopped.*kill -CONT {comm.pids[1]}.*comm.reset"):
+                call()
+        os.kill(comm.pids[1], signal.SIGCONT)
+        comm.reset()
+        assert comm.run(echo, 5) == [5, 5, 5]
+        assert comm.run(sleep, 1.0) == [None] * 3, "a call that runs may take any time"
+
+
+def test_destroy_by_another_thread_ends_a_call(comm):
+    timer = threading.Timer(0.5, comm.destroy)
+    timer.start()
+    with time_limit(30), pytest.raises(OrderError, match="destroyed"):
+        comm.run(sleep, 30)
+    timer.join()
+
+
+def test_destroy_by_a_signal_handler_ends_a_call(comm):
+    before = signal.signal(signal.SIGUSR1, lambda *_: comm.destroy())
+    try:
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        with time_limit(30), pytest.raises(OrderError, match="destroyed"):
+            comm.run(sleep, 30)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 LARGE = 8 << 20
 """More bytes than a socket takes before the other end reads."""
 
@@ -226,6 +273,39 @@ def test_a_large_answer_that_nobody_wants_blocks_no_large_request(comm):
         with time_limit(60):
             call()
     assert comm.lost == []
+
+
+FORKS = """
+    import os, sys, time, signal
+    sys.path[:] = {path!r}
+    from graph import process_calls as t
+    from ep_mojo.comm import Communicator
+    comm = Communicator.processes(t.CFG)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, *comm.pids, flush=True)
+    if {destroy}:
+        begin = time.monotonic()
+        comm.destroy()
+        print(time.monotonic() - begin, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("destroy", [False, True], ids=["killed", "destroyed"])
+def test_workers_end_while_a_forked_child_has_copies_of_the_sockets(destroy):
+    code = textwrap.dedent(FORKS).format(path=sys.path, destroy=destroy)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child, *pids = map(int, parent.stdout.readline().split())
+    try:
+        if destroy:
+            assert float(parent.stdout.readline()) < launcher.LEAVE_S / 2
+        wait_gone(pids)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.wait(20)
+        parent.stdout.close()
 
 
 PARENT = """

@@ -6,14 +6,15 @@ A symbolic dimension must have one value wherever it occurs. The communicator's 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import as_bits, storage_dtype, to_buffer
-from ..errors import DeviceError, DTypeError, ShapeError
+from ..errors import ConfigError, DeviceError, DTypeError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def check_args(specs: Sequence[InputSpec], args: Sequence[Any], labels: Sequence
 
     Args:
         specs: One for each argument.
-        args: NumPy arrays (bfloat16 as uint16 bits, float8 as uint8 bits, or ml_dtypes) or host MAX buffers.
+        args: NumPy arrays (bfloat16 as uint16 bits, float8 as uint8 bits, or ml_dtypes), of any byte order, or host MAX
+            buffers.
         labels: What to call each argument in an error.
 
     Raises:
@@ -93,6 +95,8 @@ def check_args(specs: Sequence[InputSpec], args: Sequence[Any], labels: Sequence
 
 def _check_one(spec: InputSpec, arg: Any, label: str, symbols: dict[str, tuple[int, str]]) -> Any:
     if isinstance(arg, np.ndarray):
+        if not arg.dtype.isnative:
+            arg = arg.astype(arg.dtype.newbyteorder("="))
         # Plain bit patterns say nothing but their width; a type of ml_dtypes must be the graph's own.
         fits = arg.dtype == spec.storage or arg.dtype.name == spec.dtype
         value = np.ascontiguousarray(as_bits(arg)).reshape(arg.shape) if fits else None
@@ -136,6 +140,25 @@ def _check_one(spec: InputSpec, arg: Any, label: str, symbols: dict[str, tuple[i
                 remedy="pass arrays of matching shapes",
             )
     return value
+
+
+def chosen_ranks(ranks: Any, n_ranks: int) -> list[int]:
+    """The argument `ranks` of a call, sorted and each once; None means all.
+
+    Raises:
+        ConfigError: Not an iterable of ranks.
+    """
+    if ranks is None:
+        return list(range(n_ranks))
+    given = list(ranks) if isinstance(ranks, Iterable) else None
+    if given is None or any(isinstance(r, bool) or not isinstance(r, Integral) or not 0 <= r < n_ranks for r in given):
+        raise ConfigError(
+            field="ranks",
+            value=ranks if given is None else given,
+            allowed=f"a list of integers, 0 to {n_ranks - 1}",
+            remedy="name existing ranks, or leave it out for all",
+        )
+    return sorted({int(r) for r in given})
 
 
 def make_buffers(specs: Sequence[InputSpec], values: Sequence[Any]) -> list[Any]:

@@ -99,6 +99,7 @@ class Communicator(ABC):
 
     graph_ranks: int
     fused_allowed: bool
+    loads_models: bool | None = True  # into this process, or into workers (False), or both
 
     def __init__(self, cfg: EPConfig):
         """Called by the subclasses."""
@@ -351,7 +352,15 @@ class Communicator(ABC):
         """Specs of the graph's own inputs, after checking that the others are this communicator's."""
         if isinstance(model, CompiledGraph):
             specs = list(model.specs)
-        elif hasattr(model, "input_metadata") and all(ref.is_cpu() for ref in self.device_refs()):
+            if self.loads_models not in (None, model.model is not None):
+                raise ConfigError(
+                    "the graph was compiled by a communicator of another kind",
+                    field="model",
+                    value=model.name,
+                    allowed="a graph compiled by this communicator",
+                    remedy="compile it again with comm.compile(graph)",
+                )
+        elif self.loads_models and hasattr(model, "input_metadata") and all(ref.is_cpu() for ref in self.device_refs()):
             specs = model_specs(model)
         else:
             raise DTypeError(

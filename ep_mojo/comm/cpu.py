@@ -13,7 +13,7 @@ from ..config import EPConfig
 from ..dtypes import to_numpy
 from ..errors import UnsupportedError
 from . import windows
-from .arguments import check_args, make_buffers
+from .arguments import check_args, chosen_ranks, make_buffers
 from .base import Communicator, CompiledGraph, arg_labels, host_inputs, load_graphs, raise_first, run_model
 
 if TYPE_CHECKING:
@@ -71,10 +71,11 @@ class CPUCommunicator(Communicator):
         as_buffers: bool = False,
     ) -> list[Any]:
         """See `Communicator.execute`. One run serves all ranks."""
-        if ranks is not None and sorted(set(ranks)) != list(range(self.cfg.n_ranks)):
+        chosen = chosen_ranks(ranks, self.cfg.n_ranks)
+        if len(chosen) != self.cfg.n_ranks:
             raise UnsupportedError(
                 field="ranks",
-                value=sorted(set(ranks)),
+                value=chosen,
                 allowed="all ranks: they share one graph",
                 remedy="use Communicator.processes",
             )
@@ -84,15 +85,17 @@ class CPUCommunicator(Communicator):
             windows.check_heads(self.memories)
             loaded = model.model if isinstance(model, CompiledGraph) else model
             buffers = [*make_buffers(specs, values), *self.inputs()]
-            before = [m.epochs() for m in self.memories]
+            memories = self.memories  # so that a destroy() meanwhile takes no memory from the ops
+            before = [m.epochs() for m in memories]
             try:
                 outputs = run_model(loaded, buffers)
             except Exception:
                 # Ranks whose ops came before the one that raised may be a round ahead of the others.
-                if before != [m.epochs() for m in self.memories]:
-                    for m in self.memories:
+                if before != [m.epochs() for m in memories]:
+                    for m in memories:
                         m.record_abort()
                 raise
+            self._live()
             if check:
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]

@@ -15,7 +15,7 @@ from ..config import EPConfig
 from ..dtypes import to_buffer, to_numpy
 from ..errors import UnsupportedError
 from . import windows
-from .arguments import check_args, make_buffers
+from .arguments import check_args, chosen_ranks, make_buffers
 from .base import Communicator, CompiledGraph, arg_labels, load_graphs, raise_first, run_model
 from .device_memory import DeviceMemory, accelerators
 
@@ -97,10 +97,11 @@ class GPUCommunicator(Communicator):
         as_buffers: bool = False,
     ) -> list[Any]:
         """See `Communicator.execute`. One run serves all ranks; without `check` and NumPy outputs it does not wait."""
-        if ranks is not None and sorted(set(ranks)) != list(range(self.cfg.n_ranks)):
+        chosen = chosen_ranks(ranks, self.cfg.n_ranks)
+        if len(chosen) != self.cfg.n_ranks:
             raise UnsupportedError(
                 field="ranks",
-                value=sorted(set(ranks)),
+                value=chosen,
                 allowed="all ranks: they share one graph",
                 remedy="use Communicator.processes",
             )

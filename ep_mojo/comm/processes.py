@@ -26,7 +26,7 @@ from ..errors import (
     UnsupportedError,
 )
 from . import shm, windows, worker
-from .arguments import check_args
+from .arguments import check_args, chosen_ranks
 from .base import Communicator, CompiledGraph, arg_labels, compile_modules, raise_first
 from .launcher import Look, Patience, Worker, collect, dismiss, dismiss_at_exit, lost_error
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from max.driver import Buffer
     from max.graph import Graph
 
+LONGEST_START_S = 86400
 _keys = itertools.count(1)
 
 
@@ -46,6 +47,7 @@ class ProcessCommunicator(Communicator):
 
     graph_ranks = 1
     fused_allowed = True
+    loads_models = False
 
     def __init__(self, cfg: EPConfig, *, start_timeout_s: float = 60.0, workers_of: Communicator | None = None):
         """See `Communicator.processes`."""
@@ -55,17 +57,23 @@ class ProcessCommunicator(Communicator):
                 "a worker process cannot start workers of its own",
                 remedy='if this is a script, put what it does under: if __name__ == "__main__"',
             )
-        if isinstance(start_timeout_s, bool) or not isinstance(start_timeout_s, (int, float)) or start_timeout_s <= 0:
+        number = isinstance(start_timeout_s, (int, float)) and not isinstance(start_timeout_s, bool)
+        if not number or not 0 < start_timeout_s <= LONGEST_START_S:
             raise ConfigError(
-                field="start_timeout_s", value=start_timeout_s, allowed="a number above 0", remedy="pass seconds"
+                field="start_timeout_s",
+                value=start_timeout_s,
+                allowed=f"a number above 0, at most {LONGEST_START_S} (a day)",
+                remedy="pass seconds",
             )
         survivors = None if workers_of is None else _survivors(workers_of, cfg)
-        fds, self.memories, group = shm.create_all(cfg)
+        self.memories: list[windows.RankMemory] = []
         self._workers: list[Worker] = []
         self._session: Any = None
         self._known_lost: set[int] = set()
         self._finalizer = weakref.finalize(self, dismiss_at_exit, self._workers, os.getpid())
+        fds: list[int] = []
         try:
+            self.memories, group = shm.create_all(cfg, fds)
             if survivors is None:
                 for _ in range(cfg.n_ranks):
                     self._workers.append(Worker())
@@ -206,11 +214,11 @@ class ProcessCommunicator(Communicator):
                     allowed="a function defined at the top level of a module",
                     remedy="move it there; lambdas and inner functions cannot be sent to another process",
                 )
-            if per_rank is not None and len(per_rank) != self.cfg.n_ranks:
+            if per_rank is not None and not _is_nested(per_rank, self.cfg.n_ranks):
                 raise ShapeError(
-                    field="len(per_rank)",
-                    value=len(per_rank),
-                    allowed=str(self.cfg.n_ranks),
+                    field="per_rank",
+                    value=per_rank,
+                    allowed=f"a sequence of {self.cfg.n_ranks} sequences",
                     remedy="pass one sequence of arguments for each rank",
                 )
             ref = worker.FunctionRef(fn.__module__, fn.__qualname__, os.path.abspath(fn.__code__.co_filename))
@@ -241,11 +249,7 @@ class ProcessCommunicator(Communicator):
             windows.restart_all(self.memories)
 
     def _ranks(self, ranks: Iterable[int] | None) -> list[int]:
-        chosen = sorted(range(self.cfg.n_ranks) if ranks is None else set(ranks))
-        if any(r not in range(self.cfg.n_ranks) for r in chosen):
-            raise ConfigError(
-                field="ranks", value=chosen, allowed=f"0 to {self.cfg.n_ranks - 1}", remedy="name existing ranks"
-            )
+        chosen = chosen_ranks(ranks, self.cfg.n_ranks)
         self._sweep()
         self._refuse_lost(chosen)
         return chosen
@@ -314,6 +318,10 @@ class ProcessCommunicator(Communicator):
         self._finalizer.detach()
         dismiss(self._workers)
         self.memories, self._session = [], None
+
+
+def _is_nested(per_rank: Any, n_ranks: int) -> bool:
+    return hasattr(per_rank, "__len__") and len(per_rank) == n_ranks and all(isinstance(a, Iterable) for a in per_rank)
 
 
 def _export(compiled: Any) -> bytes:

@@ -14,11 +14,11 @@ Header of a block (first page; little endian):
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from ..config import EPConfig
 from ..errors import ConfigMismatchError, CorruptHeadError, SharedMemoryError
 from ..memory import available_bytes
 from . import windows
+from .signals import deferred
 from .windows import RankMemory
 
 SHM_DIR = "/dev/shm"
@@ -44,20 +45,24 @@ def new_group() -> int:
     return secrets.randbits(63)
 
 
-def create(cfg: EPConfig, rank: int, group: int) -> tuple[int, RankMemory]:
+def create(cfg: EPConfig, rank: int, group: int, fds: list[int]) -> RankMemory:
     """Make and reserve a rank's block: windows zero, header and counters head written.
 
-    Returns:
-        A file descriptor that the caller closes, and the block in this process.
+    Args:
+        cfg: The config.
+        rank: Whose block it is.
+        group: From `new_group`.
+        fds: The block's file descriptor is appended, as soon as there is one; the caller closes it, come what may.
 
     Raises:
-        SharedMemoryError: There is not enough shared memory.
+        SharedMemoryError: There is not enough shared memory, or there are no more file descriptors.
     """
     size = windows.block_bytes(cfg)
     try:
-        fd = _open_unnamed()
+        with deferred():
+            fds.append(_open_unnamed())
     except (OSError, ImportError) as e:
-        raise SharedMemoryError(
+        raise _no_descriptors(rank, e) or SharedMemoryError(
             f"rank {rank}: shared memory cannot be opened ({e})",
             field="bytes needed",
             value=size,
@@ -65,42 +70,36 @@ def create(cfg: EPConfig, rank: int, group: int) -> tuple[int, RankMemory]:
             remedy="mount a tmpfs there, or use Communicator.cpu",
         ) from e
     try:
-        _reserve(fd, size)
-        memory = RankMemory(cfg, rank, mmap.mmap(fd, size))
+        _reserve(fds[-1], size)
+        memory = RankMemory(cfg, rank, mmap.mmap(fds[-1], size))
     except (OSError, ValueError, OverflowError) as e:
-        os.close(fd)
-        raise _too_small(size, free_bytes(), f"rank {rank}: {e}") from e
+        raise _no_descriptors(rank, e) or _too_small(size, free_bytes(), f"rank {rank}: {e}") from e
     header = HEADER.pack(
         MAGIC, layout.LAYOUT_VERSION, rank, cfg.n_ranks, 0, cfg.config_hash(), group, size, *_sizes(cfg)
     )
     memory.header[: HEADER.size] = np.frombuffer(header, np.uint8)
     layout.write_head(memory.counters, cfg, rank)
-    return fd, memory
+    return memory
 
 
-def create_all(cfg: EPConfig) -> tuple[list[int], list[RankMemory], int]:
+def create_all(cfg: EPConfig, fds: list[int]) -> tuple[list[RankMemory], int]:
     """Make the blocks of all ranks, after a look whether they fit.
 
+    Args:
+        cfg: The config.
+        fds: The blocks' file descriptors are appended; the caller closes them, also after an error or a Ctrl-C.
+
     Returns:
-        File descriptors that the caller closes, the blocks, and the group.
+        The blocks, and the group.
 
     Raises:
-        SharedMemoryError: They do not fit, with the bytes needed and free.
+        SharedMemoryError: They do not fit, with the bytes needed and free; or there are no more file descriptors.
     """
     need, free = cfg.n_ranks * windows.block_bytes(cfg), free_bytes()
     if free is not None and need > free:
         raise _too_small(need, free, f"{cfg.n_ranks} ranks")
-    group, fds, memories = new_group(), [], []
-    try:
-        for rank in range(cfg.n_ranks):
-            fd, memory = create(cfg, rank, group)
-            fds.append(fd)
-            memories.append(memory)
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
-    return fds, memories, group
+    group = new_group()
+    return [create(cfg, rank, group, fds) for rank in range(cfg.n_ranks)], group
 
 
 def attach(fd: int, cfg: EPConfig, rank: int, group: int, my_rank: int) -> RankMemory:
@@ -176,10 +175,22 @@ def free_bytes() -> int | None:
     return min((n for n in known if n is not None), default=None)
 
 
-def close_all(fds: Sequence[int]) -> None:
-    """Close file descriptors."""
-    for fd in fds:
-        os.close(fd)
+def close_all(fds: list[int]) -> None:
+    """Close file descriptors, and empty the list."""
+    with deferred():
+        while fds:
+            os.close(fds.pop())
+
+
+def _no_descriptors(rank: int, error: Exception) -> SharedMemoryError | None:
+    """The error where it is file descriptors that have run out."""
+    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        return None
+    whose = "this process" if error.errno == errno.EMFILE else "this machine"
+    return SharedMemoryError(
+        f"rank {rank}: {whose} has no file descriptors left for shared memory ({error})",
+        remedy="close files and sockets, or allow more: ulimit -n",
+    )
 
 
 def _open_unnamed() -> int:

@@ -27,7 +27,7 @@ from ..config import EPConfig
 from ..dtypes import to_numpy
 from ..errors import ConfigError, EPError, PeerLostError, UnsupportedError
 from . import shm, windows
-from .arguments import check_args, make_buffers
+from .arguments import check_args, chosen_ranks, make_buffers
 from .base import Communicator, CompiledGraph, host_inputs, load_graphs, run_model
 from .channel import Channel, ChannelError
 from .launcher import LOST_REMEDY
@@ -90,6 +90,7 @@ class WorkerCommunicator(Communicator):
 
     graph_ranks = 1
     fused_allowed = True
+    loads_models = None
 
     def __init__(self, cfg: EPConfig, rank: int, group: int, fds: Sequence[int], models: dict[int, Any]):
         """Map the blocks of all ranks, and check that all were made for this config."""
@@ -162,7 +163,7 @@ class WorkerCommunicator(Communicator):
             EPError: Whatever the arguments or the ops are to blame for, by name. After an error that an op raised, as
                 after one on record, this rank and its peers fail until the parent's `reset`.
         """
-        if ranks is not None and list(ranks) != [self.rank]:
+        if ranks is not None and chosen_ranks(ranks, self.cfg.n_ranks) != [self.rank]:
             raise UnsupportedError(field="ranks", value=ranks, allowed=str([self.rank]), remedy="leave it out")
         with self._exclusive():
             specs = self._specs(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from graph.process_calls import (
     echo,
     execute_here,
     leave_by,
+    many_arrays,
+    raise_mute,
     raise_on,
     raise_stubborn,
     read_own,
@@ -27,6 +32,8 @@ from graph.process_calls import (
 
 from ep_mojo import layout
 from ep_mojo.comm import Communicator, shm
+from ep_mojo.comm.channel import MAX_PARTS
+from ep_mojo.config import EPConfig
 from ep_mojo.errors import (
     CapacityError,
     ConfigError,
@@ -107,14 +114,37 @@ def test_exceptions_come_back_as_themselves(shared):
     assert isinstance(got[2], ValueError)
     with pytest.raises(EPError, match="SystemExit"):
         shared.run(leave_by, 0, "exit")
-    assert shared.run(echo, 1) == [1, 1, 1], "sys.exit in a call must not end the worker"
+    with pytest.raises(EPError, match="Mute in a worker.*__str__ raises RuntimeError"):
+        shared.run(raise_mute)
+    assert shared.run(echo, 1) == [1, 1, 1], "no exception in a call must end the worker"
+
+
+def test_more_arrays_than_a_message_has_parts(shared):
+    got = shared.run(many_arrays, MAX_PARTS + 1, ranks=[0])[0]
+    assert [int(a[0]) for a in got] == list(range(MAX_PARTS + 1))
+    assert shared.run(echo, 1) == [1, 1, 1]
+
+
+def test_a_config_class_that_workers_cannot_import_is_named(monkeypatch):
+    Own = type("Own", (EPConfig,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Own", Own, raising=False)
+    cfg = Own(**{f.name: getattr(CFG, f.name) for f in dataclasses.fields(CFG)})
+    begin = time.monotonic()
+    with pytest.raises(EPError, match="cannot be unpickled in the worker.*Own.*not in __main__"):
+        Communicator.processes(cfg, start_timeout_s=60)
+    assert time.monotonic() - begin < 50
 
 
 BAD_CALLS = {
     "lambda": (lambda c: c.run(lambda comm: None), DTypeError, "top level"),
     "not_a_function": (lambda c: c.run("about"), DTypeError, "str"),
     "per_rank": (lambda c: c.run(about, per_rank=[[1]]), ShapeError, "per_rank"),
+    "per_rank_number": (lambda c: c.run(about, per_rank=5), ShapeError, "per_rank = 5"),
+    "per_rank_numbers": (lambda c: c.run(about, per_rank=[1, 2, 3]), ShapeError, "one sequence"),
     "ranks": (lambda c: c.run(about, ranks=[0, 3]), ConfigError, "0 to 2"),
+    "ranks_number": (lambda c: c.run(about, ranks=5), ConfigError, "ranks = 5.*0 to 2"),
+    "ranks_float": (lambda c: c.run(about, ranks=[1.0]), ConfigError, r"ranks = \[1.0\].*0 to 2"),
+    "ranks_text": (lambda c: c.run(about, ranks=[0, "a"]), ConfigError, "0 to 2"),
     "inputs": (lambda c: c.inputs(), UnsupportedError, "run"),
     "reset_inside": (lambda c: c.run(reset_here), UnsupportedError, "parent"),
     "workers_inside": (lambda c: c.run(start_more), UnsupportedError, "__main__"),
@@ -231,10 +261,10 @@ def test_records_become_errors_until_reset(shared, compiled):
 def test_workers_refuse_blocks_of_another_config(monkeypatch, what):
     real = shm.create_all
 
-    def damaged(cfg):
-        fds, memories, group = real(cfg)
+    def damaged(cfg, fds):
+        memories, group = real(cfg, fds)
         memories[1].header[24 if what == "hash" else 0] ^= 1
-        return fds, memories, group
+        return memories, group
 
     monkeypatch.setattr(shm, "create_all", damaged)
     error, match = (ConfigMismatchError, "rank 1 was made.*rank 0") if what == "hash" else (CorruptHeadError, "rank 0")

@@ -9,8 +9,10 @@ import pytest
 
 from ep_mojo import layout
 from ep_mojo.comm import Communicator, CompiledGraph
+from ep_mojo.comm import processes as processes_module
 from ep_mojo.comm import windows as w
-from ep_mojo.comm.arguments import InputSpec, check_args
+from ep_mojo.comm.arguments import InputSpec, check_args, graph_specs
+from ep_mojo.comm.processes import ProcessCommunicator
 from ep_mojo.config import EPConfig
 from ep_mojo.dtypes import to_numpy
 from ep_mojo.errors import (
@@ -198,6 +200,59 @@ def test_a_graph_without_the_communicators_inputs_is_refused_before_it_compiles(
         comm.compile(graph)
 
 
+class Sketch(ProcessCommunicator):
+    """A communicator without workers: what is checked before any is asked."""
+
+    def __init__(self, cfg):
+        Communicator.__init__(self, cfg)
+
+    def _sweep(self):
+        pass
+
+    def _refuse_lost(self, ranks):
+        pass
+
+
+def test_graphs_of_another_kind_of_communicator_are_refused():
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType
+
+    cfg = CFG.replace(n_ranks=1)
+    with Communicator.cpu(cfg) as comm:
+        with Graph("one", input_types=[TensorType(DType.int32, [2], DeviceRef.CPU()), *comm.input_types()]) as graph:
+            graph.output(graph.inputs[0])
+        here, theirs = comm.compile(graph), CompiledGraph("one", tuple(graph_specs(graph)), key=7)
+        with pytest.raises(ConfigError, match="model = 'one'.*another kind.*comm.compile"):
+            comm.execute(theirs, np.zeros(2, np.int32))
+        with pytest.raises(ConfigError, match="model = 'one'.*another kind.*comm.compile"):
+            Sketch(cfg).execute(here, np.zeros(2, np.int32))
+        with pytest.raises(DTypeError, match="comm.compile"):
+            Sketch(cfg).execute(here.model, np.zeros(2, np.int32))
+
+
+@pytest.mark.parametrize("order", ["<", ">", "="])
+def test_arrays_of_either_byte_order_are_taken(order):
+    array = np.arange(6, dtype=np.int32).reshape(2, 3)
+    (value,) = check_args([InputSpec("int32", (2, 3))], [array.astype(array.dtype.newbyteorder(order))], ["x"])
+    assert value.dtype.isnative
+    np.testing.assert_array_equal(value, array)
+
+
+@pytest.mark.parametrize("ranks", [5, [1.0], [0, "a"], [True], [[0]], [-1], [3], None.__class__, "01"], ids=str)
+def test_bad_ranks_are_named(compiled, ranks):
+    comm, model = compiled
+    with pytest.raises(ConfigError, match="ranks = .*integers, 0 to 2"):
+        comm.execute(model, ranks=ranks)
+    with pytest.raises(ConfigError, match="ranks = .*integers, 0 to 2"):
+        Sketch(CFG).run(len, ranks=ranks)
+
+
+@pytest.mark.parametrize("per_rank", [5, [1, 2, 3], [[1], [2]], {}, None.__class__], ids=str)
+def test_bad_arguments_for_each_rank_are_named(per_rank):
+    with pytest.raises(ShapeError, match="per_rank = .*a sequence of 3 sequences"):
+        Sketch(CFG).run(add_one_graph, per_rank=per_rank)
+
+
 def test_some_ranks_only_is_unsupported(compiled):
     comm, model = compiled
     with pytest.raises(UnsupportedError, match="processes"):
@@ -359,6 +414,13 @@ def test_bad_configs_and_too_much_memory():
     huge = EPConfig(hidden_size=65536, top_k=32, n_experts=8, max_tokens_per_rank=524287, n_ranks=8, num_buffers=8)
     with pytest.raises(SharedMemoryError, match="max_tokens_per_rank"):
         Communicator.cpu(huge)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "5", None, float("nan"), float("inf"), 1e300])
+def test_bad_start_timeouts_start_nothing(monkeypatch, value):
+    monkeypatch.setattr(processes_module, "Worker", None)
+    with pytest.raises(ConfigError, match="start_timeout_s = .*above 0, at most 86400"):
+        Communicator.processes(CFG, start_timeout_s=value)
 
 
 def test_too_little_memory_maps_nothing(monkeypatch):

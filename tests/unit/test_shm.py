@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from ep_mojo import layout
-from ep_mojo.comm import shm, windows
+from ep_mojo.comm import Communicator, shm, windows
 from ep_mojo.config import EPConfig
 from ep_mojo.errors import ConfigMismatchError, CorruptHeadError, SharedMemoryError
 from ep_mojo.formats import BlockwiseFP8
@@ -24,9 +25,10 @@ CFG = EPConfig(hidden_size=128, top_k=2, n_experts=6, max_tokens_per_rank=5, n_r
 @pytest.fixture
 def block():
     """A block of rank 1 of group 77: descriptor and memory."""
-    fd, memory = shm.create(CFG, 1, 77)
-    yield fd, memory
-    os.close(fd)
+    fds = []
+    memory = shm.create(CFG, 1, 77, fds)
+    yield fds[0], memory
+    shm.close_all(fds)
 
 
 def test_two_mappings_are_one_memory(block):
@@ -56,11 +58,12 @@ def test_the_block_is_reserved_and_private(block):
 def test_without_unnamed_files_the_name_goes_at_once(monkeypatch):
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     before = set(os.listdir(shm.SHM_DIR)) if os.path.isdir(shm.SHM_DIR) else set()
-    fd, memory = shm.create(CFG, 0, 1)
-    assert os.fstat(fd).st_nlink == 0
-    assert os.fstat(fd).st_mode & 0o777 == 0o600
+    fds = []
+    memory = shm.create(CFG, 0, 1, fds)
+    assert os.fstat(fds[0]).st_nlink == 0
+    assert os.fstat(fds[0]).st_mode & 0o777 == 0o600
     shm.check_header(memory, 1, 2)
-    os.close(fd)
+    shm.close_all(fds)
     if os.path.isdir(shm.SHM_DIR):
         assert {n for n in os.listdir(shm.SHM_DIR) if n.startswith("epmojo")} <= before
 
@@ -109,9 +112,10 @@ def test_too_little_memory_says_how_much(monkeypatch):
     monkeypatch.setattr(shm, "free_bytes", lambda: need - 1)
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(SharedMemoryError, match=f"bytes needed = {need}.*at most {need - 1} bytes free.*--shm-size"):
-        shm.create_all(CFG)
+        Communicator.processes(CFG)
     monkeypatch.setattr(shm, "free_bytes", lambda: need)
-    fds, memories, _ = shm.create_all(CFG)
+    fds = []
+    memories, _ = shm.create_all(CFG, fds)
     assert [m.rank for m in memories] == [0, 1, 2]
     shm.close_all(fds)
     del memories
@@ -130,8 +134,36 @@ def test_memory_that_is_taken_meanwhile_is_no_bus_error(monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(SharedMemoryError, match="rank 1: .*No space left"):
-        shm.create_all(CFG)
+        Communicator.processes(CFG)
     assert calls == [windows.block_bytes(CFG)] * 2
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_an_interrupt_while_memory_is_reserved_leaves_nothing(monkeypatch):
+    sizes = []
+
+    def interrupted(fd, offset, size):
+        sizes.append(size)
+        if len(sizes) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupted)
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(KeyboardInterrupt):
+        Communicator.processes(CFG)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize("call", ["open", "mmap"])
+def test_no_more_file_descriptors_are_no_lack_of_memory(monkeypatch, call):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(*{"open": (shm, "_open_unnamed"), "mmap": (shm.mmap, "mmap")}[call], fail)
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(SharedMemoryError, match="rank 0: this process has no file descriptors left.*ulimit -n"):
+        Communicator.processes(CFG)
     assert len(os.listdir("/dev/fd")) == before
 
 

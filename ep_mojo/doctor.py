@@ -131,7 +131,7 @@ def check_cache() -> Check:
 def check_kernels() -> Check:
     """Whether the kernels are built, or can be."""
     from .errors import EPError
-    from .kernels import cached_library, find_compiler, kernel_sources
+    from .kernels import cached_library, damaged_library, find_compiler, kernel_sources
 
     try:
         sources = kernel_sources()
@@ -139,9 +139,11 @@ def check_kernels() -> Check:
         return Check("kernels", "missing", str(error).split(". Remedy:")[0], error.remedy or "")
     try:
         find_compiler()
-        path = cached_library()
+        path, damaged = cached_library(), damaged_library()
     except EPError:
         return Check("kernels", "missing", f"sources in {sources}, but nothing to compile them with", "see mojo above")
+    if damaged is not None:
+        return Check("kernels", "note", f"damaged: {damaged}", "nothing: they are compiled again on the next use")
     if path is None:
         return Check("kernels", "ok", f"sources in {sources}; compiled on first use (a few seconds)")
     return Check("kernels", "ok", f"compiled: {path}")
@@ -259,10 +261,23 @@ def main(argv: list[str] | None = None) -> int:
     checks = run_checks()
     ok = all(check.status != "missing" for check in checks)
     if args.json:
-        print(json.dumps({"ok": ok, "version": __version__, "checks": [asdict(check) for check in checks]}, indent=2))
+        text = json.dumps({"ok": ok, "version": __version__, "checks": [asdict(check) for check in checks]}, indent=2)
     else:
-        print(f"ep-mojo {__version__}\n{report(checks)}", flush=True)
-    return 0 if ok else 1
+        text = f"ep-mojo {__version__}\n{report(checks)}"
+    return _print(text) or (0 if ok else 1)
+
+
+def _print(text: str) -> int:
+    """Print, also where nobody reads on (`| head -1`) or nothing can be written (`> /dev/full`: then returns 1)."""
+    try:
+        print(text, flush=True)
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"ep-mojo: the report cannot be written: {error}. Remedy: write it elsewhere.", file=sys.stderr)
+        return 1
 
 
 def _check_package(name: str, module: str, status_if_absent: str, requirement: str, purpose: str) -> Check:

@@ -4,7 +4,7 @@ The wheel carries Mojo sources, because a precompiled package fits exactly one c
 them into <cache>/kernels/<key>/ep_mojo.mojoc, where <cache> is $EP_MOJO_CACHE, else $XDG_CACHE_HOME/ep-mojo, else
 ~/.cache/ep-mojo, and <key> is a digest of every source, the compiler's version and MAX's. A package is complete as soon
 as it is visible (it is built elsewhere and renamed); a file lock lets one of several processes build while the others
-wait.
+wait. Beside it lies its digest, ep_mojo.mojoc.sha256: a package that does not fit it was damaged, and is built again.
 
 Formats of your own (`extra_sources`) are compiled into the same package, since MAX wants all custom ops in one. They
 become `ep_mojo.user_formats.NAME`, in a copy: the installed sources are never touched.
@@ -71,6 +71,12 @@ def cached_library(extra_sources: Sequence[str | os.PathLike] = ()) -> Path | No
     key = _wanted(extra_sources)[2]
     path = _built.get(key, cached_path(key))
     return path if _is_complete(path) else None
+
+
+def damaged_library(extra_sources: Sequence[str | os.PathLike] = ()) -> Path | None:
+    """The cached package if it is not as it was built, so that `kernel_library` compiles it again. Same errors."""
+    path = cached_path(_wanted(extra_sources)[2])
+    return path if path.exists() and not _is_complete(path) else None
 
 
 def _wanted(extra_sources: Sequence[str | os.PathLike]) -> tuple[dict[str, bytes], Compiler, str]:
@@ -353,10 +359,19 @@ def _cached_or_built(key: str, sources: dict[str, bytes], compiler: Compiler) ->
 
 
 def _is_complete(path: Path) -> bool:
+    """Whether the package is there, as it was built."""
     try:
-        return path.stat().st_size > 0
-    except OSError:
+        return _digest_path(path).read_text().strip() == _digest(path)
+    except (OSError, ValueError):
         return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _writable(directory: Path) -> Path:
@@ -410,13 +425,15 @@ def _build(sources: dict[str, bytes], compiler: Compiler, target: Path) -> None:
         out = work / "out" / target.name  # its stem is the package's name
         out.parent.mkdir()
         done = compiler.run("precompile", "-I", work, work / PACKAGE, "-o", out)
-        if done.returncode != 0 or not _is_complete(out):
+        if done.returncode != 0 or not out.is_file() or not out.stat().st_size:
             report = compiler_report(done).replace(f"{work}{os.sep}", "")
             raise KernelBuildError(
                 f"the Mojo kernels did not compile (exit status {done.returncode}, {compiler.version})\n{report}",
                 remedy="mend the reported lines if they are in user_formats/ (your extra_sources); otherwise compare "
                 "the installed versions with the required ones: python -m ep_mojo.doctor",
             )
+        _digest_path(out).write_text(_digest(out))
+        os.replace(_digest_path(out), _digest_path(target))  # between the two, readers find no package that fits
         os.replace(out, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -129,14 +129,15 @@ class Communicator(ABC):
 
         Args:
             cfg: The config.
-            start_timeout_s: How long all workers together may take to start.
+            start_timeout_s: How long all workers together may take to start; at most a day.
             workers_of: Take the workers that are still alive from this communicator, which is destroyed, and start
                 none. cfg.n_ranks may not be more than there are; those left over are ended.
 
         Raises:
-            SharedMemoryError: /dev/shm or the memory is too small for the windows.
+            SharedMemoryError: /dev/shm or the memory is too small for the windows, or file descriptors have run out.
             PeerTimeoutError, PeerLostError: A worker did not start.
-            ConfigError: Too few workers are left in `workers_of`.
+            ConfigError: start_timeout_s is out of range, or too few workers are left in `workers_of`.
+            EPError: A worker cannot import the class of `cfg` or of its formats.
         """
         from .processes import ProcessCommunicator
 
@@ -288,6 +289,8 @@ class Communicator(ABC):
         Raises:
             ShapeError, DTypeError, DeviceError: An argument does not fit; nothing has run.
             PeerTimeoutError, CapacityError, OrderError, ...: What a rank recorded; `by_rank` holds every rank's.
+            PeerTimeoutError: The process of a rank has been stopped (SIGSTOP) for longer than cfg.timeout_s, where the
+                system tells (/proc). An op that runs is bounded by its own deadline only.
             ShapeError, ConfigMismatchError, ...: What an op raised. Virtual ranks that had begun no round then go on as
                 if nothing had been; otherwise the round has failed on all ranks, and later calls raise until `reset`.
         """

@@ -143,3 +143,42 @@ def test_small_shared_memory_and_memory_are_notes(monkeypatch):
     assert "--shm-size" in doctor.check_shared_memory().remedy
     monkeypatch.setattr(doctor, "_memory", lambda: (8 << 30, 1 << 30))
     assert doctor.check_memory().status == "note"
+
+
+def test_a_damaged_package_is_reported(monkeypatch, tmp_path):
+    from ep_mojo import kernels
+
+    monkeypatch.setattr(kernels, "find_compiler", lambda: kernels.Compiler(("/nowhere/mojo",), "Mojo 0"))
+    monkeypatch.setenv(kernels.CACHE_VARIABLE, str(tmp_path))
+    path = kernels.cached_path(kernels._wanted(())[2])
+    path.parent.mkdir(parents=True)
+    path.write_text("half a pack")
+    check = doctor.check_kernels()
+    assert (check.status, check.detail) == ("note", f"damaged: {path}")
+    assert "compiled again" in check.remedy
+
+
+@pytest.mark.parametrize("args", [[], ["--json"]], ids=["lines", "json"])
+@pytest.mark.parametrize("out", ["closed", "full"])
+def test_output_that_cannot_be_written_gives_no_traceback(out, args):
+    if out == "full":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("needs /dev/full")
+        where = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, where = os.pipe()
+        os.close(end)
+    code = f"import ep_mojo.doctor as d; d.CHECKS = (d.check_python,); raise SystemExit(d.main({args!r}))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=where, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+        )
+    finally:
+        os.close(where)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if out == "full":
+        assert done.returncode == 1
+        assert done.stderr.startswith("ep-mojo: the report cannot be written: ")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")

@@ -92,13 +92,37 @@ def test_builds_once_and_is_found_again(bench, monkeypatch):
     monkeypatch.setattr(kernels, "_built", {})  # as in a new process
     assert kernels.kernel_library() == path
     assert bench.compilations == 1
-    assert sorted(file.name for file in path.parent.iterdir()) == ["ep_mojo.mojoc", "lock"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["ep_mojo.mojoc", "ep_mojo.mojoc.sha256", "lock"]
 
 
 def test_a_deleted_cache_is_filled_again(bench):
     kernels.kernel_library().unlink()
     assert kernels.kernel_library().exists()
     assert bench.compilations == 2
+
+
+DAMAGE = {
+    "truncated": lambda path: os.truncate(path, 5),
+    "empty": lambda path: os.truncate(path, 0),
+    "garbage": lambda path: path.write_bytes(bytes(len(path.read_bytes()))),
+    "no_digest": lambda path: path.with_name(path.name + ".sha256").unlink(),
+    "other_digest": lambda path: path.with_name(path.name + ".sha256").write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_package_is_built_again(bench, monkeypatch, damage):
+    path = kernels.kernel_library()
+    good = path.read_bytes()
+    assert kernels.damaged_library() is None
+    damage(path)
+    monkeypatch.setattr(kernels, "_built", {})  # as in a new process
+    assert kernels.cached_library() is None
+    assert kernels.damaged_library() == path
+    assert kernels.kernel_library() == path
+    assert path.read_bytes() == good
+    assert bench.compilations == 2
+    assert kernels.damaged_library() is None
 
 
 def test_key_covers_names_contents_and_versions(monkeypatch):

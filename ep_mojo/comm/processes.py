@@ -21,6 +21,7 @@ from ..dtypes import to_numpy
 from ..errors import (
     ConfigError,
     DTypeError,
+    PeerLostError,
     PeerTimeoutError,
     ShapeError,
     UnsupportedError,
@@ -75,8 +76,8 @@ class ProcessCommunicator(Communicator):
         try:
             self.memories, group = shm.create_all(cfg, fds)
             if survivors is None:
-                for _ in range(cfg.n_ranks):
-                    self._workers.append(Worker())
+                for rank in range(cfg.n_ranks):
+                    self._start(rank)
             else:
                 self._take(workers_of, survivors)
             self._attach(group, fds, start_timeout_s)
@@ -85,6 +86,15 @@ class ProcessCommunicator(Communicator):
             raise
         finally:
             shm.close_all(fds)
+
+    def _start(self, rank: int) -> None:
+        try:
+            self._workers.append(Worker())
+        except OSError as e:
+            raise PeerLostError(
+                f"rank {rank}: its process cannot be started ({e})",
+                remedy="close files, end other processes, or allow more of them: ulimit -n, ulimit -u",
+            ) from e
 
     def _take(self, other: ProcessCommunicator, survivors: list[Worker]) -> None:
         self._workers += survivors[: self.cfg.n_ranks]

@@ -34,6 +34,7 @@ SHM_DIR = "/dev/shm"
 MAGIC = b"EPMOJSHM"
 HEADER = struct.Struct("<8sIiIIQQQ5Q")
 LOST_OFFSET = 1024
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 REMEDY = (
     "lower max_tokens_per_rank, num_buffers or n_ranks; or enlarge shared memory "
     "(docker run --shm-size=..., mount -o remount,size=... /dev/shm)"
@@ -184,7 +185,7 @@ def close_all(fds: list[int]) -> None:
 
 def _no_descriptors(rank: int, error: Exception) -> SharedMemoryError | None:
     """The error where it is file descriptors that have run out."""
-    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+    if getattr(error, "errno", None) not in NO_DESCRIPTORS:
         return None
     whose = "this process" if error.errno == errno.EMFILE else "this machine"
     return SharedMemoryError(
@@ -197,8 +198,10 @@ def _open_unnamed() -> int:
     if hasattr(os, "O_TMPFILE") and os.path.isdir(SHM_DIR):
         try:
             return os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError:
-            pass  # a file system without O_TMPFILE
+        except OSError as e:
+            if e.errno in NO_DESCRIPTORS:
+                raise
+            # else a file system without O_TMPFILE
     import _posixshmem
 
     name = f"/epmojo-{secrets.token_hex(8)}"

@@ -23,6 +23,7 @@ from ep_mojo.errors import (
     DeviceError,
     DTypeError,
     OrderError,
+    PeerLostError,
     PeerTimeoutError,
     ShapeError,
     SharedMemoryError,
@@ -421,6 +422,15 @@ def test_bad_start_timeouts_start_nothing(monkeypatch, value):
     monkeypatch.setattr(processes_module, "Worker", None)
     with pytest.raises(ConfigError, match="start_timeout_s = .*above 0, at most 86400"):
         Communicator.processes(CFG, start_timeout_s=value)
+
+
+def test_a_worker_that_cannot_be_started_is_named(monkeypatch):
+    def fail():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(processes_module, "Worker", fail)
+    with pytest.raises(PeerLostError, match=r"rank 0: its process cannot be started .*Too many.*ulimit -n"):
+        Communicator.processes(CFG)
 
 
 def test_too_little_memory_maps_nothing(monkeypatch):

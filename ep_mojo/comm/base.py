@@ -19,8 +19,8 @@ import numpy as np
 
 from .. import layout
 from ..config import EPConfig
-from ..dtypes import to_buffer, to_numpy
-from ..errors import ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError, error_from_text
+from ..dtypes import to_buffer
+from ..errors import ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError
 from . import windows
 from .arguments import InputSpec, graph_specs, model_specs, place
 
@@ -176,6 +176,18 @@ class Communicator(ABC):
         from .gpu import GPUCommunicator
 
         return GPUCommunicator(cfg, range(cfg.n_ranks) if devices is None else devices, virtual=False)
+
+    @staticmethod
+    def planned(cfg: EPConfig, *, virtual: bool = False) -> Communicator:
+        """Ranks on GPUs that are not there: to build graphs that are compiled here and run elsewhere.
+
+        Args:
+            cfg: The config.
+            virtual: All ranks on GPU 0, as with `one_gpu`; else one each, as with `gpus`.
+        """
+        from .planned import PlannedCommunicator
+
+        return PlannedCommunicator(cfg, virtual)
 
     # Graphs
 
@@ -406,64 +418,6 @@ def host_inputs(
     arrays = [windows.settings_array(cfg, virtual), *windows.pointer_tables(memories)]
     arrays.append(np.zeros(windows.ORDER_WORDS, np.int32))
     return [to_buffer(a) for a in (*arrays, *(memories[r].counters for r in own))]
-
-
-def compile_modules(session: Any, graphs: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """Compile the modules of `graphs`: what each gave, and the indices of the graphs in it."""
-    modules: list[tuple[Any, list[int]]] = []
-    for i, graph in enumerate(graphs):
-        for module, members in modules:
-            if module.mlir_module == graph.module.mlir_module:
-                members.append(i)
-                break
-        else:
-            modules.append((graph.module, [i]))
-    compiled = []
-    for module, members in modules:
-        libraries = list(dict.fromkeys(p for i in members for p in graphs[i].kernel_libraries_paths))
-        alone = len(module.top_level_graph_names()) == 1
-        source = graphs[members[0]] if alone else module
-        compiled.append((session.compile(source, custom_extensions=None if alone else libraries), members))
-    return compiled
-
-
-def load_graphs(session: Any, graphs: Sequence[Any], specs: Sequence[tuple[InputSpec, ...]]) -> list[CompiledGraph]:
-    """Compile and load graphs in this process."""
-    models: dict[int, Any] = {}
-    for compiled, members in compile_modules(session, graphs):
-        by_name = session.init_all(compiled)
-        models |= {i: by_name[graphs[i].name] for i in members}
-    return [CompiledGraph(g.name, specs[i], models[i]) for i, g in enumerate(graphs)]
-
-
-def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
-    """`model.execute`, with the named errors that ops raise as themselves, and host outputs that share no memory.
-
-    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
-    and fills the input anew would change both.
-    """
-    try:
-        outputs = model.execute(*buffers)
-    except ValueError as e:
-        named = error_from_text(str(e))
-        if named is None:
-            raise
-        raise named from e
-    given = _address_ranges(buffers)
-    for i, (start, end) in enumerate(_address_ranges(outputs)):
-        if start < end and ((given[:, 0] < end) & (start < given[:, 1])).any():
-            # Not Buffer.copy(), which returns before it has copied.
-            outputs[i] = to_buffer(to_numpy(outputs[i]).copy(), outputs[i].dtype.name)
-    return outputs
-
-
-def _address_ranges(buffers: Sequence[Any]) -> np.ndarray:
-    """uint64 [n, 2]: first address of each buffer in host memory, and the one behind it; 0, 0 for one elsewhere."""
-    ranges = [
-        (b._data_ptr(), b._data_ptr() + b.num_elements * b.element_size) if b.device.is_host else (0, 0)
-        for b in buffers
-    ]
-    return np.array(ranges, np.uint64).reshape(-1, 2)
 
 
 def arg_labels(n: int, n_ranks: int) -> list[str]:

@@ -14,7 +14,8 @@ from ..dtypes import to_numpy
 from ..errors import UnsupportedError
 from . import windows
 from .arguments import check_args, chosen_ranks, make_buffers
-from .base import Communicator, CompiledGraph, arg_labels, host_inputs, load_graphs, raise_first, run_model
+from .base import Communicator, CompiledGraph, arg_labels, host_inputs, raise_first
+from .models import load_graphs, run_model
 
 if TYPE_CHECKING:
     from max.driver import Buffer

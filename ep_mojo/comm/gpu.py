@@ -16,8 +16,9 @@ from ..dtypes import to_buffer, to_numpy
 from ..errors import UnsupportedError
 from . import windows
 from .arguments import check_args, chosen_ranks, make_buffers
-from .base import Communicator, CompiledGraph, arg_labels, load_graphs, raise_first, run_model
+from .base import Communicator, CompiledGraph, arg_labels, raise_first
 from .device_memory import DeviceMemory, accelerators
+from .models import load_graphs, run_model
 
 if TYPE_CHECKING:
     from max.driver import Buffer, Device

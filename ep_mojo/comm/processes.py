@@ -28,8 +28,9 @@ from ..errors import (
 )
 from . import shm, windows, worker
 from .arguments import check_args, chosen_ranks
-from .base import Communicator, CompiledGraph, arg_labels, compile_modules, raise_first
+from .base import Communicator, CompiledGraph, arg_labels, raise_first
 from .launcher import Look, Patience, Worker, collect, dismiss, dismiss_at_exit, lost_error
+from .models import compile_modules
 
 if TYPE_CHECKING:
     from max.driver import Buffer

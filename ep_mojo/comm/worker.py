@@ -28,9 +28,10 @@ from ..dtypes import to_numpy
 from ..errors import ConfigError, EPError, PeerLostError, UnsupportedError
 from . import shm, windows
 from .arguments import check_args, chosen_ranks, make_buffers
-from .base import Communicator, CompiledGraph, host_inputs, load_graphs, run_model
+from .base import Communicator, CompiledGraph, host_inputs
 from .channel import Channel, ChannelError
 from .launcher import LOST_REMEDY
+from .models import load_graphs, run_model
 
 if TYPE_CHECKING:
     from max.driver import Buffer

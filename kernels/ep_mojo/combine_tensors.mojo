@@ -264,8 +264,8 @@ def sum_terms[
     out_dtype: DType,
     hidden: Int,
     streams: Bool = False,
-](terms: Terms, target: Bytes):
-    """Write a sum: the terms added in order in float32, rounded once.
+](terms: Terms, target: Bytes, part: Int = 0, parts: Int = 1):
+    """Write a sum, or a part of its channels: the terms added in order in float32, rounded once.
 
     Parameters:
         T: Who sums.
@@ -278,6 +278,8 @@ def sum_terms[
     Args:
         terms: The rows.
         target: Where to.
+        part: Which part of the channels, 0 to parts - 1.
+        parts: Into how many the row is divided between teams.
     """
 
     @always_inline
@@ -302,16 +304,20 @@ def sum_terms[
             )
 
     comptime W = T.sum_width
+    comptime S = T.sum_steps
     comptime stride = T.lanes * W
-    comptime many = stride * T.sum_steps
-    comptime most = hidden // many * many
-    comptime whole = hidden // stride * stride
-    for i in range(T.lane() * W, most, many):
-        sum[W, T.sum_steps](i)
-    for i in range(most + T.lane() * W, whole, stride):
-        sum[W, 1](i)
-    for i in range(whole + T.lane() * 8, hidden, T.lanes * 8):
-        sum[8, 1](i)
+    comptime units = hidden // stride
+    var unit = part * units // parts
+    var end = (part + 1) * units // parts
+    while unit + S <= end:
+        sum[W, S](unit * stride + T.lane() * W)
+        unit += S
+    while unit < end:
+        sum[W, 1](unit * stride + T.lane() * W)
+        unit += 1
+    if part == parts - 1:
+        for i in range(units * stride + T.lane() * 8, hidden, T.lanes * 8):
+            sum[8, 1](i)
 
 
 def check_header(

@@ -292,6 +292,27 @@ def table_ids(
 
 
 @always_inline
+def table_weights(
+    ep: Endpoint[True], buffer: Int, source: Int
+) -> View[DType.float32]:
+    """The weights that a source's routing table holds, in the rank's own count window.
+
+    Args:
+        ep: The rank.
+        buffer: Epoch mod B.
+        source: The source.
+
+    Returns:
+        Weights [Tm, K]; T of the source are valid.
+    """
+    return window_view[DType.float32](
+        ep.own_count(),
+        ep.window.table_weights(buffer, source),
+        ep.s.max_tokens * ep.s.top_k,
+    )
+
+
+@always_inline
 def localise[
     T: Team
 ](
@@ -316,11 +337,11 @@ def localise[
         out_: The outputs.
     """
     var ids = table_ids(ep, buffer, source)
+    var weights = table_weights(ep, buffer, source)
     var K = ep.s.top_k
     for k in range(T.lane(), K, T.lanes):
         var local = local_group(ep.s, ids[token * K + k], ep.me)
         out_.local_ids[row * K + k] = Int32(local)
-        var weight = out_.recv_weights[
-            (source * ep.s.max_tokens + token) * K + k
-        ]
-        out_.local_weights[row * K + k] = weight if local >= 0 else Float32(0)
+        out_.local_weights[row * K + k] = weights[
+            token * K + k
+        ] if local >= 0 else Float32(0)

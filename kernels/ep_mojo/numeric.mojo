@@ -2,8 +2,26 @@
 
 from std.math import fma
 from std.memory import bitcast
+from std.sys import is_gpu
 
 from .peers import Bytes, typed
+
+
+@always_inline
+def row_alignment[size: Int, width: Int]() -> Int:
+    """How far `width` values of a row are aligned: rows begin at multiples of 16 bytes, which matters on a GPU.
+
+    Parameters:
+        size: Bytes of a value.
+        width: How many are accessed at once, at a multiple of `width`.
+
+    Returns:
+        Bytes.
+    """
+    comptime if is_gpu():
+        return min(16, size * width)
+    else:
+        return size
 
 
 @always_inline
@@ -28,12 +46,12 @@ def load_f32[
     ), "rows are bfloat16 or float32"
     comptime if dtype == DType.bfloat16:
         var bits = typed[DType.uint16](row, 0).unsafe_load[
-            width=width, alignment=2, invariant=False
+            width=width, alignment=row_alignment[2, width](), invariant=False
         ](i)
         return bitcast[DType.float32](bits.cast[DType.uint32]() << 16)
     else:
         return typed[DType.float32](row, 0).unsafe_load[
-            width=width, alignment=4, invariant=False
+            width=width, alignment=row_alignment[4, width](), invariant=False
         ](i)
 
 
@@ -60,13 +78,17 @@ def store_f32[
         var out = nan.select((bits >> 16) | 0x40, rounded).cast[DType.uint16]()
         typed[DType.uint16](row, 0).unsafe_store[
             width=width,
-            alignment=min(64, 2 * width) if streams else 2,
+            alignment=min(64, 2 * width) if streams else row_alignment[
+                2, width
+            ](),
             non_temporal=streams,
         ](i, out)
     else:
         typed[DType.float32](row, 0).unsafe_store[
             width=width,
-            alignment=min(64, 4 * width) if streams else 4,
+            alignment=min(64, 4 * width) if streams else row_alignment[
+                4, width
+            ](),
             non_temporal=streams,
         ](i, value)
 

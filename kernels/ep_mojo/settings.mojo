@@ -56,6 +56,8 @@ struct Settings(TrivialRegisterPassable):
     """Group 0 holds the rank's own tokens."""
     var format_tag: Int
     """Hash of the format's name and options."""
+    var n_local: Int
+    """L = E / R, experts of one rank. Not a word of its own: divisions are slow on a GPU."""
     var reduce: Int
     """`REDUCE_*`: the reduce mode of every combine, or that it may be either."""
 
@@ -67,6 +69,7 @@ struct Settings(TrivialRegisterPassable):
         """
         self.n_ranks = Int(words[0])
         self.n_experts = Int(words[1])
+        self.n_local = self.n_experts // max(1, self.n_ranks)
         self.top_k = Int(words[2])
         self.max_tokens = Int(words[3])
         self.num_buffers = Int(words[4])
@@ -109,6 +112,7 @@ struct Settings(TrivialRegisterPassable):
         """
         self.n_ranks = n_ranks
         self.n_experts = n_experts
+        self.n_local = n_experts // n_ranks
         self.top_k = top_k
         self.max_tokens = max_tokens
         self.num_buffers = 1
@@ -171,7 +175,7 @@ struct Settings(TrivialRegisterPassable):
         Returns:
             L = E / R.
         """
-        return self.n_experts // self.n_ranks
+        return self.n_local
 
     @always_inline
     def n_groups(self) -> Int:

@@ -1,8 +1,8 @@
 """Flags, fences and spins: the only file that has any.
 
 A signal is one 64-bit word: epoch in the high 40 bits, value in the low 24 (`FAILED` when the sender has failed). It is
-published with release at system scope after the payload that it covers, and awaited with acquire at system scope until
-the epoch matches; so whoever has seen the word may read the payload. Nothing is ever reset: epochs only grow.
+published with release at system scope after the payload that it covers, and awaited with acquire at system scope; so
+whoever has seen the word of an epoch may read the payload. Nothing is ever reset: epochs only grow.
 
 Waits are bounded. A wait that misses its deadline, or reads FAILED, fills the failure record in the rank's own counters
 head; the record is sticky, and every later wait of that rank returns at once.
@@ -10,7 +10,8 @@ head; the record is sticky, and every later wait of that rank returns at once.
 
 from std.atomic import Atomic, Ordering
 from std.ffi import external_call
-from std.sys import CompilationTarget, inlined_assembly, is_gpu
+from std.sys import CompilationTarget, inlined_assembly
+from std.sys import is_amd_gpu, is_gpu
 from std.time import global_perf_counter_ns, perf_counter_ns
 from .layout import *
 from .peers import Bytes, typed
@@ -20,13 +21,11 @@ comptime VALUE_BITS = 24
 comptime FAILED = (1 << VALUE_BITS) - 1
 """The value that says that the sender has failed."""
 comptime NO_SIGNAL = -1
-"""What an await returns when it gave up."""
+"""Returned when it gave up."""
 comptime SPINS_BETWEEN_CHECKS = 64
-"""Polls of the awaited word between two looks at header, record and clock."""
+"""Polls between two looks at header, record and clock."""
 comptime SPINS_BEFORE_SLEEP = 4096
-"""Polls after which a waiting CPU thread sleeps between looks: the peer may need this very core."""
-comptime SLEEP_MICROSECONDS = 50
-"""How long it sleeps each time."""
+"""Polls after which a waiting CPU thread sleeps 50 us between looks: the peer may need this very core."""
 
 
 @always_inline
@@ -111,8 +110,9 @@ def arrive(base: Bytes, offset: Int, expected: Int) -> Bool:
     Returns:
         Whether this is the last one.
     """
+    comptime scope = "agent" if is_amd_gpu() else "device"
     var p = typed[DType.int32](base, offset)
-    var before = Atomic[Int32, scope="device"].fetch_add[
+    var before = Atomic[Int32, scope=scope].fetch_add[
         ordering=Ordering.ACQUIRE_RELEASE
     ](p, Int32(1))
     if before != Int32(expected - 1):
@@ -126,7 +126,7 @@ def clock_ns() -> Int:
     """A monotonic clock.
 
     Returns:
-        Nanoseconds since some fixed moment.
+        Nanoseconds.
     """
     comptime if is_gpu():
         return Int(global_perf_counter_ns())
@@ -136,7 +136,7 @@ def clock_ns() -> Int:
 
 @always_inline
 def let_others_run(spins: Int):
-    """Give this core to other threads, which may be the peers waited for; a GPU thread just goes on.
+    """Give this core to other threads, which may be the peers waited for; a GPU thread goes on.
 
     Args:
         spins: Polls so far; a long wait sleeps.
@@ -145,14 +145,14 @@ def let_others_run(spins: Int):
         if spins < SPINS_BEFORE_SLEEP:
             _ = external_call["sched_yield", Int32]()
         else:
-            _ = external_call["usleep", Int32](UInt32(SLEEP_MICROSECONDS))
+            _ = external_call["usleep", Int32](UInt32(50))
 
 
 @always_inline
 def finish_streaming():
     """Order stores that went past the caches before all later stores of this thread.
 
-    On x86 non-temporal stores are ordered by nothing else, a release store included; elsewhere a release is enough.
+    On x86 nothing else orders non-temporal stores, a release store included; elsewhere a release is enough.
     """
     comptime if CompilationTarget.is_x86():
         inlined_assembly["sfence", NoneType, constraints="~{memory}"]()
@@ -243,6 +243,7 @@ struct Head(TrivialRegisterPassable):
             != 0
         )
 
+    @no_inline
     def fail(
         self,
         kind: Int32,
@@ -292,6 +293,8 @@ struct Waiter(ImplicitlyCopyable, Movable):
     """Named in the record."""
     var virtual: Bool
     """Never spin: the sender shares this queue."""
+    var limit: Int
+    """Longest wait in nanoseconds, 0 = for ever."""
     var until: Int
     """`clock_ns` at the deadline, 0 = none."""
 
@@ -306,8 +309,8 @@ struct Waiter(ImplicitlyCopyable, Movable):
         self.head = head
         self.stage = stage
         self.virtual = virtual
-        var limit = Int(head.u64(HEAD_DEADLINE_NS))
-        self.until = clock_ns() + limit if limit > 0 else 0
+        self.limit = Int(head.u64(HEAD_DEADLINE_NS))
+        self.until = clock_ns() + self.limit if self.limit > 0 else 0
 
     def reach[
         at_least: Bool = False

@@ -98,8 +98,8 @@ struct WarpTeam(Team):
     """The widest access of one lane."""
     comptime sum_width = 8
     """16 bytes of bfloat16."""
-    comptime sum_steps = 4
-    """Loads in flight for each row."""
+    comptime sum_steps = 7
+    """Loads in flight for each row; a quarter of H = 7168."""
     comptime streams = False
     """Ordinary stores."""
 
@@ -137,7 +137,8 @@ def copy_bytes[T: Team](source: Bytes, target: Bytes, n: Int):
     Args:
         source: Where from.
         target: Where to.
-        n: Bytes; both pointers are aligned to the largest power of two, up to 16, that divides `n`.
+        n: Bytes; both pointers are aligned to the largest power of two, up to 16, that divides `n`. A GPU is fast
+            where that is 16.
     """
     comptime V = T.vector_bytes
     comptime stride = T.lanes * V
@@ -154,6 +155,17 @@ def copy_bytes[T: Team](source: Bytes, target: Bytes, n: Int):
             for i in range(whole, n):
                 target.unsafe_store(i, source.unsafe_load[invariant=False](i))
             return
+    comptime if T.lanes > 1:  # 16 bytes at a time, or nothing is known of the alignment
+        if n % V == 0:
+            for i in range(T.lane() * V, n, stride):
+                target.unsafe_store[width=V, alignment=V](
+                    i,
+                    source.unsafe_load[width=V, alignment=V, invariant=False](
+                        i
+                    ),
+                )
+            return
+        whole = 0
     for i in range(T.lane() * V, whole, stride):
         target.unsafe_store[width=V, alignment=1](
             i, source.unsafe_load[width=V, alignment=1, invariant=False](i)
@@ -170,12 +182,20 @@ def zero_bytes[T: Team](target: Bytes, n: Int):
         T: Who writes.
 
     Args:
-        target: Where to.
+        target: Where to, aligned to the largest power of two, up to 16, that divides `n`.
         n: Bytes.
     """
     comptime V = T.vector_bytes
     comptime stride = T.lanes * V
     var whole = n // stride * stride
+    comptime if T.lanes > 1:
+        if n % V == 0:
+            for i in range(T.lane() * V, n, stride):
+                target.unsafe_store[width=V, alignment=V](
+                    i, SIMD[DType.uint8, V](0)
+                )
+            return
+        whole = 0
     for i in range(T.lane() * V, whole, stride):
         target.unsafe_store[width=V, alignment=1](i, SIMD[DType.uint8, V](0))
     for i in range(whole + T.lane(), n, T.lanes):

@@ -1,103 +1,158 @@
-"""Compile what CPU and GPU share for GPUs, without one: `./task gpu-compile [--all] [--target ARCH]`.
+"""Compile the GPU's stages without a GPU: `./task gpu-compile [--all] [--target ARCH]`.
 
-Runs tests/mojo/gpu_shared_parts.mojo once for each architecture (all variants for sm_90a, a choice of them elsewhere)
-and prints how large each assembly became. Exit status 0 only if every architecture compiled and gave at least one
-kernel, and none lacks one that another gave.
+For each architecture MAX graphs for virtual devices, split and fused: one case of each stage and format, or with --all
+every variant. And for sm_90a the program tests/mojo/gpu_shared_parts.mojo, with the parts of ExpertSlots that CPU and
+GPU will share. Exit status 0 only if everything compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from ep_mojo.errors import EPError
-from ep_mojo.kernels import Compiler, compiler_report, find_compiler
+from ep_mojo.kernels import compiler_report, find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_shared_parts.mojo"
-TARGETS = ("sm_90a", "sm_100a", "gfx942")
-EVERYTHING = ("sm_90a",)
-"""Architectures for which every variant is compiled, also without --all."""
-TIMEOUT_S = 900
-LINE = re.compile(r"^kernel (\S+) (\d+)$", re.MULTILINE)
+APIS = {"sm_90a": "cuda", "sm_100a": "cuda", "gfx942": "hip"}
+TIMEOUT_S = 1800
+SCALES = ("float32", "power_of_two", "ue8m0")
 
 
-class CompileError(Exception):
-    """The program did not compile, did not run, or printed no kernel; the text holds its output."""
+def variants(every: bool) -> list[tuple[Any, str, str]]:
+    """(format, output layout, reduce mode) of each graph."""
+    import ep_mojo as ep
+
+    fp8 = [ep.BlockwiseFP8(scale, layout) for scale in SCALES for layout in ("row", "column")]
+    if every:
+        return list(itertools.product([ep.BF16(), *fp8], ("expert", "expert_padded", "rank"), ("expert", "source")))
+    return [
+        (ep.BF16(), "expert", "expert"),
+        (ep.BlockwiseFP8(), "expert_padded", "source"),
+        (ep.BlockwiseFP8("power_of_two"), "rank", "expert"),
+        (ep.BlockwiseFP8("ue8m0", "column"), "expert", "expert"),
+    ]
 
 
-def compile_for(compiler: Compiler, target: str, every: bool, program: Path = PROGRAM) -> dict[str, int]:
-    """Compile the program's kernels for one architecture.
+def add_round(module: Any, fmt: Any, layout: str, reduce: str, split: bool, name: str) -> Any:
+    """Add one round of two ranks to a module."""
+    from max.dtype import DType
+    from max.graph import Graph, TensorType
 
-    Args:
-        compiler: From `find_compiler`.
-        target: Architecture, such as "sm_90a".
-        every: Every variant instead of a choice: defines EP_GPU_ALL.
-        program: The Mojo program.
+    import ep_mojo as ep
 
-    Returns:
-        Bytes of assembly of each kernel.
+    cfg = ep.EPConfig(
+        hidden_size=1024,
+        top_k=4,
+        n_experts=8,
+        max_tokens_per_rank=16,
+        n_ranks=2,
+        dispatch_format=fmt,
+        output_layout=layout,
+        reduce=reduce,
+    )
+    comm = ep.Communicator.planned(cfg, virtual=split)
+    refs = comm.device_refs()
+    sizes = ((DType.bfloat16, 1024), (DType.int32, 4), (DType.float32, 4))
+    own = [TensorType(d, [f"T{r}", n], ref) for d, n in sizes for r, ref in enumerate(refs)]
+    types = [*own, *comm.input_types()]
+    with Graph(name, input_types=types, custom_extensions=[ep.kernel_library()], module=module) as graph:
+        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
+        x0, x1, i0, i1, w0, w1 = (v.tensor for v in graph.inputs[:6])
+        handles = ep.dispatch(ranks, [x0, x1], [i0, i1], [w0, w1])
+        rows = [h.tokens if isinstance(fmt, ep.BF16) else h.tokens.cast(DType.bfloat16) for h in handles]
+        graph.output(*ep.combine(ranks, rows, handles))
+    return graph
 
-    Raises:
-        CompileError: See there.
-    """
+
+def compile_graphs(target: str, every: bool) -> dict[str, int]:
+    """Compile in this process, which must not have used MAX before. Returns the bytes of the artefact, and graphs."""
+    from max import driver
+
+    driver.set_virtual_device_count(2)
+    driver.set_virtual_device_api(APIS[target])
+    driver.set_virtual_device_target_arch(target)
+    from max.driver import CPU, Accelerator
+    from max.engine import InferenceSession
+    from max.graph import Module
+
+    import ep_mojo as ep
+
+    module, n = Module(), 0
+    for fmt, layout, reduce in variants(every):
+        for split in (True, False):
+            add_round(module, fmt, layout, reduce, split, f"round_{n}")
+            n += 1
+    session = InferenceSession(devices=[CPU(), Accelerator(0), Accelerator(1)])
+    compiled = session.compile(module, custom_extensions=[ep.kernel_library()])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graphs.mef"
+        compiled.export_mef(path)
+        return {"graphs": n, "bytes": path.stat().st_size}
+
+
+def compile_parts(target: str, every: bool) -> dict[str, int]:
+    """Compile gpu_shared_parts.mojo for an architecture. Returns its number of kernels, and bytes of assembly."""
     defines = ["-D", f"EP_GPU_TARGET={target}", *(["-D", "EP_GPU_ALL"] if every else [])]
-    command = ["run", "-I", ROOT / "kernels", *defines, "--target-accelerator", target, program]
-    try:
-        done = compiler.run(*command, cwd=ROOT, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"no result after {TIMEOUT_S} s") from None
-    kernels = {name: int(size) for name, size in LINE.findall(done.stdout)}
-    if done.returncode != 0 or not kernels:
-        raise CompileError(compiler_report(done))
-    empty = [name for name, size in kernels.items() if size == 0]
-    if empty:
-        raise CompileError(f"no assembly came out for {', '.join(empty)}")
-    return kernels
+    done = find_compiler().run(
+        "run", "-I", ROOT / "kernels", *defines, "--target-accelerator", target, PROGRAM, cwd=ROOT, timeout=TIMEOUT_S
+    )
+    sizes = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("kernel ")]
+    if done.returncode != 0 or not sizes or 0 in sizes:
+        raise RuntimeError(compiler_report(done))
+    return {"graphs": len(sizes), "bytes": sum(sizes)}
+
+
+def in_a_process(target: str, every: bool) -> dict[str, int]:
+    """`compile_graphs` in a process of its own: virtual devices are set once."""
+    command = [sys.executable, __file__, "--graphs-of", target, *(["--all"] if every else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not answers:
+        raise RuntimeError(f"{done.stdout}\n{done.stderr}\nexit status {done.returncode}")
+    return json.loads(answers[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table with a row for each architecture and kernel."""
+    """Print a row for each architecture and kind."""
     parser = argparse.ArgumentParser(
-        prog="./task gpu-compile", description="Compile what CPU and GPU share for GPUs. Needs no GPU."
+        prog="./task gpu-compile", description="Compile the GPU's stages. Needs no GPU.", allow_abbrev=False
     )
-    parser.add_argument("--all", action="store_true", help="every variant on all architectures")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this architecture (may be repeated)")
+    parser.add_argument("--all", action="store_true", help="every format, output layout and reduce mode")
+    parser.add_argument("--target", action="append", choices=[*APIS], help="only this architecture (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--graphs-of", choices=[*APIS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    try:
-        compiler = find_compiler()
-    except EPError as error:
-        print(error, file=sys.stderr)
-        return 1
-    every = {target: args.all or target in EVERYTHING for target in TARGETS}
+    if args.graphs_of:
+        print(json.dumps(compile_graphs(args.graphs_of, args.all)), flush=True)
+        return 0
     rows, failed = [], []
     if not args.json:
-        print(f"{'target':<8} {'kernel':<40} {'bytes':>9} {'seconds':>8}")
-    for target in dict.fromkeys(args.target or TARGETS):
-        started = time.monotonic()
-        try:
-            kernels = compile_for(compiler, target, every[target])
-        except CompileError as error:
-            failed.append(target)
-            print(f"{error}\n{target}: FAILED", file=sys.stderr, flush=True)
-            continue
-        seconds = time.monotonic() - started
-        for index, (name, size) in enumerate(kernels.items()):
-            rows.append({"target": target, "kernel": name, "bytes": size, "seconds": seconds})
-            if not args.json:  # the time is that of the whole program: shown once
-                print(f"{target:<8} {name:<40} {size:>9} {f'{seconds:.1f}' if index == 0 else '':>8}", flush=True)
-    for target in {row["target"] for row in rows}:
-        wanted = {row["kernel"] for row in rows if every[row["target"]] <= every[target]}
-        missing = wanted - {row["kernel"] for row in rows if row["target"] == target}
-        if missing:
-            failed.append(target)
-            print(f"{target}: FAILED: no assembly for {', '.join(sorted(missing))}", file=sys.stderr)
+        print(f"{'target':<8} {'what':<14} {'number':>7} {'bytes':>10} {'seconds':>8}")
+    for target in dict.fromkeys(args.target or APIS):
+        jobs = {"stage graphs": in_a_process}
+        if target == "sm_90a":
+            jobs["shared parts"] = compile_parts
+        for what, job in jobs.items():
+            started = time.monotonic()
+            try:
+                found = job(target, args.all)
+            except (EPError, RuntimeError, subprocess.TimeoutExpired) as error:
+                failed.append(target)
+                print(f"{error}\n{target}, {what}: FAILED", file=sys.stderr, flush=True)
+                continue
+            seconds = time.monotonic() - started
+            rows.append({"target": target, "what": what, "seconds": seconds} | found)
+            if not args.json:
+                print(f"{target:<8} {what:<14} {found['graphs']:>7} {found['bytes']:>10} {seconds:>8.1f}", flush=True)
     if args.json:
         print(json.dumps({"ok": not failed, "rows": rows}, indent=2))
     return 1 if failed else 0

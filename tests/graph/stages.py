@@ -13,7 +13,7 @@ import numpy as np
 
 import ep_mojo as ep
 from ep_mojo.comm import windows
-from ep_mojo.comm.base import run_model
+from ep_mojo.comm.models import run_model
 from ep_mojo.dtypes import storage_dtype, to_buffer, to_numpy
 from ep_mojo.handle import HANDLE_TENSORS, graph_dtype, handle_types
 from ep_mojo.layout import SETTINGS_WORDS

@@ -252,7 +252,7 @@ def with_rank1(name, value):
 
 def elsewhere(a):
     """Stands for a buffer on a GPU."""
-    device = SimpleNamespace(is_host=False, __str__=lambda: "gpu:0")
+    device = SimpleNamespace(label="gpu", id=0)
     return SimpleNamespace(_data_ptr=lambda: 0, device=device, dtype=SimpleNamespace(name="bfloat16"), shape=a.shape)
 
 
@@ -266,7 +266,7 @@ RUNNING = {
     "x-none": (with_rank1("x", None), ep.DTypeError, "'NoneType'"),
     "x-hidden": (with_rank1("x", np.zeros((4, 9), np.uint16)), ep.ShapeError, "axis 1 has 9 elements, not 8"),
     "x-flat": (with_rank1("x", np.zeros(32, np.uint16)), ep.ShapeError, r"\[32\].*reshape"),
-    "x-elsewhere": (with_rank1("x", elsewhere(np.zeros((4, 8)))), ep.DeviceError, r"the host.*x\.to\(CPU\(\)\)"),
+    "x-elsewhere": (with_rank1("x", elsewhere(np.zeros((4, 8)))), ep.DeviceError, r"'gpu:0'.*host.*x\.to\(CPU\(\)\)"),
     "x-rows": (with_rank1("x", np.zeros((3, 8), np.uint16)), ep.ShapeError, "T = 4|T = 3"),
     "ids-int64": (with_rank1("ids", np.zeros((4, 2), np.int64)), ep.DTypeError, "'int64'.*int32"),
     "ids-top-k": (with_rank1("ids", np.zeros((4, 3), np.int32)), ep.ShapeError, "axis 1 has 3 elements, not 2"),

@@ -154,19 +154,19 @@ def launch_protocol(
         View[DType.uint64](Int(recv), 8),
         View[DType.uint64](Int(count), 8),
     )
-    var sent = ep.begin_send(STAGE_DISPATCH_WAIT)
-    ep.announce(sent, Int(tokens))
+    var sent = ep.begin_send[WarpTeam](STAGE_DISPATCH_WAIT)
+    ep.announce[WarpTeam](sent, Int(tokens))
     publish(
         ep.count[0],
         ep.window.signal(ep.buffer(sent), ep.me, 0),
         word(sent, message_offset(ep.s, 0, 0, 0)),
     )
-    ep.end_send(sent)
-    var epoch = ep.begin_wait(STAGE_DISPATCH_WAIT)
+    ep.end_send[WarpTeam](sent)
+    var epoch = ep.begin_wait(STAGE_DISPATCH_WAIT, ep.last_sent())
     var waiter = Waiter(ep.head, STAGE_DISPATCH_WAIT, ep.s.virtual)
     if ep.header_of(waiter, epoch, 0) != NO_SIGNAL:
         _ = ep.chunk_of(waiter, epoch, 0, 0)
-    ep.end_wait(epoch)
+    ep.end_wait[WarpTeam](epoch)
 
 
 def expert_launch_protocol(
@@ -196,14 +196,14 @@ def expert_launch_protocol(
     expert_launch.end_dispatch_send(
         ep, epoch, View[DType.int32](Int(sent), ep.s.n_experts)
     )
-    epoch = ep.begin_wait(STAGE_DISPATCH_WAIT)
+    epoch = ep.begin_wait(STAGE_DISPATCH_WAIT, ep.last_sent())
     var waiter = Waiter(ep.head, STAGE_DISPATCH_WAIT, ep.s.virtual)
     _ = expert_launch.message_count(ep, waiter, epoch, expert=0, source=0)
     expert_launch.end_wait(ep, epoch)
     var back = Endpoint[False](head, settings, windows, signals)
     epoch = expert_launch.begin_send(back, STAGE_COMBINE_ASYNC)
     expert_launch.end_combine_send(back, epoch)
-    epoch = back.begin_wait(STAGE_COMBINE_WAIT)
+    epoch = back.begin_wait(STAGE_COMBINE_WAIT, back.last_sent())
     waiter = Waiter(back.head, STAGE_COMBINE_WAIT, back.s.virtual)
     _ = expert_launch.rows_arrived(back, waiter, epoch, 0)
     expert_launch.end_wait(back, epoch)

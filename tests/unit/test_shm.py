@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -110,6 +111,7 @@ def test_a_truncated_segment_is_named_not_mapped(block):
 def test_too_little_memory_says_how_much(monkeypatch):
     need = 3 * windows.block_bytes(CFG)
     monkeypatch.setattr(shm, "free_bytes", lambda: need - 1)
+    gc.collect()  # what earlier tests have left
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(SharedMemoryError, match=f"bytes needed = {need}.*at most {need - 1} bytes free.*--shm-size"):
         Communicator.processes(CFG)
@@ -132,6 +134,7 @@ def test_memory_that_is_taken_meanwhile_is_no_bus_error(monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
+    gc.collect()  # what earlier tests have left
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(SharedMemoryError, match="rank 1: .*No space left"):
         Communicator.processes(CFG)
@@ -149,6 +152,7 @@ def test_an_interrupt_while_memory_is_reserved_leaves_nothing(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(os, "posix_fallocate", interrupted)
+    gc.collect()  # what earlier tests have left
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(KeyboardInterrupt):
         Communicator.processes(CFG)
@@ -163,6 +167,7 @@ def test_no_more_file_descriptors_are_no_lack_of_memory(monkeypatch, call):
     if call == "open" and not (hasattr(os, "O_TMPFILE") and os.path.isdir(shm.SHM_DIR)):
         pytest.skip("needs O_TMPFILE in /dev/shm")
     monkeypatch.setattr(*{"open": (shm.os, "open"), "mmap": (shm.mmap, "mmap")}[call], fail)
+    gc.collect()  # what earlier tests have left
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(SharedMemoryError, match="rank 0: this process has no file descriptors left.*ulimit -n"):
         Communicator.processes(CFG)

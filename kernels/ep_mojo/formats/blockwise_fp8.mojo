@@ -11,6 +11,7 @@ All in float32. e4m3 rounds to nearest even and saturates: Inf becomes +-448, Na
 from std.memory import bitcast
 
 from ..layout import align_up
+from ..numeric import row_alignment
 from ..peers import Bytes, typed
 from ..team import Team, copy_bytes
 from .token_format import TokenFormat, spread_scales
@@ -171,7 +172,9 @@ struct BlockwiseFP8[
                 var x = Self._load[V](token, at + i, factor)
                 var y = x * inverse if Self.scale == "float32" else x / scale
                 y = magnitude(x).eq(0x7F800000).select(x, y)
-                message.unsafe_store[width=V, alignment=1](at + i, to_e4m3(y))
+                message.unsafe_store[width=V, alignment=row_alignment[1, V]()](
+                    at + i, to_e4m3(y)
+                )
             if T.lane() == 0:
                 comptime if Self.packed:
                     message.unsafe_store(
@@ -189,7 +192,7 @@ struct BlockwiseFP8[
         V: Int
     ](token: Bytes, i: Int, factor: Float32) -> SIMD[DType.float32, V]:
         var bits = typed[DType.uint16](token, 0).unsafe_load[
-            width=V, alignment=2, invariant=False
+            width=V, alignment=row_alignment[2, V](), invariant=False
         ](i)
         return bitcast[DType.float32](bits.cast[DType.uint32]() << 16) * factor
 

@@ -31,9 +31,8 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    first_item,
+    Share,
     is_last_cta,
-    item_stride,
     may_go_on,
     warp_index,
     warp_memory,
@@ -46,7 +45,6 @@ from .shared_rows import (
     finish_stores,
     release_slots,
     store_row,
-    written,
 )
 
 
@@ -73,9 +71,10 @@ def send_back[
     if warp_index() == 0:
         _ = ep.begin_send[WarpTeam](stage)
         syncwarp()
-    if thread_idx.x == 0 and not ep.head.failed():
+    if Int(thread_idx.x) < s.n_ranks and not ep.head.failed():
         var rows = x.rows.size // row_bytes[dtype, hidden]()
-        _check_tokens(ep, x, rows, stage)
+        _check_tokens(ep, x, Int(thread_idx.x), rows, stage)
+    syncwarp()
     if may_go_on(ep.head):
         if block_idx.x == 0 and Int(thread_idx.x) < s.n_ranks:
             var peer = Int(thread_idx.x)
@@ -94,35 +93,34 @@ def send_back[
 
 @always_inline
 def _check_tokens(
-    ep: Endpoint[False], x: CombineInput, rows: Int, stage: Int32
+    ep: Endpoint[False], x: CombineInput, source: Int, rows: Int, stage: Int32
 ):
     """Record a failure where the handle names more tokens of a source than there can be, or shared rows that are not there."""
-    var own = Int(x.num_tokens[ep.me])
-    if x.shared_out.present() and own > rows:
+    var T = Int(x.num_tokens[source])
+    if T < 0 or T > ep.s.max_tokens:
+        ep.head.fail(
+            KIND_SHAPE,
+            stage,
+            chunk=FIELD_RECV_NUM_TOKENS,
+            value=T,
+            limit=ep.s.max_tokens,
+        )
+    elif source == ep.me and x.shared_out.present() and T > rows:
         ep.head.fail(
             KIND_SHAPE,
             stage,
             chunk=FIELD_ROW_MAP,
-            value=own - 1,
+            value=T - 1,
             limit=rows - 1,
         )
-    for r in range(ep.s.n_ranks):
-        var T = Int(x.num_tokens[r])
-        if T < 0 or T > ep.s.max_tokens:
-            ep.head.fail(
-                KIND_SHAPE,
-                stage,
-                chunk=FIELD_RECV_NUM_TOKENS,
-                value=T,
-                limit=ep.s.max_tokens,
-            )
 
 
 @always_inline
 def _give_shared[dtype: DType, hidden: Int](x: CombineInput, tokens: Int):
     """Copy the shared expert's rows, the first ones, to their output; zero the rest of it."""
     comptime size = row_bytes[dtype, hidden]()
-    for t in range(first_item(), x.shared_out.size // size, item_stride()):
+    var share = Share()
+    for t in range(share.first, x.shared_out.size // size, share.stride):
         var to = x.shared_out.bytes(t * size)
         if t < tokens:
             copy_bytes[WarpTeam](x.rows.bytes(t * size), to, size)
@@ -140,11 +138,10 @@ def _send_rows[
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
     var rows = x.rows.size // size
-    var slot = warp_slot(
-        warp_memory(0, slot_bytes[dtype, hidden]()), sending=True
-    )
+    var slot = warp_slot(warp_memory(slot_bytes[dtype, hidden]()), sending=True)
     var items = s.n_ranks * s.n_signals(s.max_tokens)
-    for i in range(first_item(), items, item_stride()):
+    var share = Share()
+    for i in range(share.first, items, share.stride):
         var source = (ep.me + i) % s.n_ranks
         var chunk = i // s.n_ranks
         var begin = chunk * s.tokens_per_signal
@@ -192,7 +189,6 @@ def _send_rows[
                     sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
                         x.terms[dtype, hidden](at, s.top_k), slot.row
                     )
-                    written()
                 store_row[size](
                     slot.row,
                     1,

@@ -25,14 +25,16 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    first_item,
+    Share,
     is_last_cta,
-    item_stride,
     may_go_on,
     warp_index,
     warps,
 )
 from .routing import ballot, destination_of_lanes
+
+comptime MAX_PARTS = 4
+"""Warps that share one row, at most."""
 
 
 @always_inline
@@ -86,7 +88,8 @@ def receive_back[
             _sum_tokens[
                 dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row
             ](ep, x, T, epoch, waiter)
-        for t in range(T + first_item(), x.rows, item_stride()):
+        var share = Share()
+        for t in range(T + share.first, x.rows, share.stride):
             zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
     if is_last_cta(ep, sending=False):
         if ep.head.failed():
@@ -129,7 +132,13 @@ def _sum_tokens[
     var buffer = ep.buffer(epoch)
     var window = ep.recv[ep.me]
     var lane = Int(lane_id())
-    for chunk in range(first_item(), s.n_signals(T), item_stride()):
+    var share = Share()
+    var chunks = s.n_signals(T)
+    # Few tokens: several warps sum one row.
+    var parts = max(1, min(MAX_PARTS, share.stride // max(1, chunks)))
+    for i in range(share.first, chunks * parts, share.stride):
+        var part = i // chunks
+        var chunk = i - part * chunks
         var arrived: UInt32 = 0
         var begin = chunk * s.tokens_per_signal
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
@@ -165,7 +174,10 @@ def _sum_tokens[
                             )
                         )
             sum_terms[WarpTeam, dtype, bias_dtype, out_dtype, hidden](
-                terms, x.y.bytes(t * row_bytes[out_dtype, hidden]())
+                terms,
+                x.y.bytes(t * row_bytes[out_dtype, hidden]()),
+                part,
+                parts,
             )
 
 

@@ -25,9 +25,8 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    first_item,
+    Share,
     is_last_cta,
-    item_stride,
     may_go_on,
     warp_index,
     warp_memory,
@@ -39,7 +38,6 @@ from .shared_rows import (
     finish_stores,
     release_slots,
     store_row,
-    written,
 )
 
 
@@ -57,35 +55,43 @@ def slot_bytes[F: TokenFormat]() -> Int:
 
 
 @always_inline
-def send[
-    F: TokenFormat, ids_dtype: DType, encoded: Bool
+def open_send[
+    ids_dtype: DType
 ](ep: Endpoint[True], x: DispatchInput[ids_dtype], stage: Int32):
-    """Send; the body of the split and the fused kernel.
+    """Open the sending half; the whole CTA calls this, then `may_go_on`.
 
     Parameters:
-        F: The format.
         ids_dtype: Type of the ids.
-        encoded: Whether `x.tokens` and `x.scales` are in the format already.
 
     Args:
         ep: The rank.
         x: Its tokens.
         stage: `STAGE_*`, for the failure record.
     """
-    var s = ep.s
-    var epoch = ep.last_sent() + 1
     if warp_index() == 0:
         _ = ep.begin_send[WarpTeam](stage)
         syncwarp()
     if thread_idx.x == 0:
         _ = token_count(ep, stage, x.rows, x.num_tokens)
-    if may_go_on(ep.head):
-        var T = x.given_tokens()
-        for peer in range(Int(block_idx.x), s.n_ranks, Int(grid_dim.x)):
-            _send_table(ep, x, T, epoch, peer)
-        _send_messages[F, ids_dtype, encoded](ep, x, T, epoch)
-    if is_last_cta(ep, sending=True) and warp_index() == 0:
-        ep.end_send[WarpTeam](epoch)
+
+
+@always_inline
+def send_tables[
+    ids_dtype: DType
+](ep: Endpoint[True], x: DispatchInput[ids_dtype], epoch: UInt64):
+    """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
+
+    Parameters:
+        ids_dtype: Type of the ids.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        epoch: The launch's epoch.
+    """
+    var T = x.given_tokens()
+    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
+        _send_table(ep, x, T, epoch, peer)
 
 
 @always_inline
@@ -137,21 +143,39 @@ def _send_table[
 
 
 @always_inline
-def _send_messages[
+def send_messages[
     F: TokenFormat, ids_dtype: DType, encoded: Bool
-](ep: Endpoint[True], x: DispatchInput[ids_dtype], T: Int, epoch: UInt64):
-    """Store every token's message, chunk by chunk, and signal."""
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    epoch: UInt64,
+    share: Share,
+):
+    """Store tokens' messages, chunk by chunk, and signal.
+
+    Parameters:
+        F: The format.
+        ids_dtype: Type of the ids.
+        encoded: Whether `x.tokens` and `x.scales` are in the format already.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        epoch: The launch's epoch.
+        share: The calling warp's chunks.
+    """
     comptime size = slot_bytes[F]()
     var s = ep.s
+    var T = x.given_tokens()
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
     var peer = min(lane, s.n_ranks - 1)
     var recv = ep.recv[peer]
     var count = ep.count[peer]
-    var token = warp_slot(warp_memory(0, size, 2), sending=True)
-    var message = warp_memory(1, size, 2)
+    var token = warp_slot(warp_memory(2 * size), sending=True)
+    var message = warp_memory(2 * size, size)
     var factor = x.factor[0] if x.factor.present() else Float32(1)
-    for chunk in range(first_item(s.n_ranks), s.n_signals(T), item_stride()):
+    for chunk in range(share.first, s.n_signals(T), share.stride):
         var begin = chunk * s.tokens_per_signal
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var id = NO_EXPERT
@@ -173,7 +197,6 @@ def _send_messages[
                 )
                 release_slots()
                 F.encode[WarpTeam](token.row, factor, message)
-            written()
             store_row[F.message_bytes](
                 message,
                 targets,
@@ -207,10 +230,18 @@ def dispatch_async_stage[
         input: Its tokens.
         stage: `STAGE_*`.
     """
-    if peers.value.valid():
-        send[F, ids_dtype, encoded](
-            peers.value.endpoint[True](), input.value, stage
+    if not peers.value.valid():
+        return
+    var ep = peers.value.endpoint[True]()
+    var epoch = ep.last_sent() + 1
+    open_send(ep, input.value, stage)
+    if may_go_on(ep.head):
+        send_tables(ep, input.value, epoch)
+        send_messages[F, ids_dtype, encoded](
+            ep, input.value, epoch, Share(skip=ep.s.n_ranks)
         )
+    if is_last_cta(ep, sending=True) and warp_index() == 0:
+        ep.end_send[WarpTeam](epoch)
 
 
 def dispatch_async[

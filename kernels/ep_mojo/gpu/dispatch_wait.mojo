@@ -3,242 +3,113 @@
     CTA r < R      maps source r: awaits its header, counts its rows, publishes that in the own counters; when all
                    sources are counted, works out where each group begins and gives every choice its row; publishes
     every warp     takes chunks of a source: awaits map and signal, brings each message into shared memory once, and
-                   copies it to its rows from there
+                   copies it to its rows from there; then it marks its part of what no row fills
 
-Then all that no row fills is marked, and the last CTA gives the buffer back and counts the epoch. Rows are in the
+The last CTA gives the buffer back and counts the epoch. Rows are in the
 contract's order, because each source is mapped by itself (see `routing.mojo`).
 """
 
-from max.gpu import block_dim, block_idx, grid_dim, lane_id, thread_idx
+from max.gpu import block_idx, lane_id, thread_idx
 from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.primitives import warp
-from max.gpu.sync import barrier, syncwarp
 from std.bit import count_trailing_zeros
 
-from ..dispatch_tensors import DispatchOutput, Rows, localise, table_ids
+from ..dispatch_tensors import DispatchOutput, Rows, localise, table_weights
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import (
-    CHUNK_HEADER,
-    KIND_CAPACITY,
-    WORK_COUNTED,
-    WORK_COUNTS,
-    WORK_MAPPED,
-    align_up,
-    message_offset,
-)
-from ..peers import View, window_view
-from ..routing import NO_ROW, group_name
-from ..signal import NO_SIGNAL, Waiter, publish, word
-from ..team import WarpTeam, copy_bytes, zero_bytes
+from ..layout import WORK_MAPPED, align_up, message_offset
+from ..routing import NO_ROW
+from ..signal import NO_SIGNAL, Waiter
+from ..team import WarpTeam
 from .launch import (
-    MAX_WARPS,
     ByValue,
     Peers,
     Shape,
-    first_item,
+    Share,
     is_last_cta,
-    item_stride,
     may_go_on,
-    told,
     warp_index,
     warp_memory,
     warp_slot,
-    warps,
 )
-from .routing import Histogram, ballot, count_source, map_source, start_rows
-from .shared_rows import SLOT_ALIGNMENT, RowSlot
+from .mapping import cta_bytes, in_launch, map_sources
+from .routing import ballot
+from .shared_rows import SLOT_ALIGNMENT
 
 
 @always_inline
-def receive[
-    F: TokenFormat, layout: StaticString
-](ep: Endpoint[True], out_: DispatchOutput, sent: UInt64, stage: Int32):
-    """Receive; the body of the split and the fused kernel.
-
-    Parameters:
-        F: The format.
-        layout: Output layout.
+def keep_weights(
+    ep: Endpoint[True],
+    epoch: UInt64,
+    waiter: Waiter,
+    share: Share,
+    out_: DispatchOutput,
+):
+    """Copy the sources' weights out of the window, while their rows are being mapped.
 
     Args:
         ep: The rank.
+        epoch: The launch's epoch.
+        waiter: The launch's waiter.
+        share: The calling warp's pieces, of 4 weights a lane.
         out_: The outputs.
-        sent: The epoch of the last send, one of this very launch included.
-        stage: `STAGE_*`, for the failure record.
     """
-    var epoch = ep.next_wait()
-    var waiter = Waiter(ep.head, stage, ep.s.virtual)
-    if thread_idx.x == 0:
-        _ = ep.begin_wait(stage, sent)
-    if may_go_on(ep.head):
-        if Int(block_idx.x) < ep.s.n_ranks:
-            _map[F, layout](ep, epoch, waiter, out_, stage)
-        _copy[F, layout](ep, epoch, waiter, Rows[F](out_))
-    if is_last_cta(ep, sending=False) and warp_index() == 0:
-        if ep.head.failed():
-            out_.clear[WarpTeam]()
-        ep.end_wait[WarpTeam](epoch)
+    comptime V = 4
+    comptime piece = V * WarpTeam.lanes
+    var block = ep.s.max_tokens * ep.s.top_k
+    var pieces = (block + piece - 1) // piece
+    var buffer = ep.buffer(epoch)
+    for i in range(share.first, ep.s.n_ranks * pieces, share.stride):
+        var r = i // pieces
+        var T = ep.header_of(waiter, epoch, r)
+        if ballot(T == NO_SIGNAL) != 0:
+            return
+        var n = T * ep.s.top_k
+        var given = table_weights(ep, buffer, r)
+        var at = (i - r * pieces) * piece + Int(lane_id()) * V
+        for j in range(at, min(at + V, block)):
+            out_.recv_weights[r * block + j] = given[j] if j < n else Float32(0)
 
 
 @always_inline
-def _map[
-    F: TokenFormat, layout: StaticString
+def copy_rows[
+    F: TokenFormat, layout: StaticString, warp_bytes: Int
 ](
     ep: Endpoint[True],
     epoch: UInt64,
     waiter: Waiter,
-    out_: DispatchOutput,
-    stage: Int32,
+    share: Share,
+    rows: Rows[F],
 ):
-    """Map the sources of this CTA: r = its index, and further ones where there are fewer CTAs than ranks."""
-    var s = ep.s
-    var own = ep.head.base
-    var buffer = ep.buffer(epoch)
-    var groups = 1 if layout == "rank" else s.n_groups()
-    var hist = Histogram(groups)
-    var counts = window_view[DType.int32](
-        own, 4 * WORK_COUNTS, s.n_ranks * groups
-    )
-    var first = Int(block_idx.x)
-    var stride = Int(grid_dim.x)
-    var several = first + stride < s.n_ranks
-    for r in range(first, s.n_ranks, stride):
-        var T = NO_SIGNAL
-        if thread_idx.x == 0:
-            T = ep.header_of(waiter, epoch, r)
-        T = told(T)
-        if T == NO_SIGNAL:
-            return
-        count_source[layout](
-            s,
-            table_ids(ep, buffer, r),
-            T,
-            r,
-            ep.me,
-            hist,
-            counts.part(r * groups, groups),
-        )
-        if thread_idx.x == 0:
-            out_.recv_num_tokens[r] = Int32(T)
-            publish(own, 4 * WORK_COUNTED + 8 * r, word(epoch, T))
-    for r in range(first, s.n_ranks, stride):
-        if not _all_counted(ep, waiter, epoch):
-            return
-        var T = Int(out_.recv_num_tokens[r])
-        if several:
-            count_source[layout](
-                s,
-                table_ids(ep, buffer, r),
-                T,
-                r,
-                ep.me,
-                hist,
-                counts.part(r * groups, groups),
-            )
-        var fits = 0
-        if warp_index() == 0:
-            var offsets = out_.row_offsets if r == 0 else View[DType.uint32]()
-            var needed = start_rows[layout](
-                s, counts, r, hist, offsets, out_.counts
-            )
-            var room = (
-                s.n_ranks * s.max_tokens if layout
-                == "expert_padded" else out_.tokens.size // F.token_bytes
-            )
-            fits = Int(needed <= room)
-            if thread_idx.x == 0 and fits == 0:
-                ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
-        if told(fits) == 0:
-            return
-        var block = s.max_tokens * s.top_k
-        map_source[layout](
-            s,
-            table_ids(ep, buffer, r),
-            T,
-            r,
-            ep.me,
-            hist,
-            out_.row_map.part(r * block, block),
-            out_.src_info,
-        )
-        _keep_weights(ep, buffer, r, T, out_)
-        if r == 0:
-            for g in range(
-                Int(thread_idx.x), out_.expert_ids.size, Int(block_dim.x)
-            ):
-                out_.expert_ids[g] = group_name(s, g, ep.me)
-        barrier()
-        if thread_idx.x == 0:
-            publish(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
+    """Copy messages to their rows as they arrive.
 
+    Parameters:
+        F: The format.
+        layout: Output layout.
+        warp_bytes: Shared memory that the launch has for each warp.
 
-@always_inline
-def _all_counted(ep: Endpoint[True], waiter: Waiter, epoch: UInt64) -> Bool:
-    """Await the counts of all sources; the whole CTA calls this."""
-    var counted = True
-    if warp_index() == 0:
-        var lane = Int(lane_id())
-        if lane < ep.s.n_ranks:
-            var T = _in_launch(ep, waiter, epoch, WORK_COUNTED, lane)
-            counted = T != NO_SIGNAL
-        counted = ballot(not counted) == 0
-    return told(Int(counted)) != 0
-
-
-@always_inline
-def _in_launch(
-    ep: Endpoint[True], waiter: Waiter, epoch: UInt64, words: Int, source: Int
-) -> Int:
-    """Await what another CTA of this launch publishes about a source: the source's T, or `NO_SIGNAL`."""
-    var offset = 4 * words + 8 * source
-    var spinning = waiter
-    spinning.virtual = False  # who publishes it runs at the same time
-    return spinning.reach(
-        ep.head.base,
-        offset,
-        epoch,
-        peer=source,
-        chunk=CHUNK_HEADER,
-        header=offset,
-    )
-
-
-@always_inline
-def _keep_weights(
-    ep: Endpoint[True], buffer: Int, source: Int, T: Int, out_: DispatchOutput
-):
-    """Copy a source's weights out of the window; the whole CTA calls this."""
-    var block = ep.s.max_tokens * ep.s.top_k
-    var n = T * ep.s.top_k
-    var given = window_view[DType.float32](
-        ep.own_count(), ep.window.table_weights(buffer, source), block
-    )
-    var kept = out_.recv_weights.part(source * block, block)
-    for i in range(Int(thread_idx.x), block, Int(block_dim.x)):
-        kept[i] = given[i] if i < n else Float32(0)
-
-
-@always_inline
-def _copy[
-    F: TokenFormat, layout: StaticString
-](ep: Endpoint[True], epoch: UInt64, waiter: Waiter, rows: Rows[F]):
-    """Copy messages to their rows as they arrive, then mark what no row fills."""
+    Args:
+        ep: The rank.
+        epoch: The launch's epoch.
+        waiter: The launch's waiter.
+        share: The calling warp's chunks, of all sources in turn.
+        rows: The outputs.
+    """
     var s = ep.s
     var out_ = rows.out
     var buffer = ep.buffer(epoch)
-    var slot = warp_slot(warp_memory(0, slot_bytes[F]()), sending=False)
+    var slot = warp_slot(warp_memory(warp_bytes), sending=False)
     var lane = Int(lane_id())
     var block = s.max_tokens * s.top_k
     var items = s.n_ranks * s.n_signals(s.max_tokens)
     var window = ep.recv[ep.me]
     var mapped: Int32 = -1  # lane r: T of source r, once it is mapped
-    barrier()  # the histogram and the slots share memory
-    for i in range(first_item(), items, item_stride()):
+    for i in range(share.first, items, share.stride):
         var r = (ep.me + i) % s.n_ranks
         var chunk = i // s.n_ranks
         var T = Int(warp.shuffle_idx(mapped, UInt32(r)))
         if T < 0:
-            T = _in_launch(ep, waiter, epoch, WORK_MAPPED, r)
+            T = in_launch(ep, waiter, epoch, WORK_MAPPED, r)
             if ballot(T == NO_SIGNAL) != 0:
                 return
             if lane == r:
@@ -271,24 +142,38 @@ def _copy[
                 if lane == 0:
                     out_.src_info[2 * t] = Int32(r * s.max_tokens + t)
                     out_.src_info[2 * t + 1] = -1
-    for r in range(s.n_ranks):
-        if (
-            ballot(_in_launch(ep, waiter, epoch, WORK_MAPPED, r) == NO_SIGNAL)
-            != 0
-        ):
-            return
-    _mark_rest[F, layout](s.n_ranks, rows)
 
 
 @always_inline
-def _mark_rest[
+def mark_rest[
     F: TokenFormat, layout: StaticString
-](n_ranks: Int, rows: Rows[F]):
-    """Say of all rows that hold nothing that they do: padding between groups, and what is behind the last group."""
+](
+    ep: Endpoint[True],
+    epoch: UInt64,
+    waiter: Waiter,
+    share: Share,
+    rows: Rows[F],
+):
+    """Say of all rows that hold nothing that they do: padding between groups, and what is behind the last group.
+
+    Parameters:
+        F: The format.
+        layout: Output layout.
+
+    Args:
+        ep: The rank.
+        epoch: The launch's epoch.
+        waiter: The launch's waiter.
+        share: The calling warp's part.
+        rows: The outputs.
+    """
+    # Source 0 comes with all row starts.
+    if ballot(in_launch(ep, waiter, epoch, WORK_MAPPED, 0) == NO_SIGNAL) != 0:
+        return
     var out_ = rows.out
     var groups = out_.row_offsets.size - 1
     comptime if layout != "rank":
-        for g in range(first_item(), groups, item_stride()):
+        for g in range(share.first, groups, share.stride):
             var begin = Int(out_.row_offsets[g]) + Int(out_.counts[g])
             var end = Int(out_.row_offsets[g + 1])
             for row in range(begin + Int(lane_id()), end, WarpTeam.lanes):
@@ -297,8 +182,8 @@ def _mark_rest[
             comptime if layout == "expert":
                 rows.zero_padding[WarpTeam](g)
     var used = Int(out_.row_offsets[groups])
-    var thread = Int(block_idx.x) * Int(block_dim.x) + Int(thread_idx.x)
-    var threads = Int(grid_dim.x) * Int(block_dim.x)
+    var thread = share.first * WarpTeam.lanes + Int(lane_id())
+    var threads = share.stride * WarpTeam.lanes
     for i in range(2 * used + thread, out_.src_info.size, threads):
         out_.src_info[i] = -1
     comptime if layout == "rank":
@@ -335,27 +220,40 @@ def dispatch_wait_stage[
         output: The outputs.
         stage: `STAGE_*`.
     """
-    if peers.value.valid():
-        var ep = peers.value.endpoint[True]()
-        receive[F, layout](ep, output.value, ep.last_sent(), stage)
-    elif block_idx.x == 0 and warp_index() == 0:
-        output.value.clear[WarpTeam]()
+    if not peers.value.valid():
+        if block_idx.x == 0 and warp_index() == 0:
+            output.value.clear[WarpTeam]()
+        return
+    var ep = peers.value.endpoint[True]()
+    var epoch = ep.next_wait()
+    var waiter = Waiter(ep.head, stage, ep.s.virtual)
+    if thread_idx.x == 0:
+        _ = ep.begin_wait(stage, ep.last_sent())
+    if may_go_on(ep.head):
+        if Int(block_idx.x) < ep.s.n_ranks:
+            map_sources[F, layout](ep, epoch, waiter, output.value, stage)
+        var share = Share(skip=ep.s.n_ranks)
+        keep_weights(ep, epoch, waiter, share, output.value)
+        copy_rows[F, layout, slot_bytes[F]()](
+            ep, epoch, waiter, share, Rows[F](output.value)
+        )
+        mark_rest[F, layout](ep, epoch, waiter, share, Rows[F](output.value))
+    if is_last_cta(ep, sending=False) and warp_index() == 0:
+        close_wait(ep, epoch, output.value)
 
 
-def cta_bytes[layout: StaticString](peers: Peers) -> Int:
-    """Shared memory of the histogram.
-
-    Parameters:
-        layout: Output layout.
+@always_inline
+def close_wait(ep: Endpoint[True], epoch: UInt64, out_: DispatchOutput):
+    """Close the receiving half; the first warp of the last CTA calls this.
 
     Args:
-        peers: The rank's side.
-
-    Returns:
-        Bytes.
+        ep: The rank.
+        epoch: The launch's epoch.
+        out_: The outputs, cleared after a failure.
     """
-    var groups = 1 if layout == "rank" else peers.s.n_groups()
-    return Histogram.bytes(groups, MAX_WARPS)
+    if ep.head.failed():
+        out_.clear[WarpTeam]()
+    ep.end_wait[WarpTeam](epoch)
 
 
 def dispatch_wait[

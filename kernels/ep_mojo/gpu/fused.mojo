@@ -1,23 +1,36 @@
 """The fused stages on a GPU: both halves in one launch, for ranks that run at the same time.
 
-Every CTA sends its part, then receives: what others send is copied to its rows while the rest is still under way.
+In dispatch some warps send while others copy what arrives (`Roles`); in combine every CTA sends its part, then sums.
 Nothing of the sending half waits for a peer's receiving half of the same round.
 """
 
+from max.gpu import block_idx, grid_dim, thread_idx
 from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.sync import barrier
 
 from ..combine_tensors import CombineInput, CombineOutput, row_bytes
-from ..dispatch_tensors import DispatchInput, DispatchOutput
+from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
+from ..signal import Waiter
 from ..team import WarpTeam
 from .combine_async import send_back
 from .combine_async import slot_bytes as row_slot_bytes
 from .combine_wait import receive_back, zero_output
-from .dispatch_async import send
+from .dispatch_async import open_send, send_messages, send_tables
 from .dispatch_async import slot_bytes as token_slot_bytes
-from .dispatch_wait import cta_bytes, receive
-from .launch import ByValue, Peers, Shape
+from .dispatch_wait import close_wait, copy_rows, keep_weights, mark_rest
+from .launch import (
+    ByValue,
+    Peers,
+    Shape,
+    Share,
+    is_last_cta,
+    may_go_on,
+    warp_index,
+    warps,
+)
+from .mapping import cta_bytes, map_sources
 
 
 def dispatch_stage[
@@ -40,13 +53,85 @@ def dispatch_stage[
         input: Its tokens.
         output: The outputs.
     """
-    if peers.value.valid():
-        var ep = peers.value.endpoint[True]()
-        var sent = ep.last_sent() + 1
-        send[F, ids_dtype, encoded](ep, input.value, STAGE_DISPATCH)
-        receive[F, layout](ep, output.value, sent, STAGE_DISPATCH)
-    else:
-        output.value.clear[WarpTeam]()
+    if not peers.value.valid():
+        if block_idx.x == 0 and warp_index() == 0:
+            output.value.clear[WarpTeam]()
+        return
+    var ep = peers.value.endpoint[True]()
+    var x = input.value
+    var out_ = output.value
+    var sent = ep.last_sent() + 1
+    var epoch = ep.next_wait()
+    var waiter = Waiter(ep.head, STAGE_DISPATCH, False)
+    open_send(ep, x, STAGE_DISPATCH)
+    if thread_idx.x == 0:
+        _ = ep.begin_wait(STAGE_DISPATCH, sent)
+    if may_go_on(ep.head):
+        var roles = Roles(ep.s.n_ranks)
+        send_tables(ep, x, sent)
+        if not roles.apart:
+            send_messages[F, ids_dtype, encoded](ep, x, sent, Share())
+            barrier()
+        if roles.maps:
+            map_sources[F, layout](ep, epoch, waiter, out_, STAGE_DISPATCH)
+        if roles.sends:
+            send_messages[F, ids_dtype, encoded](ep, x, sent, roles.share)
+            mark_rest[F, layout](ep, epoch, waiter, roles.share, Rows[F](out_))
+        else:
+            keep_weights(ep, epoch, waiter, roles.share, out_)
+            copy_rows[F, layout, 2 * token_slot_bytes[F]()](
+                ep, epoch, waiter, roles.share, Rows[F](out_)
+            )
+            if not roles.apart:
+                mark_rest[F, layout](
+                    ep, epoch, waiter, roles.share, Rows[F](out_)
+                )
+    if is_last_cta(ep, sending=False) and warp_index() == 0:
+        ep.end_send[WarpTeam](sent)
+        close_wait(ep, epoch, out_)
+
+
+struct Roles(TrivialRegisterPassable):
+    """Who does what in a fused dispatch.
+
+    The first R CTAs map; of the others half of the warps send, then mark what no row fills, while the rest copies. Where the budget is
+    too small for that, every warp sends first and copies then.
+    """
+
+    var apart: Bool
+    """Whether roles differ between warps."""
+    var maps: Bool
+    """Whether the CTA maps sources."""
+    var sends: Bool
+    """Whether the warp sends, and does not copy."""
+    var share: Share
+    """The warp's part of its role's work."""
+
+    @always_inline
+    def __init__(out self, n_ranks: Int):
+        """Find out the calling warp's.
+
+        Args:
+            n_ranks: R.
+        """
+        var ctas = Int(grid_dim.x)
+        var cta = Int(block_idx.x)
+        var w = warp_index()
+        var senders = warps() // 2
+        var others = ctas - n_ranks
+        self.apart = others >= n_ranks and senders > 0
+        self.maps = cta < n_ranks
+        self.sends = self.apart and not self.maps and w < senders
+        if not self.apart:
+            self.share = Share()
+        elif self.sends:
+            self.share = Share(w * others + cta - n_ranks, senders * others)
+        else:
+            var copiers = (warps() - senders) * others
+            var first = copiers + w * n_ranks + cta
+            if not self.maps:
+                first = (w - senders) * others + cta - n_ranks
+            self.share = Share(first, copiers + warps() * n_ranks)
 
 
 def dispatch[

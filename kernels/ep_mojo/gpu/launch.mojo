@@ -173,33 +173,39 @@ def warp_index() -> Int:
     return Int(thread_idx.x) // WARP_SIZE
 
 
-@always_inline
-def first_item(skip: Int = 0) -> Int:
-    """The calling warp's first piece of work; further ones follow at a distance of `item_stride`.
+struct Share(TrivialRegisterPassable):
+    """What part of some pieces of work the calling warp does: `for i in range(share.first, n, share.stride)`.
 
-    Neighbouring items go to different CTAs, so that little work spreads over many SMs.
-
-    Args:
-        skip: CTAs that have something else to do first, and so come last here.
-
-    Returns:
-        Index of the item.
+    Neighbouring pieces go to different CTAs, so that little work spreads over many SMs.
     """
-    var ctas = Int(grid_dim.x)
-    var turned = Int(block_idx.x) - skip
-    if turned < 0:
-        turned += ctas
-    return warp_index() * ctas + turned
 
+    var first: Int
+    """Its first piece."""
+    var stride: Int
+    """Warps that share the work."""
 
-@always_inline
-def item_stride() -> Int:
-    """Warps of the launch.
+    @always_inline
+    def __init__(out self, first: Int, stride: Int):
+        """Name the part.
 
-    Returns:
-        Their number.
-    """
-    return Int(grid_dim.x) * warps()
+        Args:
+            first: Its first piece.
+            stride: Warps that share the work.
+        """
+        self.first = first
+        self.stride = stride
+
+    @always_inline
+    def __init__(out self, skip: Int = 0):
+        """One part for each warp of the launch.
+
+        Args:
+            skip: CTAs that have something else to do first, and so come last here.
+        """
+        var ctas = Int(grid_dim.x)
+        var turned = (Int(block_idx.x) + ctas - skip % ctas) % ctas
+        self.first = warp_index() * ctas + turned
+        self.stride = ctas * warps()
 
 
 @always_inline
@@ -262,18 +268,17 @@ def is_last_cta[
 
 
 @always_inline
-def warp_memory(index: Int, bytes: Int, per_warp: Int = 1) -> Bytes:
-    """Shared memory of the calling warp for a row.
+def warp_memory(warp_bytes: Int, offset: Int = 0) -> Bytes:
+    """Shared memory of the calling warp.
 
     Args:
-        index: Which of the warp's rows.
-        bytes: Size of one, a multiple of `SLOT_ALIGNMENT`.
-        per_warp: Rows of a warp.
+        warp_bytes: What the launch has for each warp, a multiple of `SLOT_ALIGNMENT`: the same in all of its parts.
+        offset: Byte offset in it.
 
     Returns:
-        Its first byte.
+        A pointer.
     """
-    return shared_memory(SLOTS + (warp_index() * per_warp + index) * bytes)
+    return shared_memory(SLOTS + warp_index() * warp_bytes + offset)
 
 
 @always_inline

@@ -9,14 +9,19 @@ from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier, syncwarp
 from std.atomic import Atomic, Ordering
-from std.bit import count_trailing_zeros, pop_count
+from std.bit import pop_count
+from std.sys import inlined_assembly, is_amd_gpu, is_nvidia_gpu
 
 from ..dispatch_tensors import DispatchOutput
-from ..peers import View, window_view
+from ..peers import MAX_RANKS, View, window_view
 from ..routing import NO_ROW, destination, local_group
 from ..settings import Settings
 from .launch import SLOTS, warp_index, warps
 from .shared_rows import shared_memory
+
+
+comptime AHEAD = 4
+"""Batches of choices whose loads are under way at once."""
 
 
 struct Histogram(Movable):
@@ -88,6 +93,35 @@ def group_of[
 
 
 @always_inline
+def groups_ahead[
+    layout: StaticString
+](s: Settings, ids: View[DType.int16], base: Int, end: Int, rank: Int) -> Array[
+    Int32, AHEAD
+]:
+    """`group_of` for the calling lane's choices of the next batches, so that their loads overlap.
+
+    Parameters:
+        layout: Output layout.
+
+    Args:
+        s: The settings.
+        ids: The source's table.
+        base: First choice of the first batch; a batch has one for each lane.
+        end: The choice behind the warp's last one.
+        rank: The rank whose output it is.
+
+    Returns:
+        The groups; -1 where there is none.
+    """
+    var group = Array[Int32, AHEAD](fill=-1)
+    comptime for u in range(AHEAD):
+        var i = base + u * WARP_SIZE + Int(lane_id())
+        if i < end:
+            group[u] = Int32(group_of[layout](s, ids, i, rank))
+    return group^
+
+
+@always_inline
 def run_of(tokens: Int) -> Tuple[Int, Int]:
     """The calling warp's run of a source's tokens.
 
@@ -127,6 +161,7 @@ def count_source[
         hist: Out: rows of the group before each warp's run, within the source.
         counts: Int32 [groups], out, in global memory: rows of each group.
     """
+    comptime scope = "workgroup" if is_amd_gpu() else "block"
     var me = Int(thread_idx.x)
     var threads = Int(block_dim.x)
     for i in range(me, hist.cells.size, threads):
@@ -134,14 +169,14 @@ def count_source[
     barrier()
     var run = run_of(tokens)
     var mine = hist.cells.part(warp_index() * hist.groups, hist.groups)
-    for i in range(
-        run[0] * s.top_k + Int(lane_id()), run[1] * s.top_k, WARP_SIZE
-    ):
-        var group = group_of[layout](s, ids, i, rank)
-        if group >= 0:
-            _ = Atomic[Int32, scope="block"].fetch_add[
-                ordering=Ordering.RELAXED
-            ](mine.ptr.unsafe_offset(group), Int32(1))
+    var end = run[1] * s.top_k
+    for base in range(run[0] * s.top_k, end, AHEAD * WARP_SIZE):
+        var group = groups_ahead[layout](s, ids, base, end, rank)
+        comptime for u in range(AHEAD):
+            if group[u] >= 0:
+                _ = Atomic[Int32, scope=scope].fetch_add[
+                    ordering=Ordering.RELAXED
+                ](mine.ptr.unsafe_offset(Int(group[u])), Int32(1))
     barrier()
     for g in range(me, hist.groups, threads):
         var sum: Int32 = 0
@@ -201,10 +236,13 @@ def start_rows[
             var before: Int32 = 0
             var total: Int32 = 0
             if g < hist.groups:
-                for r in range(s.n_ranks):
-                    var n = counts[r * hist.groups + g]
-                    before += n if r < source else Int32(0)
-                    total += n
+                var n = Array[Int32, MAX_RANKS](fill=0)
+                comptime for r in range(MAX_RANKS):  # all loads first
+                    if r < s.n_ranks:
+                        n[r] = counts[r * hist.groups + g]
+                comptime for r in range(MAX_RANKS):
+                    before += n[r] if r < source else Int32(0)
+                    total += n[r]
             var size = total
             comptime if layout == "expert":
                 var a = Int32(s.alignment)
@@ -260,38 +298,59 @@ def map_source[
     var run = run_of(tokens)
     var next_row = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var below = (UInt64(1) << UInt64(lane)) - 1
-    for base in range(run[0] * K, run[1] * K, WARP_SIZE):
-        var i = base + lane
-        var inside = i < run[1] * K
-        var group = group_of[layout](s, ids, i, rank) if inside else -1
-        var row = NO_ROW
-        var left = ballot(group >= 0)
-        while left != 0:
-            var g = warp.shuffle_idx(
-                Int32(group), UInt32(count_trailing_zeros(left))
-            )
-            var same = ballot(Int32(group) == g)
-            if Int32(group) == g:
+    var end = run[1] * K
+    for first in range(run[0] * K, end, AHEAD * WARP_SIZE):
+        var groups = groups_ahead[layout](s, ids, first, end, rank)
+        comptime for u in range(AHEAD):
+            var i = first + u * WARP_SIZE + lane
+            var group = Int(groups[u])
+            var same = same_lanes(groups[u])
+            var row = NO_ROW
+            if group >= 0:
                 row = (
                     hist.firsts[group]
                     + next_row[group]
                     + Int32(pop_count(same & below))
                 )
             syncwarp()
-            if lane == Int(count_trailing_zeros(same)):
+            if group >= 0 and same & below == 0:
                 next_row[group] += Int32(pop_count(same))
             syncwarp()
-            left &= ~same
-        if inside:
-            row_map[i] = row
-            if row >= 0:
-                var k = -1 if layout == "rank" else i % K
-                src_info[2 * Int(row)] = Int32(source * s.max_tokens + i // K)
-                src_info[2 * Int(row) + 1] = Int32(k)
+            if i < end:
+                row_map[i] = row
+                if row >= 0:
+                    var t = i // K
+                    var k = -1 if layout == "rank" else i - t * K
+                    src_info[2 * Int(row)] = Int32(source * s.max_tokens + t)
+                    src_info[2 * Int(row) + 1] = Int32(k)
     for i in range(
         tokens * K + Int(thread_idx.x), s.max_tokens * K, Int(block_dim.x)
     ):
         row_map[i] = NO_ROW
+
+
+@always_inline
+def same_lanes(value: Int32) -> UInt64:
+    """The lanes of the warp that have the calling lane's value.
+
+    Args:
+        value: The calling lane's.
+
+    Returns:
+        One bit for each lane.
+    """
+    comptime if is_nvidia_gpu():
+        return inlined_assembly[
+            "match.any.sync.b32 $0, $1, 0xffffffff;",
+            UInt32,
+            constraints="=r,r",
+        ](value).cast[DType.uint64]()
+    else:
+        var mine: UInt64 = 0
+        for lane in range(WARP_SIZE):
+            var theirs = warp.shuffle_idx(value, UInt32(lane))
+            mine |= UInt64(1 if theirs == value else 0) << UInt64(lane)
+        return mine
 
 
 @always_inline

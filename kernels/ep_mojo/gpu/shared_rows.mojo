@@ -5,8 +5,7 @@ the others have their hands free. Everywhere else the lanes of the warp move the
 the same, and so is what the caller must do:
 
     load           global -> slot, complete when it returns
-    written        the warp has written the slot with ordinary stores; now it may be stored from
-    store          slot -> global, by the lane that calls (bulk) or by the whole warp
+    store_row      slot -> global, to as many places as there are bits
     finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
     release        the slot may be written again
 
@@ -163,22 +162,11 @@ struct RowSlot(Movable):
 
 
 @always_inline
-def written():
-    """Order this warp's ordinary stores to its slots before bulk stores from them."""
-    comptime if moves_in_bulk():
-        inlined_assembly[
-            "fence.proxy.async.shared::cta;",
-            NoneType,
-            constraints="~{memory}",
-        ]()
-    syncwarp()
-
-
-@always_inline
 def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
     """Store a row to as many places as there are bits; all lanes of the warp call this.
 
-    Lane i stores to its own `target` where bit i is set. `finish_stores` comes before any signal.
+    Lane i stores to its own `target` where bit i is set. `finish_stores` comes before any signal. What the warp has
+    written to the slot with ordinary stores comes first.
 
     Parameters:
         n: Bytes.
@@ -189,6 +177,12 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
         target: The calling lane's place, aligned to 16.
     """
     comptime if moves_in_bulk() and n % 16 == 0:
+        inlined_assembly[
+            "fence.proxy.async.shared::cta;",
+            NoneType,
+            constraints="~{memory}",
+        ]()
+        syncwarp()
         if (targets >> UInt32(lane_id())) & 1 == 1:
             inlined_assembly[
                 "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
@@ -201,6 +195,7 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
                 constraints="~{memory}",
             ]()
     else:
+        syncwarp()
         var left = targets
         while left != 0:
             var lane = count_trailing_zeros(left)

@@ -13,7 +13,6 @@ from ..cpu.fused import combine
 from ..gpu import combine_async as gpu_combine_async
 from ..gpu import combine_wait as gpu_combine_wait
 from ..gpu import fused as gpu_fused
-from ..identity import check_head
 from ..launch import Endpoint
 from ..layout import STAGE_COMBINE_ASYNC, STAGE_COMBINE_WAIT
 from .checks import check_aligned, check_expert_rows, check_rows, check_sums
@@ -71,7 +70,7 @@ struct CombineAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings(settings)
+        var s = read_settings[target](settings, counters)
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -94,7 +93,6 @@ struct CombineAsync:
                 peers, input, STAGE_COMBINE_ASYNC, ctx
             )
         else:
-            check_head(view(counters), view(settings))
             var ep = Endpoint[False](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )
@@ -163,7 +161,7 @@ struct CombineWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings(settings)
+        var s = read_settings[target](settings, counters)
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
@@ -197,7 +195,6 @@ struct CombineWait:
                 reduce,
             ](peers, output, STAGE_COMBINE_WAIT, ctx)
         else:
-            check_head(view(counters), view(settings))
             var ep = Endpoint[False](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )
@@ -284,7 +281,7 @@ struct Combine:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings(settings)
+        var s = read_settings[target](settings, counters)
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -327,7 +324,6 @@ struct Combine:
                 reduce,
             ](peers, input, output, ctx)
         else:
-            check_head(view(counters), view(settings))
             var ep = Endpoint[False](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )

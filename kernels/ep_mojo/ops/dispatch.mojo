@@ -13,7 +13,6 @@ from ..formats import FormatOf, check_format
 from ..gpu import dispatch_async as gpu_dispatch_async
 from ..gpu import dispatch_wait as gpu_dispatch_wait
 from ..gpu import fused as gpu_fused
-from ..identity import check_head
 from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
 from .checks import check_aligned, check_input, check_output
@@ -75,7 +74,7 @@ struct DispatchAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings(settings)
+        var s = read_settings[target](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
@@ -99,7 +98,6 @@ struct DispatchAsync:
                 peers, input, STAGE_DISPATCH_ASYNC, ctx
             )
         else:
-            check_head(view(counters), view(settings))
             var ep = Endpoint[True](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )
@@ -180,7 +178,7 @@ struct DispatchWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings(settings)
+        var s = read_settings[target](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         var output = DispatchOutput(
@@ -206,7 +204,6 @@ struct DispatchWait:
                 peers, output, STAGE_DISPATCH_WAIT, ctx
             )
         else:
-            check_head(view(counters), view(settings))
             var ep = Endpoint[True](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )
@@ -297,7 +294,7 @@ struct Dispatch:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings(settings)
+        var s = read_settings[target](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
@@ -335,7 +332,6 @@ struct Dispatch:
                 peers, input, output, ctx
             )
         else:
-            check_head(view(counters), view(settings))
             var ep = Endpoint[True](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
             )

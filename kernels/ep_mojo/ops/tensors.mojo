@@ -4,7 +4,7 @@ from extensibility import ManagedTensorSlice
 from std.sys import size_of
 
 from ..gpu.launch import Peers
-from ..identity import check_settings
+from ..identity import check_head, check_settings
 from ..peers import View, window_view
 from ..settings import Settings, config_hash
 
@@ -37,20 +37,32 @@ def raw(t: ManagedTensorSlice) -> View[DType.uint8]:
     )
 
 
-def read_settings(settings: ManagedTensorSlice) raises -> Settings:
-    """The settings by name.
+def read_settings[
+    target: StaticString
+](
+    settings: ManagedTensorSlice, counters: ManagedTensorSlice
+) raises -> Settings:
+    """The settings by name. On the host the head of the counters must fit them; a GPU's kernel looks at that itself.
+
+    Parameters:
+        target: Where MAX runs the op.
 
     Args:
         settings: Int64 [17], in host memory.
+        counters: The rank's `atomic_counters`.
 
     Returns:
         The settings.
 
     Raises:
-        CorruptHeadError: As text in front of the message.
+        CorruptHeadError, ConfigMismatchError: As text in front of the message.
     """
-    check_settings(settings.size())
-    return Settings(whole[DType.int64](settings))
+    var words = whole[DType.int64](settings)
+    comptime if target == "gpu":
+        check_settings(words.size)
+    else:
+        check_head(whole[DType.int32](counters), words)
+    return Settings(words)
 
 
 def gpu_peers(

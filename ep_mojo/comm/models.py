@@ -1,0 +1,74 @@
+"""Compiling graphs in this process, and running what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import to_buffer, to_numpy
+from ..errors import error_from_text
+from .arguments import InputSpec
+from .base import CompiledGraph
+
+
+def compile_modules(session: Any, graphs: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+    """Compile the modules of `graphs`: what each gave, and the indices of the graphs in it."""
+    modules: list[tuple[Any, list[int]]] = []
+    for i, graph in enumerate(graphs):
+        for module, members in modules:
+            if module.mlir_module == graph.module.mlir_module:
+                members.append(i)
+                break
+        else:
+            modules.append((graph.module, [i]))
+    compiled = []
+    for module, members in modules:
+        libraries = list(dict.fromkeys(p for i in members for p in graphs[i].kernel_libraries_paths))
+        alone = len(module.top_level_graph_names()) == 1
+        source = graphs[members[0]] if alone else module
+        compiled.append((session.compile(source, custom_extensions=None if alone else libraries), members))
+    return compiled
+
+
+def load_graphs(session: Any, graphs: Sequence[Any], specs: Sequence[tuple[InputSpec, ...]]) -> list[CompiledGraph]:
+    """Compile and load graphs in this process."""
+    models: dict[int, Any] = {}
+    for compiled, members in compile_modules(session, graphs):
+        by_name = session.init_all(compiled)
+        if len(by_name) == 1:  # MAX's own cache may give it the name of an equal graph
+            models[members[0]] = next(iter(by_name.values()))
+        else:
+            models |= {i: by_name[graphs[i].name] for i in members}
+    return [CompiledGraph(g.name, specs[i], models[i]) for i, g in enumerate(graphs)]
+
+
+def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
+    """`model.execute`, with the named errors that ops raise as themselves, and host outputs that share no memory.
+
+    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
+    and fills the input anew would change both.
+    """
+    try:
+        outputs = model.execute(*buffers)
+    except ValueError as e:
+        named = error_from_text(str(e))
+        if named is None:
+            raise
+        raise named from e
+    given = _address_ranges(buffers)
+    for i, (start, end) in enumerate(_address_ranges(outputs)):
+        if start < end and ((given[:, 0] < end) & (start < given[:, 1])).any():
+            # Not Buffer.copy(), which returns before it has copied.
+            outputs[i] = to_buffer(to_numpy(outputs[i]).copy(), outputs[i].dtype.name)
+    return outputs
+
+
+def _address_ranges(buffers: Sequence[Any]) -> np.ndarray:
+    """uint64 [n, 2]: first address of each buffer in host memory, and the one behind it; 0, 0 for one elsewhere."""
+    ranges = [
+        (b._data_ptr(), b._data_ptr() + b.num_elements * b.element_size) if b.device.is_host else (0, 0)
+        for b in buffers
+    ]
+    return np.array(ranges, np.uint64).reshape(-1, 2)

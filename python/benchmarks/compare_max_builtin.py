@@ -1,0 +1,412 @@
+"""Time one round, dispatch and combine with identity experts, against MAX's own `ep.*` ops: same GPUs, inputs and run.
+
+    compare_max_builtin.py run                        on a machine with GPUs
+    compare_max_builtin.py compile --mefs DIR         anywhere: compiles the graphs for sm_90a without a GPU
+    compare_max_builtin.py run --mefs DIR             runs what was compiled
+
+Each case is checked first (bfloat16: against the exact result; fp8: against the tokens within its precision), then
+timed by graph replay with events on every device: medians and 99th percentiles over all replays and all ranks. With
+fp8 both sides cast to bfloat16 between their phases; the summed time of the EP kernels alone, from torch's profiler
+where torch is installed, leaves that out. Exit status 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPLAYS = 50
+WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One round's shape, and who runs it."""
+
+    system: str
+    ranks: int
+    tokens: int
+    fmt: str
+    fused: bool
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def name(self) -> str:
+        """Name of its graph."""
+        mode = "fused" if self.fused else "split"
+        sizes = f"r{self.ranks}_t{self.tokens}_h{self.hidden}_e{self.experts}_k{self.top_k}"
+        return f"{self.system}_{self.fmt}_{mode}_{sizes}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=["run", "compile"])
+    parser.add_argument("--mefs", help="folder of compiled graphs; what it lacks is compiled")
+    parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all; compile: 8)")
+    parser.add_argument("--tokens", default="128,4096", help="tokens a rank (default: %(default)s)")
+    parser.add_argument("--formats", default="bf16,fp8", help="of bf16, fp8 (default: %(default)s)")
+    parser.add_argument("--modes", default="fused", help="of fused, split (default: %(default)s)")
+    parser.add_argument("--systems", default="ours,max", help="of ours, max (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--sms", type=int, default=0, help="SM budget of our ops (default: all)")
+    parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
+    parser.add_argument("--output", help="write the JSON here")
+    return parser.parse_args()
+
+
+def config(case: Case, sms: int = 0) -> Any:
+    """Our config of a case."""
+    import ep_mojo as ep
+
+    return ep.EPConfig(
+        hidden_size=case.hidden,
+        top_k=case.top_k,
+        n_experts=case.experts,
+        max_tokens_per_rank=case.tokens,
+        n_ranks=case.ranks,
+        dispatch_format=ep.BF16() if case.fmt == "bf16" else ep.BlockwiseFP8(),
+        reduce="expert",
+        tokens_per_signal=1,
+        n_sms=sms or None,
+    )
+
+
+def our_graph(case: Case, comm: Any) -> Any:
+    """Our round as a graph: x, ids and weights of all ranks in, y of all ranks out."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType
+
+    import ep_mojo as ep
+
+    sizes = ((DType.bfloat16, case.hidden), (DType.int32, case.top_k), (DType.float32, case.top_k))
+    own = [TensorType(d, [case.tokens, n], DeviceRef.GPU(r)) for d, n in sizes for r in range(case.ranks)]
+    types = [*own, *comm.input_types()]
+    with Graph(case.name, input_types=types, custom_extensions=[ep.kernel_library()]) as graph:
+        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
+        values = [v.tensor for v in graph.inputs[: 3 * case.ranks]]
+        x, ids, weights = (values[i * case.ranks : (i + 1) * case.ranks] for i in range(3))
+        if case.fused:
+            handles = ep.dispatch(ranks, x, ids, weights)
+        else:
+            handles = ep.dispatch_wait(ranks, ep.dispatch_async(ranks, x, ids, weights))
+        rows = [h.tokens if case.fmt == "bf16" else h.tokens.cast(DType.bfloat16) for h in handles]
+        if case.fused:
+            ys = ep.combine(ranks, rows, handles)
+        else:
+            ys = ep.combine_wait(ranks, ep.combine_async(ranks, rows, handles))
+        graph.output(*ys)
+    return graph
+
+
+def builtin_config(case: Case) -> Any:
+    """MAX's config of a case."""
+    from max.dtype import DType
+    from max.nn.comm.ep import EPConfig
+
+    quant, dtype = None, DType.bfloat16
+    if case.fmt == "fp8":
+        from max.nn import quant_config as q
+
+        block = q.ScaleGranularity.BLOCK
+        quant = q.QuantConfig(
+            input_scale=q.InputScaleSpec(
+                granularity=block, origin=q.ScaleOrigin.DYNAMIC, dtype=DType.float32, block_size=(1, 128)
+            ),
+            weight_scale=q.WeightScaleSpec(granularity=block, dtype=DType.float32, block_size=(128, 128)),
+            mlp_quantized_layers={0},
+            attn_quantized_layers={0},
+            format=q.QuantFormat.BLOCKSCALED_FP8,
+        )
+        dtype = DType.float8_e4m3fn
+    return EPConfig(
+        dispatch_dtype=dtype,
+        combine_dtype=DType.bfloat16,
+        hidden_size=case.hidden,
+        top_k=case.top_k,
+        n_experts=case.experts,
+        max_tokens_per_rank=case.tokens,
+        n_gpus_per_node=case.ranks,
+        n_nodes=1,
+        dispatch_quant_config=quant,
+    )
+
+
+def builtin_init(case: Case, cfg: Any, session: Any, planned: bool) -> Any:
+    """MAX's buffers; where GPUs are only planned, its set-up graph is compiled from the shapes alone."""
+    from max.nn.comm.ep import EPCommInitializer, ep_manager
+
+    if not planned:
+        init = EPCommInitializer(cfg)
+        init.ep_init(session)
+        return init
+    init = EPCommInitializer.__new__(EPCommInitializer)
+    init.config = cfg
+    words = ep_manager._ep_counter_words(case.experts, case.ranks, False, 0)
+    init.atomic_counters = [type("Shape", (), {"shape": [words]})() for _ in range(2 * case.ranks)]
+    session.load(init._build_ep_init_graph(False))
+    cfg.node_id = 0
+    return init
+
+
+def builtin_graph(case: Case, cfg: Any) -> Any:
+    """MAX's round as a graph of the same signature."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, Graph, TensorType
+    from max.nn.comm.ep import EPBatchManager
+
+    manager, ids = EPBatchManager(cfg), list(range(case.ranks))
+    sizes = ((DType.bfloat16, case.hidden), (DType.int32, case.top_k), (DType.float32, case.top_k))
+    own = [TensorType(d, [case.tokens, n], DeviceRef.GPU(r)) for d, n in sizes for r in ids]
+    with Graph(case.name, input_types=[*own, *manager.input_types()]) as graph:
+        values = list(graph.inputs)
+        x, topk, weights = ([v.tensor for v in values[j * case.ranks : (j + 1) * case.ranks]] for j in range(3))
+        manager.fetch_buffers(values[3 * case.ranks :])
+
+        def rows(out: Any) -> Any:
+            return out[0] if out[0].dtype == DType.bfloat16 else out[0].cast(DType.bfloat16)
+
+        if case.fused:
+            received = manager.ep_dispatch_all(x, topk, ids)
+            ys = manager.ep_combine_all([rows(o) for o in received], weights, ids)
+        else:
+            for i in ids:
+                manager.ep_dispatch_async(x[i], topk[i], i)
+            outs = [manager.ep_dispatch_wait(i) for i in ids]
+            for i in ids:
+                manager.ep_combine_async(rows(outs[i]), i)
+            ys = [manager.ep_combine_wait(weights[i], i) for i in ids]
+        graph.output(*ys)
+    return graph
+
+
+def draw(case: Case) -> list[np.ndarray]:
+    """Tokens (bfloat16 bits), choices without repeats, and weights, rank by rank; the same for both systems."""
+    from ep_mojo.dtypes import float32_to_bfloat16_bits
+
+    rng = np.random.default_rng(0)
+    shape = (case.tokens, case.hidden)
+    xs = [float32_to_bfloat16_bits(rng.standard_normal(shape, np.float32)) for _ in range(case.ranks)]
+    ids = [
+        np.argsort(rng.random((case.tokens, case.experts), np.float32), axis=1)[:, : case.top_k].astype(np.int32)
+        for _ in range(case.ranks)
+    ]
+    weights = [rng.random((case.tokens, case.top_k), np.float32) for _ in range(case.ranks)]
+    return [*xs, *ids, *weights]
+
+
+def error_of(case: Case, outputs: list[Any], given: list[np.ndarray]) -> float:
+    """The largest relative error of a rank: identity experts give each token times the sum of its weights.
+
+    With fp8 the experts see the quantised values, without their scales.
+    """
+    from ep_mojo.dtypes import bfloat16_bits_to_float32, e4m3_bits_to_float32, to_numpy
+    from ep_mojo.reference.fp8 import quantize
+
+    worst = 0.0
+    for r in range(case.ranks):
+        got = bfloat16_bits_to_float32(to_numpy(outputs[r]))
+        sums = given[2 * case.ranks + r].sum(axis=1, keepdims=True)
+        x = bfloat16_bits_to_float32(given[r])
+        want = (x if case.fmt == "bf16" else e4m3_bits_to_float32(quantize(x)[0])) * sums
+        found = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        worst = found if found != found else max(worst, found)  # NaN stays
+    return worst
+
+
+def replay_times(model: Any, args: list[Any], devices: list[Any]) -> dict[str, float]:
+    """Microseconds of a replayed round, over all replays and ranks; and of an eager one, by the host's clock."""
+    import time
+
+    from max.driver import DeviceEvent
+
+    def settle() -> None:
+        for d in devices:
+            d.synchronize()
+
+    def wall(call: Any, n: int) -> float:
+        for _ in range(WARM_UP):
+            call()
+        settle()
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        settle()
+        return (time.perf_counter() - start) / n * 1e6
+
+    eager = wall(lambda: model.execute(*args), 20)
+    model.capture(1, *args)
+    wall_us = min(wall(lambda: model.replay(1, *args), REPLAYS) for _ in range(3))
+    marks = [[DeviceEvent(d, enable_timing=True) for _ in range(REPLAYS + 1)] for d in devices]
+    settle()
+    for i in range(REPLAYS + 1):
+        for d, events in zip(devices, marks, strict=True):
+            d.default_queue.record_event(events[i])
+        if i < REPLAYS:
+            model.replay(1, *args)
+    settle()
+    times = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
+    return {
+        "median_us": float(np.median(times)),
+        "p99_us": float(np.percentile(times, 99)),
+        "wall_us": wall_us,
+        "eager_us": eager,
+    }
+
+
+def kernel_times(model: Any, args: list[Any], devices: list[Any]) -> dict[str, float]:
+    """Median microseconds of each kernel, by name, over 10 eager rounds; empty without torch."""
+    try:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+    except ModuleNotFoundError:
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        for _ in range(10):
+            model.execute(*args)
+        for d in devices:
+            d.synchronize()
+    found = collections.defaultdict(list)
+    for event in prof.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name[:48]].append(event.device_time_total)
+    return {name: float(np.median(t)) for name, t in found.items() if len(t) >= 10}
+
+
+def is_ep_kernel(name: str) -> bool:
+    """Whether a kernel belongs to dispatch or combine, and not to a cast between them."""
+    return "ep_mojo" in name or "dispatch" in name or "combine" in name
+
+
+def measure(case: Case, session: Any, devices: list[Any], opts: argparse.Namespace) -> dict[str, Any]:
+    """Load, check and time one case."""
+    from max.driver import Buffer
+    from max.dtype import DType
+
+    import ep_mojo as ep
+
+    comm = None
+    if case.system == "ours":
+        comm = ep.Communicator.gpus(config(case, opts.sms), range(case.ranks))
+        model, extra = session.load(our_graph(case, comm)), comm.inputs()
+    else:
+        cfg = builtin_config(case)
+        init = builtin_init(case, cfg, session, planned=False)
+        model, extra = session.load(builtin_graph(case, cfg)), init.model_inputs()
+    given = draw(case)
+    buffers = []
+    for i, a in enumerate(given):
+        buffer = Buffer.from_numpy(a)
+        buffer = buffer.view(DType.bfloat16, a.shape) if a.dtype == np.uint16 else buffer
+        buffers.append(buffer.to(devices[i % case.ranks]))
+    args = [*buffers, *extra]
+    outputs = model.execute(*args)
+    for d in devices:
+        d.synchronize()
+    if comm is not None:
+        comm.check()
+    result: dict[str, Any] = {"case": vars(case) | {"name": case.name}, "error": error_of(case, outputs, given)}
+    result |= replay_times(model, args, devices)
+    if comm is not None:
+        comm.check()
+    if not opts.no_profile:
+        result["kernels_us"] = kernel_times(model, args, devices)
+        result["ep_kernels_us"] = sum(t for n, t in result["kernels_us"].items() if is_ep_kernel(n))
+    del outputs, args, buffers
+    if comm is not None:
+        comm.destroy()
+    return result
+
+
+def main() -> int:
+    opts = arguments()
+    from max import driver
+
+    planned = opts.phase == "compile"
+    if planned:
+        driver.set_virtual_device_count(opts.ranks or 8)
+        driver.set_virtual_device_api("cuda")
+        driver.set_virtual_device_target_arch("sm_90a")
+    from max.driver import CPU, Accelerator
+    from max.engine import InferenceSession
+
+    import ep_mojo as ep
+
+    ranks = opts.ranks or (8 if planned else driver.accelerator_count())
+    devices = [Accelerator(i) for i in range(ranks)]
+    cases = [
+        Case(system, ranks, int(tokens), fmt, mode == "fused", opts.hidden, opts.experts, opts.top_k)
+        for fmt in opts.formats.split(",")
+        for tokens in opts.tokens.split(",")
+        for mode in opts.modes.split(",")
+        for system in opts.systems.split(",")
+    ]
+    results = []
+    for case in cases:
+        store = {}
+        if opts.mefs:
+            folder = Path(opts.mefs) / case.name
+            if planned:
+                folder.mkdir(parents=True, exist_ok=True)
+                store = {"export_mefs": folder}
+            elif folder.exists():
+                store = {"precompiled_mefs": folder}
+        session = InferenceSession(devices=[CPU(), *devices], **store)
+        print(case.name, file=sys.stderr, flush=True)
+        if planned and case.system == "ours":
+            session.load(our_graph(case, ep.Communicator.planned(config(case))))
+        elif planned:
+            cfg = builtin_config(case)
+            builtin_init(case, cfg, session, planned=True)
+            session.load(builtin_graph(case, cfg))
+        else:
+            results.append(measure(case, session, devices, opts))
+            print(json.dumps(results[-1] | {"kernels_us": None}), file=sys.stderr, flush=True)
+    if planned:
+        return 0
+    report = {"gpu": devices[0].model_name, "results": results, "commit": commit()}
+    if opts.output:
+        Path(opts.output).write_text(json.dumps(report, indent=1) + "\n")
+    return show(results)
+
+
+def commit() -> str:
+    """The checkout's commit, or "" outside of one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip()
+
+
+def show(results: list[dict[str, Any]]) -> int:
+    """Print the table; 1 where a result is wrong."""
+    peers = {r["case"]["name"].partition("_")[2]: r for r in results if r["case"]["system"] == "max"}
+    print(f"{'case':44s} {'median':>8s} {'p99':>8s} {'wall':>8s} {'eager':>8s} {'kernels':>8s} {'error':>8s}  vs MAX")
+    wrong = False
+    for r in results:
+        limit = 5e-3
+        good = r["error"] < limit
+        wrong |= not good and r["case"]["system"] == "ours"
+        peer = peers.get(r["case"]["name"].partition("_")[2])
+        ratio = f"{peer['median_us'] / r['median_us']:.2f}x" if peer and r["case"]["system"] == "ours" else ""
+        note = ratio if good else f"{ratio} WRONG"
+        print(
+            f"{r['case']['name']:44s} {r['median_us']:8.1f} {r['p99_us']:8.1f} {r['wall_us']:8.1f} "
+            f"{r['eager_us']:8.1f} {r.get('ep_kernels_us', 0):8.1f} {r['error']:8.1e}  {note}"
+        )
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Everything that needs a GPU, by one command: `python python/tools/gpu_check.py [--output FILE.json] [--only STEP]`.
+
+Runs the GPU tests on one GPU and on as many as there are, NVIDIA's compute-sanitizer over the one-GPU conformance tests
+where it is installed, and prints a table last. Needs MAX, NumPy, pytest, hypothesis and ml_dtypes; the checkout itself
+need not be installed. Exit status 1 where a step failed; a step that could not be run is named as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZER = "compute-sanitizer"
+SANITIZED = "test_round or budget"
+"""One small case of every kernel variant of the split stages."""
+TOOLS = {"memcheck": [], "racecheck": [], "synccheck": ["--num-cuda-barriers", "4096"]}
+CLEAN = re.compile(r"(?:ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)")
+
+
+def pytest(*args: str) -> list[str]:
+    """A pytest command over tests/gpu."""
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
+
+
+def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
+    """Name of each step, with its command and most seconds, or why it cannot be run."""
+    found: dict[str, tuple[list[str], int] | str] = {"one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600)}
+    if gpus > 1:
+        found[f"{gpus} GPUs"] = (pytest("tests/gpu/test_gpus.py"), 1800)
+    else:
+        found["several GPUs"] = "needs two GPUs"
+    for tool, options in TOOLS.items():
+        if shutil.which(SANITIZER) is None:
+            found[tool] = f"{SANITIZER} is not installed"
+            continue
+        command = [SANITIZER, "--tool", tool, *options, *pytest("tests/gpu/test_one_gpu.py", "-k", SANITIZED)]
+        found[tool] = (command, 600)
+    return found
+
+
+def run(command: list[str], seconds: int, env: dict[str, str]) -> dict[str, object]:
+    """Run a step; its last line of pytest, and whether all went well."""
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
+        )
+        output, status = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, status = str(error.stdout or ""), -1
+    good = status == 0 and (command[0] != SANITIZER or CLEAN.search(output) is not None)
+    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed)|SUMMARY", line)]
+    if not good:
+        print(output[-8000:], file=sys.stderr, flush=True)
+    return {"ok": good, "seconds": round(time.monotonic() - started, 1), "said": "; ".join(lines).strip(" =")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the steps and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", metavar="FILE.json", help="write the table as JSON")
+    parser.add_argument("--only", action="append", help="only the steps whose name contains this (may be repeated)")
+    args = parser.parse_args(argv)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    count = "from max.driver import accelerator_count; print(accelerator_count())"
+    asked = subprocess.run([sys.executable, "-c", count], env=env, capture_output=True, text=True, check=False)
+    gpus = int(asked.stdout.split()[-1]) if asked.returncode == 0 and asked.stdout.split() else 0
+    if gpus == 0:
+        print("MAX sees no GPU here", asked.stderr[-2000:], file=sys.stderr)
+        return 1
+    rows = []
+    for name, step in steps(gpus).items():
+        if args.only and not any(word in name for word in args.only):
+            continue
+        found = {"ok": None, "seconds": 0.0, "said": f"not run: {step}"} if isinstance(step, str) else run(*step, env)
+        rows.append({"step": name} | found)
+    print(f"{'step':<14} {'result':<8} {'seconds':>8}  said")
+    for row in rows:
+        result = {True: "ok", False: "FAILED", None: "not run"}[row["ok"]]
+        print(f"{row['step']:<14} {result:<8} {row['seconds']:>8}  {row['said']}")
+    if args.output:
+        Path(args.output).write_text(json.dumps({"gpus": gpus, "steps": rows}, indent=1) + "\n")
+    return int(any(row["ok"] is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Prints the assembly of every GPU kernel, each behind a line `//// NAME`. Build for EP_GPU_TARGET; runs without a GPU."""
+
+from ep_mojo.formats import BF16, BlockwiseFP8
+from ep_mojo.gpu.combine_async import combine_async_stage
+from ep_mojo.gpu.combine_wait import combine_wait_stage
+from ep_mojo.gpu.dispatch_async import dispatch_async_stage
+from ep_mojo.gpu.dispatch_wait import dispatch_wait_stage
+from ep_mojo.gpu.fused import combine_stage, dispatch_stage
+from max.gpu.host import get_gpu_target
+from std.compile import compile_info
+from std.sys.defines import get_defined_string
+
+comptime TARGET = get_gpu_target[get_defined_string["EP_GPU_TARGET"]()]()
+comptime BF = DType.bfloat16
+comptime F32 = DType.float32
+
+
+def main():
+    comptime Plain = BF16[7168]
+    comptime Row = BlockwiseFP8[7168]
+    comptime Column = BlockwiseFP8[7168, "ue8m0", True]
+    print("//// dispatch_async bf16")
+    print(
+        compile_info[
+            dispatch_async_stage[Plain, DType.int32, False],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch_async fp8")
+    print(
+        compile_info[
+            dispatch_async_stage[Row, DType.int64, False],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch_async encoded")
+    print(
+        compile_info[
+            dispatch_async_stage[Row, DType.int32, True],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch_wait bf16 expert")
+    print(
+        compile_info[
+            dispatch_wait_stage[Plain, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch_wait fp8 expert_padded")
+    print(
+        compile_info[
+            dispatch_wait_stage[Column, "expert_padded"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch_wait fp8 rank")
+    print(
+        compile_info[
+            dispatch_wait_stage[Row, "rank"], emission_kind="asm", target=TARGET
+        ]().asm
+    )
+    print("//// combine_async expert")
+    print(
+        compile_info[
+            combine_async_stage[BF, 7168, "expert", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine_async source")
+    print(
+        compile_info[
+            combine_async_stage[F32, 72, "expert", "source"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine_async rank")
+    print(
+        compile_info[
+            combine_async_stage[BF, 7168, "rank", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine_wait expert")
+    print(
+        compile_info[
+            combine_wait_stage[
+                BF, BF, BF, DType.int32, 7168, "expert", "expert"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine_wait source")
+    print(
+        compile_info[
+            combine_wait_stage[
+                F32, F32, F32, DType.int64, 72, "expert", "source"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch fused")
+    print(
+        compile_info[
+            dispatch_stage[Plain, DType.int32, False, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// dispatch fused fp8")
+    print(
+        compile_info[
+            dispatch_stage[Column, DType.int32, False, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine fused")
+    print(
+        compile_info[
+            combine_stage[BF, BF, BF, DType.int32, 7168, "expert", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )

@@ -1,0 +1,151 @@
+"""The order rules of docs/protocol.md, section 8, read off the PTX of a kernel.
+
+A small data-flow analysis over the control-flow graph of each function. On some path to an instruction there may be
+
+    pending    a bulk store to global memory that no full `wait_group 0` has followed
+    dirty      an ordinary store to what may be shared memory that no proxy fence has followed
+    unfenced   a store that no fence at system scope has followed
+
+What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
+store at system scope while unfenced. And without looking at paths: any non-coherent load, a signal with release at a
+smaller scope, a bulk load of global memory without a proxy fence in front of it, fewer signals than the kernel has.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+PENDING, DIRTY, UNFENCED = 1, 2, 4
+LABEL = re.compile(r"^([$\w]+):$")
+BRANCH = re.compile(r"^(@!?%?\w+\s+)?bra(?:\.uni)?\s+([$\w]+);$")
+
+
+@dataclass
+class Function:
+    """One function of a PTX module: its instructions, and where each can go."""
+
+    name: str
+    is_entry: bool
+    lines: list[str] = field(default_factory=list)
+
+
+def functions(ptx: str) -> list[Function]:
+    """The functions of a module with a body."""
+    found: list[Function] = []
+    current, head, depth = None, "", 0
+    for raw in ptx.splitlines():
+        line = raw.split("//")[0].strip()
+        if not line:
+            continue
+        if current is None:
+            match = re.match(r"^(?:\.visible |\.weak )*\.(entry|func)\b", line)
+            if match or head:
+                head += " " + line
+                if "{" in line:
+                    name = re.search(r"([A-Za-z_$][\w$]*)\s*\(", re.sub(r"\.func\s*\([^)]*\)", ".func", head))
+                    current, head, depth = Function(name.group(1), ".entry" in head), "", 1
+                elif line.endswith(";"):
+                    head = ""
+            continue
+        depth += line.count("{") - line.count("}")
+        if depth == 0:
+            found.append(current)
+            current = None
+            continue
+        current.lines += [part.strip() for part in re.split(r"(?<=;)\s+|(?<=:)\s+", line) if part.strip()]
+    return found
+
+
+def errors(function: Function) -> list[str]:
+    """What breaks a rule, one line each."""
+    lines = function.lines
+    labels = {m.group(1): i for i, text in enumerate(lines) if (m := LABEL.match(text))}
+    found = [f"{function.name}: non-coherent load: {text}" for text in lines if re.search(r"^(@\S+ )?ld\S*\.nc", text)]
+    found += [
+        f"{function.name}: release at too small a scope: {text}"
+        for text in lines
+        if re.search(r"\bst\.release\.(gpu|cta|cluster)", text)
+    ]
+    states: dict[int, int] = {0: 0}
+    work = [0]
+    while work:
+        i = work.pop()
+        if i >= len(lines):
+            continue
+        text, state = lines[i], states[i]
+        after = _after(text, state)
+        for j in _next(text, i, labels):
+            merged = states.get(j, 0) | after
+            if j not in states or merged != states[j]:
+                states[j] = merged
+                work.append(j)
+    for i, state in sorted(states.items()):
+        if i < len(lines):
+            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines, i, state)]
+    return found
+
+
+def _next(text: str, i: int, labels: dict[str, int]) -> list[int]:
+    branch = BRANCH.match(text)
+    if branch:
+        target = labels[branch.group(2)]
+        return [target, i + 1] if branch.group(1) else [target]
+    if re.match(r"^(ret|exit|trap);", text):
+        return []
+    return [i + 1]
+
+
+def _after(text: str, state: int) -> int:
+    if "cp.async.bulk.global.shared::cta" in text:
+        state |= PENDING
+    elif re.match(r"^cp\.async\.bulk\.wait_group 0;", text):
+        state &= ~PENDING
+    elif "fence.proxy.async" in text:
+        state &= ~DIRTY
+    elif re.match(r"^fence\.(sc|acq_rel)\.sys;", text):
+        state &= ~UNFENCED
+    elif _is_store(text):
+        state |= UNFENCED
+        if not re.search(r"\.(global|local|param)\b", text):
+            state |= DIRTY
+    return state
+
+
+def _is_store(text: str) -> bool:
+    return re.match(r"^(@!?%\w+ )?st\.", text) is not None and ".local" not in text and ".param" not in text
+
+
+def _broken(lines: list[str], i: int, state: int) -> list[str]:
+    text, found = lines[i], []
+    if re.search(r"\bst\.release\.sys", text) and state & PENDING:
+        found.append("a signal while bulk stores may be under way")
+    if re.search(r"\bst\.(relaxed\.sys|mmio|volatile)", text):
+        if state & UNFENCED:
+            found.append("a relaxed store without a system fence before it")
+        if state & PENDING:
+            found.append("a signal while bulk stores may be under way")
+    if "cp.async.bulk.global.shared::cta" in text and state & DIRTY:
+        found.append("a bulk store of shared memory that ordinary stores may have written, without a proxy fence")
+    if "cp.async.bulk.shared::cluster.global" in text and not _fenced_before(lines, i):
+        found.append("a bulk load without a proxy fence before it")
+    return found
+
+
+def _fenced_before(lines: list[str], i: int) -> bool:
+    for text in reversed(lines[:i]):
+        if text.startswith("fence.proxy.async;"):
+            return True
+        if LABEL.match(text) or BRANCH.match(text) or "ld.acquire" in text:
+            return False
+    return False
+
+
+def signals(function: Function) -> int:
+    """Stores that publish a 64-bit word with release at system scope."""
+    return sum(bool(re.search(r"\bst\.release\.sys(\.global)?\.(b|u)64", text)) for text in function.lines)
+
+
+def awaits(function: Function) -> int:
+    """Loads of a 64-bit word with acquire at system scope."""
+    return sum(bool(re.search(r"\bld\.acquire\.sys(\.global)?\.(b|u)64", text)) for text in function.lines)

@@ -1,0 +1,105 @@
+"""Every GPU kernel keeps the order rules, as its PTX shows; and the check fails where a rule is broken on purpose."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from ptx import rules
+
+from ep_mojo.kernels import find_compiler
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SIGNALS = {
+    "dispatch_async": 3,  # header, chunk, FAILED
+    "dispatch_wait": 3,  # counted, mapped, credit
+    "combine_async": 3,
+    "combine_wait": 1,  # credit
+    "dispatch fused": 6,
+    "combine fused": 4,
+}
+"""Words that a kernel publishes at least, by the beginning of its name."""
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory) -> dict[str, str]:
+    """PTX for sm_90a by kernel."""
+    program = tmp_path_factory.mktemp("ptx") / "kernels"
+    target = ["--target-accelerator", "sm_90a", "-D", "EP_GPU_TARGET=sm_90a"]
+    source = ROOT / "tests" / "mojo" / "gpu_kernels.mojo"
+    built = find_compiler().run("build", *target, "-I", ROOT / "kernels", source, "-o", program)
+    assert built.returncode == 0, built.stderr
+    printed = subprocess.run([program], capture_output=True, text=True, check=True, timeout=300).stdout
+    parts = re.split(r"^//// (.*)$", printed, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def broken(ptx: str) -> list[str]:
+    return [text for f in rules.functions(ptx) for text in rules.errors(f)]
+
+
+def expected_signals(name: str) -> int:
+    return max(n for start, n in SIGNALS.items() if name.startswith(start))
+
+
+def test_all_kernels_are_there(kernels):
+    assert len(kernels) == 14
+    for name, ptx in kernels.items():
+        assert sum(f.is_entry for f in rules.functions(ptx)) == 1, name
+    assert {start for start in SIGNALS if any(name.startswith(start) for name in kernels)} == set(SIGNALS)
+
+
+def test_no_rule_is_broken(kernels):
+    found = [f"{name}: {text}" for name, ptx in kernels.items() for text in broken(ptx)]
+    assert not found, "\n".join(found)
+
+
+def test_every_signal_is_a_release_at_system_scope(kernels):
+    for name, ptx in kernels.items():
+        entries = rules.functions(ptx)
+        assert sum(map(rules.signals, entries)) >= expected_signals(name), name
+        assert sum(map(rules.awaits, entries)) >= 1, name
+
+
+def test_rows_move_in_bulk(kernels):
+    for name, ptx in kernels.items():
+        if "async" in name or "fused" in name:
+            assert "cp.async.bulk.global.shared::cta" in ptx, name
+        if name not in ("combine_wait expert", "combine_wait source", "combine_async expert", "combine fused"):
+            assert "encoded" in name or "cp.async.bulk.shared::cluster.global" in ptx, name
+
+
+BREAKS = {
+    "no wait before the signal": ("cp.async.bulk.wait_group 0;", "", "under way"),
+    "a wait for reading only": ("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;", "under way"),
+    "no proxy fence before a store": ("fence.proxy.async.shared::cta;", "", "without a proxy fence"),
+    "no proxy fence before a load": ("fence.proxy.async;", "", "bulk load without"),
+    "release at GPU scope": ("st.release.sys", "st.release.gpu", "too small a scope"),
+    "a relaxed signal": ("st.release.sys", "st.relaxed.sys", "without a system fence"),
+    "a non-coherent load": ("ld.global.b32", "ld.global.nc.b32", "non-coherent"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_rule_is_found(kernels, name):
+    old, new, text = BREAKS[name]
+    ptx = kernels["dispatch fused fp8"]
+    assert old in ptx
+    assert any(text in error for error in broken(ptx.replace(old, new)))
+
+
+def test_a_signal_that_is_an_ordinary_store_is_found(kernels):
+    for name, ptx in kernels.items():
+        weak = re.sub(r"st\.release\.sys((?:\.global)?\.[bu]64)", r"st\1", ptx, count=1)
+        counted = sum(map(rules.signals, rules.functions(weak)))
+        assert counted == sum(map(rules.signals, rules.functions(ptx))) - 1, name
+
+
+def test_a_fence_in_front_of_a_relaxed_store_is_allowed():
+    body = ["st.global.b32 [%rd1], %r1;", "fence.acq_rel.sys;", "st.relaxed.sys.b64 [%rd2], %rd3;", "ret;"]
+    ptx = "\n\t".join([".visible .entry k(\n)\n{", *body]) + "\n}\n"
+    assert not broken(ptx)
+    assert broken(ptx.replace("\tfence.acq_rel.sys;\n", ""))

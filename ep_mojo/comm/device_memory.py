@@ -43,8 +43,9 @@ class DeviceMemory(RankMemory):
         sizes = part_bytes(cfg)
         head = np.zeros(layout.counters_words(cfg), np.int32)
         layout.write_head(head, cfg, rank)
-        self.buffers: dict[str, Buffer] = {"counters": Buffer.from_numpy(head).to(device)}
+        self.buffers: dict[str, Buffer] = {}
         try:
+            self.buffers["counters"] = Buffer.from_numpy(head).to(device)
             for name in PARTS[1:]:
                 self.buffers[name] = Buffer.zeros([sizes[name]], DType.uint8, device)
         except (ValueError, RuntimeError) as e:
@@ -96,6 +97,7 @@ class DeviceMemory(RankMemory):
         counters = self.counters
         if self.abort_counters(counters):
             self.write("counters", counters)
+            self.device.synchronize()
 
 
 def accelerators(devices: Sequence[Device | int], count: int) -> list[Device]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_buffer, to_numpy
 from ..errors import UnsupportedError
@@ -109,7 +110,11 @@ class GPUCommunicator(Communicator):
         with self._exclusive():
             specs = self._specs(model)
             values = check_args(specs, args, arg_labels(len(args), self.cfg.n_ranks))
-            outputs = run_model(model.model, [*make_buffers(specs, values), *self.inputs()])
+            try:
+                outputs = run_model(model.model, [*make_buffers(specs, values), *self.inputs()])
+            except Exception:
+                self._record_abort()
+                raise
             if check:
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]
@@ -130,13 +135,24 @@ class GPUCommunicator(Communicator):
             self.synchronize()
             windows.restart_all(self.memories)
 
+    def _record_abort(self) -> None:
+        """An op raised: ranks whose ops came before it may be a round ahead of the others, or in the middle of one."""
+        self.synchronize()
+        epochs = [layout.read_epochs(m.counters) for m in self.memories]
+        if len(set(epochs)) > 1 or epochs[0][0::2] != epochs[0][1::2]:
+            for m in self.memories:
+                m.record_abort()
+            self.synchronize()
+
     def _raise_recorded(self) -> None:
         self.synchronize()
         windows.check_heads(self.memories)
         raise_first({m.rank: error for m in self.memories if (error := m.error()) is not None})
 
     def _release(self) -> None:
-        self.synchronize()
-        self.memories = []
-        self._inputs = None
-        self._session = None
+        try:
+            self.synchronize()
+        finally:
+            self.memories = []
+            self._inputs = None
+            self._session = None

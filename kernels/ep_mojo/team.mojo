@@ -16,6 +16,8 @@ trait Team:
     """Channels that one lane sums at a time."""
     comptime sum_steps: Int
     """How often it does so before it stores, so that loads overlap."""
+    comptime blocks_ahead: Int
+    """Blocks of channels that are quantised at a time."""
     comptime streams: Bool
     """Whether what it copies goes past the caches; then `finish_streaming` comes before any signal."""
 
@@ -56,6 +58,8 @@ struct HostThread[streaming: Bool](Team):
     """Several registers, so that loads overlap."""
     comptime sum_steps = 1
     """They do already."""
+    comptime blocks_ahead = 1
+    """A block fills the registers."""
     comptime streams = Self.streaming
     """As asked."""
 
@@ -100,6 +104,8 @@ struct WarpTeam(Team):
     """16 bytes of bfloat16."""
     comptime sum_steps = 7
     """Loads in flight for each row; a quarter of H = 7168."""
+    comptime blocks_ahead = 8
+    """Their reductions overlap."""
     comptime streams = False
     """Ordinary stores."""
 

@@ -5,10 +5,13 @@ A small data-flow analysis over the control-flow graph of each function. On some
     pending    a bulk store to global memory that no full `wait_group 0` has followed
     dirty      an ordinary store to what may be shared memory that no proxy fence has followed
     unfenced   a store that no fence at system scope has followed
+    reading    a bulk store whose source may still be read, since no `wait_group` of either kind has followed
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
-store at system scope while unfenced. And without looking at paths: any non-coherent load, a signal with release at a
-smaller scope, a bulk load of global memory without a proxy fence in front of it, fewer signals than the kernel has.
+store at system scope while unfenced; an ordinary store to what may be shared memory, or a bulk load into it, while it
+may be read. And without looking at paths: any non-coherent or relaxed load, a signal with release at a smaller scope, a
+bulk load of global memory without a proxy fence in front of it, fewer signals than the kernel has, arithmetic that
+flushes or approximates, and jumps that this analysis does not follow.
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-PENDING, DIRTY, UNFENCED = 1, 2, 4
+PENDING, DIRTY, UNFENCED, READING = 1, 2, 4, 8
+FORBIDDEN = {
+    r"\bld\S*\.nc": "non-coherent load",
+    r"\bld\.(relaxed|volatile|mmio)": "a load that acquires nothing",
+    r"\bst\.release\.(gpu|cta|cluster)": "release at too small a scope",
+    r"\batom\.relaxed\.gpu": "an arrival without acquire and release",
+    r"\.(ftz|approx)\b|div\.full": "arithmetic that is not exact",
+    r"\bbrx": "a jump that is not followed",
+}
 LABEL = re.compile(r"^([$\w]+):$")
 BRANCH = re.compile(r"^(@!?%?\w+\s+)?bra(?:\.uni)?\s+([$\w]+);$")
 
@@ -61,11 +72,11 @@ def errors(function: Function) -> list[str]:
     """What breaks a rule, one line each."""
     lines = function.lines
     labels = {m.group(1): i for i, text in enumerate(lines) if (m := LABEL.match(text))}
-    found = [f"{function.name}: non-coherent load: {text}" for text in lines if re.search(r"^(@\S+ )?ld\S*\.nc", text)]
-    found += [
-        f"{function.name}: release at too small a scope: {text}"
+    found = [
+        f"{function.name}: {why}: {text}"
+        for pattern, why in FORBIDDEN.items()
         for text in lines
-        if re.search(r"\bst\.release\.(gpu|cta|cluster)", text)
+        if re.search(pattern, text)
     ]
     states: dict[int, int] = {0: 0}
     work = [0]
@@ -98,22 +109,28 @@ def _next(text: str, i: int, labels: dict[str, int]) -> list[int]:
 
 def _after(text: str, state: int) -> int:
     if "cp.async.bulk.global.shared::cta" in text:
-        state |= PENDING
+        state |= PENDING | READING
     elif re.match(r"^cp\.async\.bulk\.wait_group 0;", text):
-        state &= ~PENDING
+        state &= ~(PENDING | READING)
+    elif text.startswith("cp.async.bulk.wait_group.read 0;"):
+        state &= ~READING
     elif "fence.proxy.async" in text:
         state &= ~DIRTY
     elif re.match(r"^fence\.(sc|acq_rel)\.sys;", text):
         state &= ~UNFENCED
     elif _is_store(text):
         state |= UNFENCED
-        if not re.search(r"\.(global|local|param)\b", text):
+        if _may_be_shared(text):
             state |= DIRTY
     return state
 
 
 def _is_store(text: str) -> bool:
     return re.match(r"^(@!?%\w+ )?st\.", text) is not None and ".local" not in text and ".param" not in text
+
+
+def _may_be_shared(text: str) -> bool:
+    return _is_store(text) and not re.search(r"\.(global|release)\b", text)
 
 
 def _broken(lines: list[str], i: int, state: int) -> list[str]:
@@ -127,6 +144,8 @@ def _broken(lines: list[str], i: int, state: int) -> list[str]:
             found.append("a signal while bulk stores may be under way")
     if "cp.async.bulk.global.shared::cta" in text and state & DIRTY:
         found.append("a bulk store of shared memory that ordinary stores may have written, without a proxy fence")
+    if state & READING and (_may_be_shared(text) or "cp.async.bulk.shared::cluster.global" in text):
+        found.append("a slot is written while a bulk store may read it")
     if "cp.async.bulk.shared::cluster.global" in text and not _fenced_before(lines, i):
         found.append("a bulk load without a proxy fence before it")
     return found

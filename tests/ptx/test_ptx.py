@@ -62,6 +62,7 @@ def test_every_signal_is_a_release_at_system_scope(kernels):
         entries = rules.functions(ptx)
         assert sum(map(rules.signals, entries)) >= expected_signals(name), name
         assert sum(map(rules.awaits, entries)) >= 1, name
+        assert any("atom.acq_rel.gpu" in text for f in entries for text in f.lines), name
 
 
 def test_rows_move_in_bulk(kernels):
@@ -75,8 +76,11 @@ def test_rows_move_in_bulk(kernels):
 BREAKS = {
     "no wait before the signal": ("cp.async.bulk.wait_group 0;", "", "under way"),
     "a wait for reading only": ("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;", "under way"),
-    "no proxy fence before a store": ("fence.proxy.async.shared::cta;", "", "without a proxy fence"),
+    "no proxy fence before a store": ("fence.proxy.async;", "", "without a proxy fence"),
     "no proxy fence before a load": ("fence.proxy.async;", "", "bulk load without"),
+    "no wait before a slot is used again": ("cp.async.bulk.wait_group.read 0;", "", "a slot is written"),
+    "a relaxed await": ("ld.acquire.sys", "ld.relaxed.sys", "acquires nothing"),
+    "a relaxed arrival": ("atom.acq_rel.gpu", "atom.relaxed.gpu", "an arrival"),
     "release at GPU scope": ("st.release.sys", "st.release.gpu", "too small a scope"),
     "a relaxed signal": ("st.release.sys", "st.relaxed.sys", "without a system fence"),
     "a non-coherent load": ("ld.global.b32", "ld.global.nc.b32", "non-coherent"),

@@ -152,39 +152,72 @@ struct BlockwiseFP8[
             if T.lane() == 0:
                 for i in range(Self.blocks, 4 * Self.scales_per_token):
                     message.unsafe_store(Self.hidden + i, UInt8(0))
-        for block in range(Self.blocks):
-            var at = block * BLOCK + first
-            var top = SIMD[DType.float32, V](0)
-            for i in range(0, per_lane, V):
-                var bits = magnitude(Self._load[V](token, at + i, factor))
-                var known = bits.gt(0x7F800000).select(
-                    SIMD[DType.uint32, V](0), bits
-                )
-                top = max(top, bitcast[DType.float32](known))
-            var amax = max(MIN_AMAX, T.max(top.reduce_max()))
-            var scale = amax / E4M3_MAX
-            var inverse = E4M3_MAX / amax
-            comptime if Self.scale != "float32":
-                scale = bitcast[DType.float32](
-                    power_of_two_at_least(scale) << 23
-                )
-            for i in range(0, per_lane, V):
-                var x = Self._load[V](token, at + i, factor)
-                var y = x * inverse if Self.scale == "float32" else x / scale
-                y = magnitude(x).eq(0x7F800000).select(x, y)
-                message.unsafe_store[width=V, alignment=row_alignment[1, V]()](
-                    at + i, to_e4m3(y)
-                )
-            if T.lane() == 0:
-                comptime if Self.packed:
-                    message.unsafe_store(
-                        Self.hidden + block,
-                        UInt8(bitcast[DType.uint32](scale) >> 23),
+        comptime U = T.blocks_ahead
+        for begin in range(0, Self.blocks, U):
+            var amax = Array[Float32, U](fill=0)
+            comptime for u in range(U):  # loads and reductions overlap
+                if begin + u < Self.blocks:
+                    amax[u] = Self._largest[V, per_lane](
+                        token, (begin + u) * BLOCK + first, factor
                     )
-                else:
-                    typed[DType.float32](message, Self.hidden).unsafe_store(
-                        block, scale
+            comptime for u in range(U):
+                amax[u] = max(MIN_AMAX, T.max(amax[u]))
+            comptime for u in range(U):
+                if begin + u < Self.blocks:
+                    Self._quantise[V, per_lane, T](
+                        token, begin + u, first, factor, amax[u], message
                     )
+
+    @staticmethod
+    @always_inline
+    def _largest[
+        V: Int, count: Int
+    ](token: Bytes, at: Int, factor: Float32) -> Float32:
+        """Largest magnitude of the lane's channels of a block; NaN is ignored."""
+        var top = SIMD[DType.float32, V](0)
+        for i in range(0, count, V):
+            var bits = magnitude(Self._load[V](token, at + i, factor))
+            var known = bits.gt(0x7F800000).select(
+                SIMD[DType.uint32, V](0), bits
+            )
+            top = max(top, bitcast[DType.float32](known))
+        return top.reduce_max()
+
+    @staticmethod
+    @always_inline
+    def _quantise[
+        V: Int, count: Int, T: Team
+    ](
+        token: Bytes,
+        block: Int,
+        first: Int,
+        factor: Float32,
+        amax: Float32,
+        message: Bytes,
+    ):
+        """Write the lane's channels of a block, and its scale."""
+        var at = block * BLOCK + first
+        var unit = amax / E4M3_MAX
+        var inverse = E4M3_MAX / amax
+        comptime if Self.scale != "float32":
+            unit = bitcast[DType.float32](power_of_two_at_least(unit) << 23)
+        for i in range(0, count, V):
+            var x = Self._load[V](token, at + i, factor)
+            var y = x * inverse if Self.scale == "float32" else x / unit
+            y = magnitude(x).eq(0x7F800000).select(x, y)
+            message.unsafe_store[width=V, alignment=row_alignment[1, V]()](
+                at + i, to_e4m3(y)
+            )
+        if T.lane() == 0:
+            comptime if Self.packed:
+                message.unsafe_store(
+                    Self.hidden + block,
+                    UInt8(bitcast[DType.uint32](unit) >> 23),
+                )
+            else:
+                typed[DType.float32](message, Self.hidden).unsafe_store(
+                    block, unit
+                )
 
     @staticmethod
     @always_inline

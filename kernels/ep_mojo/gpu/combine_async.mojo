@@ -149,6 +149,7 @@ def _send_rows[
         if begin >= T:
             continue
         var recv = ep.recv[source]
+        var fits = True
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var at = (source * s.max_tokens + t) * s.top_k
             var row = NO_ROW
@@ -166,7 +167,8 @@ def _send_rows[
                         value=Int(row),
                         limit=rows - 1,
                     )
-                continue
+                fits = False
+                break
             comptime if by_row:
                 while left != 0:
                     var k = Int(count_trailing_zeros(left))
@@ -195,6 +197,8 @@ def _send_rows[
                     recv.unsafe_offset(partial_offset(s, buffer, ep.me, t)),
                 )
         finish_stores()
+        if not fits:
+            break  # the source waits, and reads FAILED in the header
         if lane == 0:
             publish(
                 ep.count[source],

@@ -84,6 +84,7 @@ def receive_back[
             var header = ep.header_of(waiter, epoch, peer)
             if header != NO_SIGNAL:
                 check_header(ep, stage, peer, header, T, by_row)
+        syncwarp()
         if may_go_on(ep.head):
             _sum_tokens[
                 dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row

@@ -188,14 +188,13 @@ def send_messages[
                 targets |= UInt32(1) << UInt32(ep.me)
             if targets == 0:
                 continue
+            release_slots()
             comptime if encoded:
-                release_slots()
                 x.write[F, True, WarpTeam](t, message)
             else:
                 token.load[2 * F.hidden_size](
                     x.tokens.bytes(t * 2 * F.hidden_size)
                 )
-                release_slots()
                 F.encode[WarpTeam](token.row, factor, message)
             store_row[F.message_bytes](
                 message,

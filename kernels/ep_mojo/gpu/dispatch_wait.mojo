@@ -20,7 +20,7 @@ from ..launch import Endpoint
 from ..layout import WORK_MAPPED, align_up, message_offset
 from ..routing import NO_ROW
 from ..signal import NO_SIGNAL, Waiter
-from ..team import WarpTeam
+from ..team import WarpTeam, fill
 from .launch import (
     ByValue,
     Peers,
@@ -32,7 +32,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
-from .mapping import cta_bytes, in_launch, map_sources
+from .mapping import cta_bytes, in_launch, map_sources, name_groups
 from .routing import ballot
 from .shared_rows import SLOT_ALIGNMENT
 
@@ -223,10 +223,12 @@ def dispatch_wait_stage[
     if not peers.value.valid():
         if block_idx.x == 0 and warp_index() == 0:
             output.value.clear[WarpTeam]()
+            fill[WarpTeam](output.value.expert_ids, 0)
         return
     var ep = peers.value.endpoint[True]()
     var epoch = ep.next_wait()
     var waiter = Waiter(ep.head, stage, ep.s.virtual)
+    name_groups(ep, output.value)
     if thread_idx.x == 0:
         _ = ep.begin_wait(stage, ep.last_sent())
     if may_go_on(ep.head):

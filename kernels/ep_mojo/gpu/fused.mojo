@@ -13,7 +13,7 @@ from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
 from ..signal import Waiter
-from ..team import WarpTeam
+from ..team import WarpTeam, fill
 from .combine_async import send_back
 from .combine_async import slot_bytes as row_slot_bytes
 from .combine_wait import receive_back, zero_output
@@ -30,7 +30,7 @@ from .launch import (
     warp_index,
     warps,
 )
-from .mapping import cta_bytes, map_sources
+from .mapping import cta_bytes, map_sources, name_groups
 
 
 def dispatch_stage[
@@ -56,6 +56,7 @@ def dispatch_stage[
     if not peers.value.valid():
         if block_idx.x == 0 and warp_index() == 0:
             output.value.clear[WarpTeam]()
+            fill[WarpTeam](output.value.expert_ids, 0)
         return
     var ep = peers.value.endpoint[True]()
     var x = input.value
@@ -63,6 +64,7 @@ def dispatch_stage[
     var sent = ep.last_sent() + 1
     var epoch = ep.next_wait()
     var waiter = Waiter(ep.head, STAGE_DISPATCH, False)
+    name_groups(ep, out_)
     open_send(ep, x, STAGE_DISPATCH)
     if thread_idx.x == 0:
         _ = ep.begin_wait(STAGE_DISPATCH, sent)

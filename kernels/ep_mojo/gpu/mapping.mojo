@@ -119,11 +119,6 @@ def map_sources[
             out_.row_map.part(r * block, block),
             out_.src_info,
         )
-        if r == 0:
-            for g in range(
-                Int(thread_idx.x), out_.expert_ids.size, Int(block_dim.x)
-            ):
-                out_.expert_ids[g] = group_name(s, g, ep.me)
         barrier()  # all rows are given; and shared memory is free
         if thread_idx.x == 0:
             publish(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
@@ -188,3 +183,18 @@ def cta_bytes[layout: StaticString](peers: Peers) -> Int:
     """
     var groups = 1 if layout == "rank" else peers.s.n_groups()
     return Histogram.bytes(groups, MAX_WARPS)
+
+
+@always_inline
+def name_groups(ep: Endpoint[True], out_: DispatchOutput):
+    """Write which expert each group is, whatever happens later; the first CTA does.
+
+    Args:
+        ep: The rank.
+        out_: The outputs.
+    """
+    if block_idx.x == 0:
+        for g in range(
+            Int(thread_idx.x), out_.expert_ids.size, Int(block_dim.x)
+        ):
+            out_.expert_ids[g] = group_name(ep.s, g, ep.me)

@@ -166,7 +166,7 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
     """Store a row to as many places as there are bits; all lanes of the warp call this.
 
     Lane i stores to its own `target` where bit i is set. `finish_stores` comes before any signal. What the warp has
-    written to the slot with ordinary stores comes first.
+    written to the slot with ordinary stores comes first, and so does what the credit covers: the peer's reads.
 
     Parameters:
         n: Bytes.
@@ -178,9 +178,7 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
     """
     comptime if moves_in_bulk() and n % 16 == 0:
         inlined_assembly[
-            "fence.proxy.async.shared::cta;",
-            NoneType,
-            constraints="~{memory}",
+            "fence.proxy.async;", NoneType, constraints="~{memory}"
         ]()
         syncwarp()
         if (targets >> UInt32(lane_id())) & 1 == 1:

@@ -185,6 +185,8 @@ struct CombineWait:
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
+            check_aligned("bias0", output.bias0)
+            check_aligned("bias1", output.bias1)
             gpu_combine_wait.combine_wait[
                 shared_rows.dtype,
                 y.dtype,
@@ -314,6 +316,8 @@ struct Combine:
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
+            check_aligned("bias0", output.bias0)
+            check_aligned("bias1", output.bias1)
             gpu_fused.combine[
                 rows.dtype,
                 y.dtype,

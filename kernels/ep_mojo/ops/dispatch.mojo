@@ -91,6 +91,8 @@ struct DispatchAsync:
         comptime if target == "gpu":
             rank_slots_only[slots]()
             check_aligned("x", input.tokens)
+            comptime if encoded and F.scales_per_token % 4 == 0:
+                check_aligned("x_scales", input.scales)
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
@@ -325,6 +327,8 @@ struct Dispatch:
         rank_slots_only[slots]()
         comptime if target == "gpu":
             check_aligned("x", input.tokens)
+            comptime if encoded and F.scales_per_token % 4 == 0:
+                check_aligned("x_scales", input.scales)
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )

@@ -138,17 +138,6 @@ struct CombineOutput[ids_dtype: DType](TrivialRegisterPassable):
         self.shared_rows = shared_rows
 
     @always_inline
-    def given_tokens(self) -> Int:
-        """T of the launch, once `token_count` has found it in range.
-
-        Returns:
-            T.
-        """
-        return Int(
-            self.num_tokens[0]
-        ) if self.num_tokens.present() else self.rows
-
-    @always_inline
     def weight(self, token: Int, k: Int, top_k: Int) -> Float32:
         """The router's weight of a choice.
 

@@ -59,17 +59,6 @@ struct DispatchInput[ids_dtype: DType](TrivialRegisterPassable):
         self.factor = factor
 
     @always_inline
-    def given_tokens(self) -> Int:
-        """T of the launch, once `token_count` has found it in range.
-
-        Returns:
-            T.
-        """
-        return Int(
-            self.num_tokens[0]
-        ) if self.num_tokens.present() else self.rows
-
-    @always_inline
     def write[
         F: TokenFormat, encoded: Bool, T: Team
     ](self, token: Int, message: Bytes):

@@ -289,6 +289,20 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         self.head.set_u64(Self.waited_index, epoch)
 
 
+@always_inline
+def given_tokens(rows: Int, num_tokens: View[DType.int32]) -> Int:
+    """T of a launch as it is given; `token_count` finds out whether it is in range.
+
+    Args:
+        rows: Rows of the tensor.
+        num_tokens: [1], or absent.
+
+    Returns:
+        T.
+    """
+    return Int(num_tokens[0]) if num_tokens.present() else rows
+
+
 def token_count(
     ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]
 ) -> Int:
@@ -314,9 +328,7 @@ def token_count(
             limit=ep.s.max_tokens,
         )
         return 0
-    if not num_tokens.present():
-        return rows
-    var given = Int(num_tokens[0])
+    var given = given_tokens(rows, num_tokens)
     if given < 0 or given > rows:
         ep.head.fail(
             KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows

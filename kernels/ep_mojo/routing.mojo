@@ -15,17 +15,23 @@ comptime NO_ROW: Int32 = -1
 
 
 @always_inline
-def normal_id(id: Int64, n_experts: Int) -> Int16:
-    """An id as it travels.
+def normal_id[
+    n: SIMDLength
+](id: SIMD[DType.int64, n], n_experts: Int) -> SIMD[DType.int16, n]:
+    """Ids as they travel.
+
+    Parameters:
+        n: Vector width.
 
     Args:
         id: What the router chose.
         n_experts: E.
 
     Returns:
-        The id, or `NO_EXPERT` where it is outside [0, E).
+        The ids, or `NO_EXPERT` where they are outside [0, E).
     """
-    return Int16(id) if id >= 0 and id < Int64(n_experts) else NO_EXPERT
+    var known = id.ge(0) & id.lt(Int64(n_experts))
+    return known.select(id.cast[DType.int16](), SIMD[DType.int16, n](NO_EXPERT))
 
 
 @always_inline

@@ -41,7 +41,6 @@ from .launch import (
 from .routing import ballot
 from .shared_rows import (
     SLOT_ALIGNMENT,
-    RowSlot,
     finish_stores,
     release_slots,
     store_row,

@@ -16,7 +16,7 @@ from ..combine_tensors import (
     row_bytes,
     sum_terms,
 )
-from ..launch import Endpoint, token_count
+from ..launch import Endpoint, given_tokens, token_count
 from ..layout import partial_offset, row_offset
 from ..routing import NO_EXPERT, normal_id
 from ..signal import NO_SIGNAL, Waiter
@@ -78,7 +78,7 @@ def receive_back[
         _ = ep.begin_wait(stage, sent)
         _ = token_count(ep, stage, x.rows, x.num_tokens)
     if may_go_on(ep.head):
-        var T = x.given_tokens()
+        var T = given_tokens(x.rows, x.num_tokens)
         if Int(thread_idx.x) < s.n_ranks:
             var peer = Int(thread_idx.x)
             var header = ep.header_of(waiter, epoch, peer)

@@ -15,9 +15,9 @@ from max.gpu.sync import barrier, syncwarp
 
 from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
-from ..launch import Endpoint, token_count
+from ..launch import Endpoint, given_tokens, token_count
 from ..layout import align_up, message_offset
-from ..peers import View, typed
+from ..peers import typed
 from ..routing import NO_EXPERT, normal_id
 from ..signal import publish, word
 from ..team import WarpTeam
@@ -89,7 +89,7 @@ def send_tables[
         x: Its tokens.
         epoch: The launch's epoch.
     """
-    var T = x.given_tokens()
+    var T = given_tokens(x.rows, x.num_tokens)
     for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
         _send_table(ep, x, T, epoch, peer)
 
@@ -119,10 +119,8 @@ def _send_table[
         var id = x.ids.ptr.unsafe_load[width=V, alignment=4, invariant=False](
             i
         ).cast[DType.int64]()
-        var known = id.ge(0) & id.lt(Int64(ep.s.n_experts))
         ids.unsafe_store[width=V, alignment=16](
-            i,
-            known.select(id, SIMD[DType.int64, V](-1)).cast[DType.int16](),
+            i, normal_id(id, ep.s.n_experts)
         )
         var w = SIMD[DType.float32, V](1)
         if x.weights.present():
@@ -166,7 +164,7 @@ def send_messages[
     """
     comptime size = slot_bytes[F]()
     var s = ep.s
-    var T = x.given_tokens()
+    var T = given_tokens(x.rows, x.num_tokens)
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
     var peer = min(lane, s.n_ranks - 1)

@@ -221,9 +221,7 @@ def dispatch_wait_stage[
         stage: `STAGE_*`.
     """
     if not peers.value.valid():
-        if block_idx.x == 0 and warp_index() == 0:
-            output.value.clear[WarpTeam]()
-            fill[WarpTeam](output.value.expert_ids, 0)
+        give_nothing(output.value)
         return
     var ep = peers.value.endpoint[True]()
     var epoch = ep.next_wait()
@@ -242,6 +240,18 @@ def dispatch_wait_stage[
         mark_rest[F, layout](ep, epoch, waiter, share, Rows[F](output.value))
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         close_wait(ep, epoch, output.value)
+
+
+@always_inline
+def give_nothing(out_: DispatchOutput):
+    """Clear the outputs of a launch whose counters must not be touched; all CTAs call this.
+
+    Args:
+        out_: The outputs.
+    """
+    if block_idx.x == 0 and warp_index() == 0:
+        out_.clear[WarpTeam]()
+        fill[WarpTeam](out_.expert_ids, 0)
 
 
 @always_inline

@@ -13,13 +13,19 @@ from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
 from ..signal import Waiter
-from ..team import WarpTeam, fill
+from ..team import WarpTeam
 from .combine_async import send_back
 from .combine_async import slot_bytes as row_slot_bytes
 from .combine_wait import receive_back, zero_output
 from .dispatch_async import open_send, send_messages, send_tables
 from .dispatch_async import slot_bytes as token_slot_bytes
-from .dispatch_wait import close_wait, copy_rows, keep_weights, mark_rest
+from .dispatch_wait import (
+    close_wait,
+    copy_rows,
+    give_nothing,
+    keep_weights,
+    mark_rest,
+)
 from .launch import (
     ByValue,
     Peers,
@@ -54,9 +60,7 @@ def dispatch_stage[
         output: The outputs.
     """
     if not peers.value.valid():
-        if block_idx.x == 0 and warp_index() == 0:
-            output.value.clear[WarpTeam]()
-            fill[WarpTeam](output.value.expert_ids, 0)
+        give_nothing(output.value)
         return
     var ep = peers.value.endpoint[True]()
     var x = input.value

@@ -12,7 +12,6 @@ from std.atomic import Atomic, Ordering
 from std.bit import pop_count
 from std.sys import inlined_assembly, is_amd_gpu, is_nvidia_gpu
 
-from ..dispatch_tensors import DispatchOutput
 from ..peers import MAX_RANKS, View, window_view
 from ..routing import NO_ROW, destination, local_group
 from ..settings import Settings

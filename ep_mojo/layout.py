@@ -44,7 +44,6 @@ EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
 EXPERT_SLOTS_TOKEN = 0
 EXPERT_SLOTS_MASK = 4
-EXPERT_SLOTS_UNUSED = 8
 
 # int32 indices in the counters head; u64 and i64 fields take two words, low word first.
 HEAD_MAGIC = 0
@@ -144,7 +143,7 @@ def value_of(signal: int) -> int:
 def counters_words(cfg: EPConfig) -> int:
     """int32 words of `atomic_counters`: the head, and a launch's notes to itself."""
     if cfg.slots == "expert":
-        return ROUTED_MASKS + cfg.max_tokens_per_rank
+        return align_up(ROUTED_MASKS + cfg.max_tokens_per_rank, 2) + 2 * cfg.n_experts
     return WORK_COUNTS + cfg.n_experts + cfg.n_ranks
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_buffer
-from ..errors import UnsupportedError
 from . import windows
 from .device_memory import DeviceMemory, accelerators
 from .one_graph import OneGraphCommunicator
@@ -35,13 +34,6 @@ class GPUCommunicator(OneGraphCommunicator):
     def __init__(self, cfg: EPConfig, devices: Sequence[Device | int], virtual: bool):
         """See `Communicator.one_gpu` and `Communicator.gpus`."""
         super().__init__(cfg)
-        if cfg.slots == "expert":
-            raise UnsupportedError(
-                field="slots",
-                value="expert",
-                allowed="'rank' on GPUs",
-                remedy="use slots='rank', which sends less; slots='expert' runs with Communicator.cpu and processes",
-            )
         self.fused_allowed = not virtual
         self.virtual = virtual
         self.places = accelerators(devices, 1 if virtual else cfg.n_ranks)

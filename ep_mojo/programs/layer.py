@@ -25,11 +25,13 @@ FORMATS: dict[str, TokenFormat] = {
 
 
 class GraphSet:
-    """Graphs that are compiled together: a compilation takes many seconds, each further graph in it few.
+    """Graphs that are compiled in groups: a compilation takes many seconds, each further graph in it few.
+
+    A group is what other programs compile too, so that MAX finds it in its cache: a layer, whatever stands beside it.
 
     Attributes:
         library: Path of the compiled kernels.
-        compiled: Compiled graphs by name, once `compile` has run.
+        compiled: Compiled graphs by group and name, once `compile` has run.
     """
 
     def __init__(self, progress: Progress):
@@ -41,21 +43,21 @@ class GraphSet:
         self.library = build_kernels(progress)
         with progress.step("start", "Starting MAX"):
             import max.engine  # noqa: F401  # seconds, so not silently in the next step
-            from max.graph import Module
-        self.compiled: dict[str, CompiledGraph] = {}
+        self.compiled: dict[tuple[str, str], CompiledGraph] = {}
         self._progress = progress
-        self._module = Module()
-        self._specs: dict[str, tuple] = {}
+        self._modules: dict[str, Any] = {}
+        self._specs: dict[tuple[str, str], tuple] = {}
 
-    def graph(self, name: str, input_types: list) -> Any:
-        """A new `max.graph.Graph` of this set, to be filled in a `with` block."""
-        from max.graph import Graph
+    def graph(self, group: str, name: str, input_types: list) -> Any:
+        """A new `max.graph.Graph` of a group, to be filled in a `with` block."""
+        from max.graph import Graph, Module
 
-        return Graph(name, input_types=input_types, custom_extensions=[self.library], module=self._module)
+        module = self._modules.setdefault(group, Module())
+        return Graph(name, input_types=input_types, custom_extensions=[self.library], module=module)
 
-    def add(self, graph: Any) -> None:
+    def add(self, group: str, graph: Any) -> None:
         """Note a graph that is complete."""
-        self._specs[graph.name] = tuple(graph_specs(graph))
+        self._specs[group, graph.name] = tuple(graph_specs(graph))
 
     def compile(self) -> None:
         """Compile all graphs, or take them from MAX's cache."""
@@ -66,8 +68,12 @@ class GraphSet:
             "graphs", "Loading the graphs (a new shape compiles for about a minute, a known one loads in seconds)"
         ):
             session = InferenceSession(devices=[CPU()])
-            models = session.load_all(self._module, custom_extensions=[self.library])
-            self.compiled = {n: CompiledGraph(n, specs, models[n]) for n, specs in self._specs.items()}
+            for group, module in self._modules.items():
+                models = session.load_all(module, custom_extensions=[self.library])
+                names = [n for g, n in self._specs if g == group]
+                found = models.values() if len(names) == 1 else [models[n] for n in names]
+                for name, model in zip(names, found, strict=True):
+                    self.compiled[group, name] = CompiledGraph(name, self._specs[group, name], model)
 
 
 class MoELayer:
@@ -79,7 +85,7 @@ class MoELayer:
     """
 
     def __init__(self, cfg: EPConfig, graphs: GraphSet, name: str = "moe"):
-        """Make the communicator and add two graphs, "<name>_dispatch" and "<name>_combine".
+        """Make the communicator and add two graphs, "dispatch" and "combine", as group `name`.
 
         Raises:
             SharedMemoryError: There is not enough memory for the windows.
@@ -117,7 +123,7 @@ class MoELayer:
             MAX buffers for `handles` and `combine`.
         """
         return self.comm.execute(
-            self._graphs.compiled[f"{self.name}_dispatch"], *xs, *topk_ids, *weights, as_buffers=True
+            self._graphs.compiled[self.name, "dispatch"], *xs, *topk_ids, *weights, as_buffers=True
         )
 
     def handles(self, buffers: list[Any]) -> list[Any]:
@@ -136,7 +142,7 @@ class MoELayer:
         Returns:
             For each rank a MAX buffer [T, H] in output_dtype.
         """
-        return self.comm.execute(self._graphs.compiled[f"{self.name}_combine"], *ys, *buffers, as_buffers=True)
+        return self.comm.execute(self._graphs.compiled[self.name, "combine"], *ys, *buffers, as_buffers=True)
 
     def _add_dispatch(self) -> None:
         from max.dtype import DType
@@ -147,14 +153,14 @@ class MoELayer:
         cfg, comm, n = self.cfg, self.comm, self.cfg.n_ranks
         sizes = ((DType.bfloat16, cfg.hidden_size), (DType.int32, cfg.top_k), (DType.float32, cfg.top_k))
         types = [TensorType(d, [f"tokens{r}", size], DeviceRef.CPU()) for d, size in sizes for r in range(n)]
-        with self._graphs.graph(f"{self.name}_dispatch", [*types, *comm.input_types()]) as graph:
+        with self._graphs.graph(self.name, "dispatch", [*types, *comm.input_types()]) as graph:
             own = [v.tensor for v in graph.inputs[: 3 * n]]
             ranks = comm.bind(graph.inputs[-comm.num_inputs :])
             flat = [h.flat() for h in ep.dispatch(ranks, own[:n], own[n : 2 * n], own[2 * n :])]
             outputs = [flat[r][i] for i in range(len(flat[0])) for r in range(n)]
             self._handle_types = [value.type for value in outputs]
             graph.output(*outputs)
-        self._graphs.add(graph)
+        self._graphs.add(self.name, graph)
 
     def _add_combine(self) -> None:
         from max.dtype import DType
@@ -165,12 +171,12 @@ class MoELayer:
         cfg, comm, n = self.cfg, self.comm, self.cfg.n_ranks
         shape = [*self._handle_types[0].shape[:-1], cfg.hidden_size]
         types = [*[TensorType(getattr(DType, cfg.combine_dtype), shape, DeviceRef.CPU())] * n, *self._handle_types]
-        with self._graphs.graph(f"{self.name}_combine", [*types, *comm.input_types()]) as graph:
+        with self._graphs.graph(self.name, "combine", [*types, *comm.input_types()]) as graph:
             own = [v.tensor for v in graph.inputs[: len(types)]]
             ranks = comm.bind(graph.inputs[-comm.num_inputs :])
             handles = [ep.Handle.from_flat(cfg, own[n:][r::n]) for r in range(n)]
             graph.output(*ep.combine(ranks, own[:n], handles))
-        self._graphs.add(graph)
+        self._graphs.add(self.name, graph)
 
 
 def build_kernels(progress: Progress) -> Any:
@@ -210,17 +216,17 @@ class Encoder:
         self.comm = Communicator.cpu(cfg.replace(n_ranks=1, n_experts=1, top_k=1, max_tokens_per_rank=len(x)))
         sizes = ((DType.bfloat16, cfg.hidden_size), (DType.int32, 1))
         types = [TensorType(dtype, ["tokens", size], DeviceRef.CPU()) for dtype, size in sizes]
-        with graphs.graph("encode", [*types, *self.comm.input_types()]) as graph:
+        with graphs.graph("encoder", "encode", [*types, *self.comm.input_types()]) as graph:
             ranks = self.comm.bind(graph.inputs[-self.comm.num_inputs :])
             ep.dispatch_async(ranks, [graph.inputs[0].tensor], [graph.inputs[1].tensor])
             graph.output()
-        graphs.add(graph)
+        graphs.add("encoder", graph)
         self._graphs = graphs
         self._args = [to_buffer(x, "bfloat16"), to_buffer(np.zeros((len(x), 1), np.int32))]
 
     def run(self) -> None:
         """Encode all tokens into the window."""
-        self.comm.execute(self._graphs.compiled["encode"], *self._args)
+        self.comm.execute(self._graphs.compiled["encoder", "encode"], *self._args)
 
     def reset(self) -> None:
         """Make room for the next run."""

@@ -1,7 +1,16 @@
 """The ep-mojo package: expert-parallel dispatch and combine. Import from here; the ops of MAX graphs register themselves."""
 
 from .api import (
+    EPLocalSyncCounters,
     TokenHandler,
+    combine_async_kernel,
+    combine_async_shape,
+    combine_wait_kernel,
+    combine_wait_shape,
+    dispatch_async_kernel,
+    dispatch_async_shape,
+    dispatch_wait_kernel,
+    dispatch_wait_shape,
     ep_combine_async_kernel_api,
     ep_combine_wait_kernel_api,
     ep_dispatch_async_kernel_api,

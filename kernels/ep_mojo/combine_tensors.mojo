@@ -1,6 +1,7 @@
 """What a combine reads and writes besides the windows, and the sum of a token, the same on every target."""
 
 from std.sys import size_of
+from std.utils import IndexList
 
 from .launch import Endpoint
 from .layout import (
@@ -12,6 +13,17 @@ from .layout import (
 from .numeric import accumulate, store_f32
 from .peers import Bytes, View
 from .team import Team
+
+comptime RouterWeights = def[width: Int](
+    token_idx: Int, topk_id: Int
+) capturing -> SIMD[DType.float32, width]
+"""Gives the weights of `width` choices of a token, from choice `topk_id` on."""
+comptime Epilogue = def[dtype: DType, width: Int, *, alignment: Int = 1](
+    IndexList[2], SIMD[dtype, width]
+) capturing -> None
+"""Takes `width` sums from (token, channel) on."""
+comptime EPILOGUE_WIDTH = 8
+"""Channels that an epilogue takes at a time."""
 
 
 struct CombineInput(TrivialRegisterPassable):

@@ -118,6 +118,21 @@ comptime ROUTED_MASKS = HEAD_WORDS
 
 
 @always_inline
+def expert_rows(s: Settings) -> Int:
+    """ExpertSlots on a GPU: first of E (u64) words behind the masks, one for each (local expert, source).
+
+    A dispatch_wait publishes there how many rows a source's messages give beyond one each.
+
+    Args:
+        s: The settings.
+
+    Returns:
+        Index of an int32 word, even.
+    """
+    return (ROUTED_MASKS + s.max_tokens + 1) // 2 * 2
+
+
+@always_inline
 def counters_words(s: Settings) -> Int:
     """Size of `atomic_counters`.
 
@@ -128,5 +143,5 @@ def counters_words(s: Settings) -> Int:
         Words (int32): the head, and a launch's notes to itself.
     """
     if s.expert_slots:
-        return ROUTED_MASKS + s.max_tokens
+        return expert_rows(s) + 2 * s.n_experts
     return WORK_COUNTS + s.n_experts + s.n_ranks

@@ -6,6 +6,9 @@ from .peers import Bytes, View, window_view
 from .routing import NO_ROW, local_group
 from .team import Team, fill, zero_bytes
 
+comptime InputScales = def[dtype: DType](Int) capturing -> Scalar[dtype]
+"""Gives the factor for an expert; only the factor for expert 0 is used, for all."""
+
 
 struct DispatchInput[ids_dtype: DType](TrivialRegisterPassable):
     """What a rank dispatches. Absent tensors have size 0.

@@ -317,6 +317,21 @@ def token_count(
     Returns:
         T, or 0 after a failure.
     """
+    return check_tokens(ep, stage, rows, given_tokens(rows, num_tokens))
+
+
+def check_tokens(ep: Endpoint, stage: Int32, rows: Int, given: Int) -> Int:
+    """T of this launch; records a failure where it is out of range.
+
+    Args:
+        ep: The rank.
+        stage: `STAGE_*`.
+        rows: Rows of the tensor.
+        given: What the launch was told.
+
+    Returns:
+        T, or 0 after a failure.
+    """
     if ep.head.failed():
         return 0
     if rows > ep.s.max_tokens:
@@ -328,7 +343,6 @@ def token_count(
             limit=ep.s.max_tokens,
         )
         return 0
-    var given = given_tokens(rows, num_tokens)
     if given < 0 or given > rows:
         ep.head.fail(
             KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows

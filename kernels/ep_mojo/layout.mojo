@@ -33,8 +33,6 @@ comptime EXPERT_SLOTS_TOKEN = 0
 """Byte offset of the token's index (i32) in that header."""
 comptime EXPERT_SLOTS_MASK = 4
 """Byte offset of its mask of choices (u32)."""
-comptime EXPERT_SLOTS_UNUSED = 8
-"""Byte offset of the rest (u64), always 0."""
 
 
 @always_inline

@@ -13,6 +13,9 @@ from std.utils import StaticTuple
 comptime Bytes = Pointer[UInt8, MutUntrackedOrigin]
 """Untyped memory."""
 
+comptime Words = Pointer[UInt64, MutUntrackedOrigin]
+"""Signal words."""
+
 comptime MAX_RANKS = 8
 """The most ranks of one node, and the length of a `PeerTable`."""
 
@@ -210,6 +213,44 @@ struct PeerTable(TrivialRegisterPassable):
         self.address = StaticTuple[UInt64, MAX_RANKS](fill=0)
         for r in range(min(table.size, MAX_RANKS)):
             self.address[r] = table[r]
+
+    @always_inline
+    def __init__[
+        T: AnyType, n: Int
+    ](out self, windows: Array[Pointer[T, MutUntrackedOrigin], n]):
+        """Take pointers.
+
+        Parameters:
+            T: What they point to.
+            n: R.
+
+        Args:
+            windows: One window a rank.
+        """
+        self.address = StaticTuple[UInt64, MAX_RANKS](fill=0)
+        comptime for r in range(n):
+            self.address[r] = UInt64(Int(windows[r]))
+
+    @always_inline
+    def pointers[
+        T: AnyType, n: Int
+    ](self) -> Array[Pointer[T, MutUntrackedOrigin], n]:
+        """The table as the seed-named device functions take it.
+
+        Parameters:
+            T: What the windows hold.
+            n: R.
+
+        Returns:
+            One window a rank.
+        """
+        comptime P = Pointer[T, MutUntrackedOrigin]
+        var found = Array[P, n](
+            fill=P(unsafe_from_address=Int(self.address[0]))
+        )
+        comptime for r in range(n):
+            found[r] = P(unsafe_from_address=Int(self.address[r]))
+        return found^
 
     @always_inline
     def __getitem__(self, rank: Int) -> Bytes:

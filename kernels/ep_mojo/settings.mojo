@@ -1,6 +1,8 @@
 """What every rank agrees on: the settings tensor by name, and its hash."""
 
-from .peers import Scratch, View
+from std.utils import StaticTuple
+
+from .peers import View
 
 comptime SETTINGS_WORDS = 17
 """Words (int64) of the settings tensor."""
@@ -129,29 +131,31 @@ struct Settings(TrivialRegisterPassable):
         self.format_tag = format_tag
         self.reduce = REDUCE_SOURCE
 
-    def write(self, w: View[DType.int64]):
-        """Store the settings as a tensor's words, which `Settings(words)` reads.
+    def words(self) -> StaticTuple[Int64, SETTINGS_WORDS]:
+        """The settings as the words of a settings tensor.
 
-        Args:
-            w: Int64 [17], out.
+        Returns:
+            What `Settings(words)` reads.
         """
-        w[0] = Int64(self.n_ranks)
-        w[1] = Int64(self.n_experts)
-        w[2] = Int64(self.top_k)
-        w[3] = Int64(self.max_tokens)
-        w[4] = Int64(self.num_buffers)
-        w[5] = Int64(self.alignment)
-        w[6] = Int64(self.tokens_per_signal)
-        w[7] = Int64(self.hidden_size)
-        w[8] = Int64(self.message_bytes)
-        w[9] = Int64(self.row_bytes)
-        w[10] = Int64(self.combine_slots)
-        w[11] = Int64(self.n_sms)
-        w[12] = Int64(Int(self.virtual))
-        w[13] = Int64(Int(self.expert_slots))
-        w[14] = Int64(Int(self.shared_expert))
-        w[15] = Int64(self.format_tag)
-        w[16] = Int64(self.reduce)
+        return StaticTuple[Int64, SETTINGS_WORDS](
+            Int64(self.n_ranks),
+            Int64(self.n_experts),
+            Int64(self.top_k),
+            Int64(self.max_tokens),
+            Int64(self.num_buffers),
+            Int64(self.alignment),
+            Int64(self.tokens_per_signal),
+            Int64(self.hidden_size),
+            Int64(self.message_bytes),
+            Int64(self.row_bytes),
+            Int64(self.combine_slots),
+            Int64(self.n_sms),
+            Int64(Int(self.virtual)),
+            Int64(Int(self.expert_slots)),
+            Int64(Int(self.shared_expert)),
+            Int64(self.format_tag),
+            Int64(self.reduce),
+        )
 
     def hash(self, unhashed: UInt32) -> UInt64:
         """FNV-1a over the settings as little-endian bytes.
@@ -162,11 +166,7 @@ struct Settings(TrivialRegisterPassable):
         Returns:
             The hash.
         """
-        var words = Scratch[DType.int64](SETTINGS_WORDS)
-        self.write(words.view())
-        var h = settings_hash(words.view(), unhashed)
-        _ = words^
-        return h
+        return settings_hash(self.words(), unhashed)
 
     @always_inline
     def n_local_experts(self) -> Int:
@@ -199,7 +199,9 @@ struct Settings(TrivialRegisterPassable):
         return (tokens + self.tokens_per_signal - 1) // self.tokens_per_signal
 
 
-def settings_hash(words: View[DType.int64], unhashed: UInt32) -> UInt64:
+def settings_hash(
+    words: StaticTuple[Int64, SETTINGS_WORDS], unhashed: UInt32
+) -> UInt64:
     """FNV-1a over the settings as little-endian bytes.
 
     Args:
@@ -227,4 +229,7 @@ def config_hash(words: View[DType.int64]) -> UInt64:
     Returns:
         The hash that every rank's head must hold.
     """
-    return settings_hash(words, CONFIG_UNHASHED)
+    var given = StaticTuple[Int64, SETTINGS_WORDS](fill=0)
+    for i in range(SETTINGS_WORDS):
+        given[i] = words[i]
+    return settings_hash(given, CONFIG_UNHASHED)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZER = "compute-sanitizer"
-SANITIZED = "test_round or budget"
+SANITIZED = "test_round or budget or more_messages"
 """One small case of every kernel variant of the split stages."""
 TOOLS = {"memcheck": [], "racecheck": [], "synccheck": ["--num-cuda-barriers", "4096"]}
 CLEAN = re.compile(r"(?:ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)")
@@ -32,7 +32,10 @@ def pytest(*args: str) -> list[str]:
 
 def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
     """Name of each step, with its command and most seconds, or why it cannot be run."""
-    found: dict[str, tuple[list[str], int] | str] = {"one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600)}
+    found: dict[str, tuple[list[str], int] | str] = {
+        "one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600),
+        "Mojo program": (pytest("tests/gpu/test_mojo_program.py"), 600),
+    }
     if gpus > 1:
         found[f"{gpus} GPUs"] = (pytest("tests/gpu/test_gpus.py"), 1800)
     else:

@@ -7,5 +7,4 @@ from graph import stages as stages_module
 @pytest.fixture(scope="session")
 def stages():
     """Compiled stages by variant, for GPU 0."""
-    variants = [v for v in stages_module.all_variants() if v.slots == "rank"]
-    return stages_module.compile_all(variants, gpu=True)
+    return stages_module.compile_all(stages_module.all_variants(), gpu=True)

@@ -1,6 +1,7 @@
 """The tests of virtual ranks on the host, on one GPU: the same configs, rounds and reference, the GPU's stages."""
 
 from graph.test_conformance import (  # noqa: F401
+    test_blocks_of_more_messages_than_lanes,
     test_budget_of_workers,
     test_float32_rows_and_a_hidden_size_between_vectors,
     test_more_payload_than_one_worker_takes,
@@ -29,6 +30,8 @@ from graph.test_order import (  # noqa: F401
 )
 from graph.test_properties import (  # noqa: F401
     test_bf16,
+    test_expert_slots,
+    test_expert_slots_with_every_bit_of_a_choice_mask,
     test_fp8,
     test_payload_is_carried_unchanged_in_bf16,
     test_smallest_fp8,

@@ -23,18 +23,19 @@ class Variant:
     layout: str
     reduce: str
     mode: str
+    slots: str = "rank"
 
     @property
     def name(self) -> str:
         """Name of its graph."""
-        return "_".join((self.fmt, self.layout, self.reduce, self.mode)).replace("-", "_")
+        return "_".join((self.fmt, self.layout, self.reduce, self.mode, self.slots)).replace("-", "_")
 
     def config(self, n_ranks: int, **fields) -> ep.EPConfig:
         """A config of it; `fields` are of run time."""
         fmt = FORMATS[self.fmt]
         types = COMBINE_TYPES[hidden_of(fmt)]
         sizes = {"top_k": 4, "n_experts": 3 * n_ranks, "max_tokens_per_rank": 13, "timeout_s": 10}
-        if self.layout == "expert":
+        if self.layout == "expert" and self.slots == "rank":
             sizes |= {"alignment": 8, "shared_expert": True}
         return ep.EPConfig(
             hidden_size=hidden_of(fmt),
@@ -42,6 +43,7 @@ class Variant:
             dispatch_format=fmt,
             output_layout=self.layout,
             reduce=self.reduce,
+            slots=self.slots,
             combine_dtype=types[0],
             output_dtype=types[1],
             **sizes | fields,
@@ -49,6 +51,7 @@ class Variant:
 
 
 VARIANTS = [Variant(f, y, r, m) for f in FORMAT_NAMES for y in LAYOUTS for r in REDUCE_MODES for m in MODES]
+VARIANTS += [Variant(f, y, "source", "split", "expert") for f in ("bf16", "fp8-ue8m0-row") for y in LAYOUTS[:2]]
 
 
 def add_graph(module, variant: Variant, comm, name: str | None = None, rounds: int = 1, ranks_in_it=None):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from graph import together
 from graph.virtual import random_rows
 
 import ep_mojo as ep
@@ -38,27 +39,27 @@ def whole_round(comm, module, name):
     return graph
 
 
-def compile_both(make):
-    """Communicators and graphs for both slot policies, compiled together."""
-    from max.graph import Module
+def _add_round(slots):
+    def add(module):
+        comm = ep.Communicator.cpu(CFG.replace(slots=slots))
+        name = f"aborted_{slots}"
+        return comm, {name: whole_round(comm, module, name)}
 
-    module = Module()
-    comms = [make(CFG.replace(slots=slots)) for slots in SLOTS]
-    return comms, [whole_round(comm, module, f"round_{slots}") for comm, slots in zip(comms, SLOTS, strict=True)]
+    return add
 
 
-@pytest.fixture(scope="module")
-def virtual():
-    comms, graphs = compile_both(ep.Communicator.cpu)
-    models = comms[0].compile_all(graphs)
-    yield dict(zip(SLOTS, zip(comms, models, strict=True), strict=True))
-    for comm in comms:
-        comm.destroy()
+for _slots in SLOTS:
+    together.needed(_add_round(_slots))
 
 
 @pytest.fixture(scope="module")
 def processes():
-    comms, graphs = compile_both(ep.Communicator.processes)
+    """Communicators and graphs for both slot policies, compiled together."""
+    from max.graph import Module
+
+    module = Module()
+    comms = [ep.Communicator.processes(CFG.replace(slots=slots)) for slots in SLOTS]
+    graphs = [whole_round(comm, module, f"round_{slots}") for comm, slots in zip(comms, SLOTS, strict=True)]
     models = [comm.compile(graph) for comm, graph in zip(comms, graphs, strict=True)]
     yield dict(zip(SLOTS, zip(comms, models, strict=True), strict=True))
     for comm in comms:
@@ -106,8 +107,8 @@ BAD = {"ids": "topk_ids: elements", "bias": "bias0: bytes"}
 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("slots", SLOTS)
-def test_virtual_ranks(virtual, slots, what):
-    comm, model = virtual[slots]
+def test_virtual_ranks(together, slots, what):
+    comm, model = together[f"aborted_{slots}"]
     expect_right_round(comm, model, 7)
     with pytest.raises(ep.ShapeError, match=BAD[what]):
         comm.execute(model, *bad_arguments(what, 1))
@@ -115,8 +116,8 @@ def test_virtual_ranks(virtual, slots, what):
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-def test_virtual_ranks_that_have_not_begun_go_on(virtual, slots):
-    comm, model = virtual[slots]
+def test_virtual_ranks_that_have_not_begun_go_on(together, slots):
+    comm, model = together[f"aborted_{slots}"]
     epochs = [m.epochs() for m in comm.memories]
     with pytest.raises(ep.ShapeError, match=BAD["ids"]):
         comm.execute(model, *bad_arguments("ids", 0))

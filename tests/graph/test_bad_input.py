@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from graph import together
 from graph.stages import Engine
 from graph.virtual import Play, random_round
 
@@ -30,8 +31,8 @@ ROWS = CFG.rows_capacity
 class Building:
     """A graph in the making, with inputs of any type."""
 
-    def __init__(self, cfg):
-        self.cfg, self.comm = cfg, ep.Communicator.cpu(cfg)
+    def __init__(self, cfg, module=None):
+        self.cfg, self.comm, self.module = cfg, ep.Communicator.cpu(cfg), module
 
     def values(self, *types):
         """Two graph inputs (one a rank) of every (dtype, shape), by type."""
@@ -40,7 +41,8 @@ class Building:
 
         host = DeviceRef.CPU()
         own = [TensorType(getattr(DType, d), s, host) for d, s in types for _ in range(2)]
-        self.graph = Graph("bad", input_types=[*own, *self.comm.input_types()], custom_extensions=[ep.kernel_library()])
+        types, library = [*own, *self.comm.input_types()], [ep.kernel_library()]
+        self.graph = Graph("bad", input_types=types, custom_extensions=library, module=self.module)
         given = [v.tensor for v in self.graph.inputs[: len(own)]]
         self.ranks = self.comm.bind(self.graph.inputs[len(own) :])
         return [given[i : i + 2] for i in range(0, len(own), 2)]
@@ -212,17 +214,21 @@ def test_building_a_graph(attempt, error, text):
 # When a graph runs
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """One dispatch over two ranks, and good arguments for it."""
-    with ep.Communicator.cpu(CFG) as comm:
-        building = Building(CFG)
-        building.comm = comm
-        xs, ids, weights, n = building.values(x(), IDS, WEIGHTS, ("int32", [1]))
-        with building.graph:
-            handles = ep.dispatch(building.ranks, xs, ids, weights, num_tokens=n)
-            building.graph.output(*(h.counts for h in handles))
-        yield comm, comm.compile(building.graph)
+@together.needed
+def _add_dispatch(module):
+    """One dispatch over two ranks."""
+    building = Building(CFG, module)
+    xs, ids, weights, n = building.values(x(), IDS, WEIGHTS, ("int32", [1]))
+    with building.graph:
+        handles = ep.dispatch(building.ranks, xs, ids, weights, num_tokens=n)
+        building.graph.output(*(h.counts for h in handles))
+    return building.comm, {"bad": building.graph}
+
+
+@pytest.fixture
+def compiled(together):
+    """The dispatch and its communicator."""
+    return together["bad"]
 
 
 def good():

@@ -78,3 +78,15 @@ def test_tokens_that_are_quantised_already(stages, scale, layout):
     encoded = [reference.encode(cfg, x, None) for x in case.xs]
     case.xs, scales = [e[0] for e in encoded], [e[1] for e in encoded]
     play(stages, cfg, [Round(case, x_scales=scales).solve()])
+
+
+@pytest.mark.parametrize("layout", ["expert", "expert_padded"])
+@pytest.mark.parametrize("n_sms", [None, 1])
+def test_blocks_of_more_messages_than_lanes(stages, layout, n_sms):
+    """slots="expert": more messages from a source to an expert than a warp has lanes; tokens that choose one twice."""
+    sizes = {"top_k": 3, "n_experts": 4, "max_tokens_per_rank": 150, "n_ranks": 2}
+    cfg = ep.EPConfig(hidden_size=8, output_layout=layout, slots="expert", n_sms=n_sms, **sizes)
+    rounds = [random_round(cfg, seed, reduce="source", routing="uniform", ragged=False) for seed in range(3)]
+    if layout == "expert":
+        rounds.append(random_round(cfg, 3, reduce="source"))
+    play(stages, cfg, rounds)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from graph import rounds
+from graph import rounds, together
 
 import ep_mojo as ep
 from ep_mojo import reference
@@ -33,43 +33,68 @@ FP8 = ep.EPConfig(
 )
 
 
-def graph(comm, body, inputs):
-    """Compile a graph with `inputs` (lists of (dtype, shape) over ranks, kind by kind) and the communicator's."""
+def graph(comm, body, inputs, name="g", module=None):
+    """A graph with `inputs` (lists of (dtype, shape) over ranks, kind by kind) and the communicator's."""
     from max.dtype import DType
     from max.graph import DeviceRef, Graph, TensorType
 
     host = DeviceRef.CPU()
     types = [TensorType(getattr(DType, dtype), shape, host) for dtype, shape in inputs]
-    with Graph("g", input_types=[*types, *comm.input_types()], custom_extensions=[ep.kernel_library()]) as g:
+    library = [ep.kernel_library()]
+    with Graph(name, input_types=[*types, *comm.input_types()], custom_extensions=library, module=module) as g:
         ranks = comm.bind(g.inputs[-comm.num_inputs :])
         g.output(*body(ranks, [v.tensor for v in g.inputs[: len(types)]]))
-    return comm.compile(g)
+    return g
 
 
 def by_kind(handles):
     return [h[i] for i in range(len(HANDLE_TENSORS)) for h in (h.flat() for h in handles)]
 
 
-@pytest.fixture(scope="module")
-def bf16():
+@together.needed
+def _add_bf16(module):
     """A whole round: x, ids, weights and bias in, handle and sums out."""
     cfg, R = BF16, BF16.n_ranks
-    with ep.Communicator.cpu(cfg) as comm:
 
-        def body(ranks, v):
-            xs, ids, weights, n, bias = (v[i : i + R] for i in range(0, 5 * R, R))
-            hs = ep.dispatch(ranks, xs, ids, weights, num_tokens=n)
-            return [*by_kind(hs), *ep.combine(ranks, [h.tokens for h in hs], hs, bias0=bias)]
+    def body(ranks, v):
+        xs, ids, weights, n, bias = (v[i : i + R] for i in range(0, 5 * R, R))
+        hs = ep.dispatch(ranks, xs, ids, weights, num_tokens=n)
+        return [*by_kind(hs), *ep.combine(ranks, [h.tokens for h in hs], hs, bias0=bias)]
 
-        kinds = [
-            ("bfloat16", cfg.hidden_size),
-            ("int64", K),
-            ("float32", K),
-            ("int32", None),
-            ("float32", cfg.hidden_size),
-        ]
-        inputs = [(d, [1] if w is None else [f"T{r}", w]) for d, w in kinds for r in range(R)]
-        yield comm, graph(comm, body, inputs)
+    kinds = [
+        ("bfloat16", cfg.hidden_size),
+        ("int64", K),
+        ("float32", K),
+        ("int32", None),
+        ("float32", cfg.hidden_size),
+    ]
+    inputs = [(d, [1] if w is None else [f"T{r}", w]) for d, w in kinds for r in range(R)]
+    comm = ep.Communicator.cpu(cfg)
+    return comm, {"expert_slots_bf16": graph(comm, body, inputs, "expert_slots_bf16", module)}
+
+
+@together.needed
+def _add_fp8(module):
+    """Dispatch in fp8, then combine of other rows, with weights at combine."""
+    cfg, R = FP8, FP8.n_ranks
+
+    def body(ranks, v):
+        xs, ids, weights, ys = (v[i : i + R] for i in range(0, 4 * R, R))
+        hs = ep.dispatch(ranks, xs, ids)
+        return [*by_kind(hs), *ep.combine(ranks, ys, hs, weights=weights)]
+
+    kinds = [("bfloat16", cfg.hidden_size), ("int32", K), ("float32", K)]
+    inputs = [(d, [f"T{r}", w]) for d, w in kinds for r in range(R)]
+    rows = [cfg.n_groups, R * TMAX, cfg.hidden_size]
+    comm = ep.Communicator.cpu(cfg)
+    given = [*inputs, *[("float32", rows)] * R]
+    return comm, {"expert_slots_fp8": graph(comm, body, given, "expert_slots_fp8", module)}
+
+
+@pytest.fixture
+def bf16(together):
+    """The round in bfloat16."""
+    return together["expert_slots_bf16"]
 
 
 def draw(cfg, rng, sizes, ids=None):
@@ -139,38 +164,29 @@ def test_bad_num_tokens_then_reset(bf16):
     check_round(comm, model, xs, ids, weights, (4, 4, 4), rng)
 
 
-def test_fp8_padded():
-    """One graph: dispatch in fp8, then combine of other rows, with weights at combine."""
+def test_fp8_padded(together):
+    """The padded layout, and the overflow of a group of it."""
     cfg, R = FP8, FP8.n_ranks
+    comm, model = together["expert_slots_fp8"]
     rng = np.random.default_rng(3)
-    with ep.Communicator.cpu(cfg) as comm:
+    for sizes in ((20, 0), (7, 20), (20, 20)):
+        xs, ids, weights = draw(cfg, rng, sizes)
+        ids = [np.sort(i, axis=1).astype(np.int32) for i in ids]
+        for i in ids:  # a padded group has no room for a token's second copy when all ranks are full
+            i[:, 1:][i[:, 1:] == i[:, :-1]] = -1
+        ys = [rng.standard_normal((cfg.n_groups, R * TMAX, cfg.hidden_size), np.float32) for _ in range(R)]
+        out = comm.execute(model, *xs, *ids, *weights, *ys)
+        handles = reference.dispatch(cfg, xs, ids)
+        check_handles(cfg, handles, out)
+        want = reference.combine(cfg, ys, handles, weights=weights)
+        for r in range(R):
+            assert reference.output_difference("y", want[r], out[len(HANDLE_TENSORS) * R + r]) is None
 
-        def body(ranks, v):
-            xs, ids, weights, ys = (v[i : i + R] for i in range(0, 4 * R, R))
-            hs = ep.dispatch(ranks, xs, ids)
-            return [*by_kind(hs), *ep.combine(ranks, ys, hs, weights=weights)]
-
-        kinds = [("bfloat16", cfg.hidden_size), ("int32", K), ("float32", K)]
-        inputs = [(d, [f"T{r}", w]) for d, w in kinds for r in range(R)]
-        rows = [cfg.n_groups, R * TMAX, cfg.hidden_size]
-        model = graph(comm, body, [*inputs, *[("float32", rows)] * R])
-        for sizes in ((20, 0), (7, 20), (20, 20)):
-            xs, ids, weights = draw(cfg, rng, sizes)
-            ids = [np.sort(i, axis=1).astype(np.int32) for i in ids]
-            for i in ids:  # a padded group has no room for a token's second copy when all ranks are full
-                i[:, 1:][i[:, 1:] == i[:, :-1]] = -1
-            ys = [rng.standard_normal(rows, np.float32) for _ in range(R)]
-            out = comm.execute(model, *xs, *ids, *weights, *ys)
-            handles = reference.dispatch(cfg, xs, ids)
-            check_handles(cfg, handles, out)
-            want = reference.combine(cfg, ys, handles, weights=weights)
-            for r in range(R):
-                assert reference.output_difference("y", want[r], out[len(HANDLE_TENSORS) * R + r]) is None
-
-        xs, _, weights = draw(cfg, rng, (20, 20))
-        ids = [np.full((20, K), 7, np.int32) for _ in range(R)]
-        with pytest.raises(CapacityError, match="160"):
-            comm.execute(model, *xs, *ids, *weights, *ys)
+    xs, _, weights = draw(cfg, rng, (20, 20))
+    ids = [np.full((20, K), 7, np.int32) for _ in range(R)]
+    with pytest.raises(CapacityError, match="160"):
+        comm.execute(model, *xs, *ids, *weights, *ys)
+    comm.reset()
 
 
 def whole_round(comm):
@@ -180,7 +196,8 @@ def whole_round(comm):
         (h,) = ep.dispatch(ranks, *([t] for t in v))
         return [*h.flat(), *ep.combine(ranks, [h.tokens], [h])]
 
-    return graph(comm, body, [("bfloat16", ["T", BF16.hidden_size]), ("int32", ["T", K]), ("float32", ["T", K])])
+    inputs = [("bfloat16", ["T", BF16.hidden_size]), ("int32", ["T", K]), ("float32", ["T", K])]
+    return comm.compile(graph(comm, body, inputs))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from graph import together
 from graph.virtual import Round, drop_repeats, random_rows
 from unit.cases import make_case
 
@@ -140,6 +141,7 @@ def _graph(name, module, comm, kinds, body):
         R = comm.cfg.n_ranks
         values = {name: given[i * R : (i + 1) * R] for i, name in enumerate(kinds)}
         graph.output(*body(comm.bind(graph.inputs[len(own) :]), values))
+    return graph
 
 
 def _whole(setup):
@@ -188,31 +190,34 @@ def _again_kinds():
     return kinds | flat | old | {"y": CACHED.kinds()["y"]}
 
 
-@pytest.fixture(scope="module")
-def graphs():
-    """Communicators and models by name: one module, one compilation."""
-    from max.driver import CPU
-    from max.engine import InferenceSession
-    from max.graph import Module
+def _add_whole(setup):
+    """One graph of a whole round, named as its setup."""
 
-    module, comms = Module(), {}
-    for i, (name, setup) in enumerate(SETUPS.items()):
-        comms[name] = ep.Communicator.cpu(setup.cfg), f"whole_{i}"
-        _graph(f"whole_{i}", module, comms[name][0], setup.kinds(), _whole(setup))
-    cached = ep.Communicator.cpu(CACHED.cfg)
-    _graph("first", module, cached, {k: v for k, v in CACHED.kinds().items() if k != "y"}, _first)
-    _graph("again", module, cached, _again_kinds(), _again)
-    models = InferenceSession(devices=[CPU()]).load_all(module, custom_extensions=[ep.kernel_library()])
-    found = {name: (comm, models[graph]) for name, (comm, graph) in comms.items()}
-    yield found | {"first": (cached, models["first"]), "again": (cached, models["again"])}
-    for comm, _ in found.values():
-        comm.destroy()
-    cached.destroy()
+    def add(module):
+        comm = ep.Communicator.cpu(setup.cfg)
+        i = list(SETUPS.values()).index(setup)
+        return comm, {f"whole_{i}": _graph(f"whole_{i}", module, comm, setup.kinds(), _whole(setup))}
+
+    return add
+
+
+for _setup in SETUPS.values():
+    together.needed(_add_whole(_setup))
+
+
+@together.needed
+def _add_cached(module):
+    comm = ep.Communicator.cpu(CACHED.cfg)
+    kinds = {k: v for k, v in CACHED.kinds().items() if k != "y"}
+    return comm, {
+        "first": _graph("first", module, comm, kinds, _first),
+        "again": _graph("again", module, comm, _again_kinds(), _again),
+    }
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_round(graphs, name):
-    setup, (comm, model) = SETUPS[name], graphs[name]
+def test_round(together, name):
+    setup, (comm, model) = SETUPS[name], together[f"whole_{list(SETUPS).index(name)}"]
     R = setup.cfg.n_ranks
     for seed in range(5):
         rnd = setup.round(seed)
@@ -226,11 +231,11 @@ def test_round(graphs, name):
         assert not any(differences), differences
 
 
-def test_cached_handle(graphs):
+def test_cached_handle(together):
     """A handle that left its graph serves later ones, while other rounds run."""
     cfg, R = CACHED.cfg, CACHED.cfg.n_ranks
-    comm, first = graphs["first"]
-    _, again = graphs["again"]
+    comm, first = together["first"]
+    _, again = together["again"]
     old = CACHED.round(0)
     flat = [np.array(o) for o in comm.execute(first, *CACHED.args(old)[: 3 * R])]
     for seed in (1, 2, 3):

@@ -5,6 +5,18 @@ from ep_mojo.gpu.combine_async import combine_async_stage
 from ep_mojo.gpu.combine_wait import combine_wait_stage
 from ep_mojo.gpu.dispatch_async import dispatch_async_stage
 from ep_mojo.gpu.dispatch_wait import dispatch_wait_stage
+from ep_mojo.gpu.expert_slots_combine_async import (
+    expert_slots_combine_async_stage,
+)
+from ep_mojo.gpu.expert_slots_combine_wait import (
+    expert_slots_combine_wait_stage,
+)
+from ep_mojo.gpu.expert_slots_dispatch_async import (
+    expert_slots_dispatch_async_stage,
+)
+from ep_mojo.gpu.expert_slots_dispatch_wait import (
+    expert_slots_dispatch_wait_stage,
+)
 from ep_mojo.gpu.fused import combine_stage, dispatch_stage
 from max.gpu.host import get_gpu_target
 from std.compile import compile_info
@@ -129,6 +141,38 @@ def main():
     print(
         compile_info[
             combine_stage[BF, BF, BF, DType.int32, 7168, "expert", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// expert slots dispatch_async")
+    print(
+        compile_info[
+            expert_slots_dispatch_async_stage[Plain, DType.int32, False],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// expert slots dispatch_wait")
+    print(
+        compile_info[
+            expert_slots_dispatch_wait_stage[Row, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// expert slots combine_async")
+    print(
+        compile_info[
+            expert_slots_combine_async_stage[BF, 7168],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// expert slots combine_wait")
+    print(
+        compile_info[
+            expert_slots_combine_wait_stage[BF, BF, BF, DType.int32, 7168],
             emission_kind="asm",
             target=TARGET,
         ]().asm

@@ -130,7 +130,7 @@ def test_expert_slots_windows_are_those_of_the_seed() raises:
     assert_equal(dispatch_count_bytes(s), 2 * 3 * 8)
     assert_equal(combine_recv_bytes(s), 5 * 2 * 64 * 4)
     assert_equal(combine_count_bytes(s), 6 * 8)
-    assert_equal(counters_words(s), HEAD_WORDS + 5)
+    assert_equal(counters_words(s), HEAD_WORDS + 6 + 2 * 6)
     var messages = Marks(dispatch_recv_bytes(s))
     var counts = Marks(dispatch_count_bytes(s))
     var signals = Marks(combine_count_bytes(s))

@@ -20,8 +20,14 @@ SIGNALS = {
     "combine_wait": 1,  # credit
     "dispatch fused": 6,
     "combine fused": 4,
+    "expert slots dispatch_async": 1,  # messages of each expert, or FAILED
+    "expert slots dispatch_wait": 1,  # rows of a block
+    "expert slots combine_async": 1,
+    "expert slots combine_wait": 0,  # no credits: the next signals are those
 }
 """Words that a kernel publishes at least, by the beginning of its name."""
+AWAITS_NOTHING = ("expert slots dispatch_async", "expert slots combine_async")
+"""Kernels that go by the rank's own epochs alone."""
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,7 @@ def expected_signals(name: str) -> int:
 
 
 def test_all_kernels_are_there(kernels):
-    assert len(kernels) == 14
+    assert len(kernels) == 18
     for name, ptx in kernels.items():
         assert sum(f.is_entry for f in rules.functions(ptx)) == 1, name
     assert {start for start in SIGNALS if any(name.startswith(start) for name in kernels)} == set(SIGNALS)
@@ -61,7 +67,8 @@ def test_every_signal_is_a_release_at_system_scope(kernels):
     for name, ptx in kernels.items():
         entries = rules.functions(ptx)
         assert sum(map(rules.signals, entries)) >= expected_signals(name), name
-        assert sum(map(rules.awaits, entries)) >= 1, name
+        if not name.startswith(AWAITS_NOTHING):
+            assert sum(map(rules.awaits, entries)) >= 1, name
         assert any("atom.acq_rel.gpu" in text for f in entries for text in f.lines), name
 
 

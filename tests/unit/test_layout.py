@@ -120,7 +120,7 @@ def test_expert_slots_sizes():
     assert dispatch.expert_count(1, 2) == dispatch.count_bytes - 8
     assert combine.row(0, 9, 2) == combine.recv_bytes - 256
     assert combine.expert_signal(5) == combine.count_bytes - 8
-    assert layout.counters_words(cfg) == 64 + 10
+    assert layout.counters_words(cfg) == 64 + 10 + 2 * cfg.n_experts
     assert layout.counters_words(config()) == 64 + 32 + config().n_experts + config().n_ranks
 
 

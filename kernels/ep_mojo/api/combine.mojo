@@ -1,12 +1,16 @@
 """The seed-named functions of combine."""
 
 from layout import TileTensor
-from max.gpu.host import DeviceContext
-from std.sys import size_of
+from max.gpu.host import DeviceContext, FuncAttribute
 from std.utils import IndexList
 
 from ..cpu import expert_slots_combine
-from ..combine_tensors import CombineOutput
+from ..combine_tensors import (
+    CombineOutput,
+    EPILOGUE_WIDTH,
+    Epilogue,
+    RouterWeights,
+)
 from ..identity import check_identity
 from ..launch import Endpoint
 from ..layout import (
@@ -16,22 +20,18 @@ from ..layout import (
     STAGE_COMBINE_WAIT,
 )
 from ..numeric import load_f32
-from ..ops.checks import check_expert_rows, require
-from ..peers import Scratch, View
-from ..settings import COMBINE_UNHASHED, Settings
+from ..ops.checks import check_aligned, check_expert_rows, require
+from ..peers import PeerTable, Scratch, View
 from ..setup import tile_bytes, tile_view
-from .target import check_ranks, check_target
-
-comptime RouterWeights = def[width: Int](
-    token_idx: Int, topk_id: Int
-) capturing -> SIMD[DType.float32, width]
-"""Gives the weights of `width` choices of a token, from choice `topk_id` on."""
-comptime Epilogue = def[dtype: DType, width: Int, *, alignment: Int = 1](
-    IndexList[2], SIMD[dtype, width]
-) capturing -> None
-"""Takes `width` sums from (token, channel) on."""
-comptime EPILOGUE_WIDTH = 8
-"""Channels that an epilogue takes at a time."""
+from .combine_kernels import (
+    combine_async_kernel,
+    combine_async_shape,
+    combine_wait_kernel,
+    combine_wait_shape,
+)
+from .counters import ANY_RANK, EPLocalSyncCounters
+from .settings import combine_hash, combine_settings
+from .target import MAX_SMS, MAX_THREADS, check_ranks, check_target
 
 
 def ep_combine_async_kernel_api[
@@ -65,7 +65,7 @@ def ep_combine_async_kernel_api[
         max_token_per_rank: Tm, the most tokens of a rank.
         n_gpus_per_node: R, ranks.
         n_nodes: 1.
-        target: Where to run: "cpu".
+        target: Where to run: "cpu", or "gpu" on the device of `context`.
         use_shmem: False.
 
     Args:
@@ -81,6 +81,55 @@ def ep_combine_async_kernel_api[
         CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
     """
     check_target[target, use_shmem, n_nodes]()
+    var recv = tile_view(recv_ptrs)
+    var count = tile_view(recv_count_ptrs)
+    var rows = tile_bytes(input_tokens)
+    comptime if target == "gpu":
+        check_ranks[n_experts, n_gpus_per_node](recv, count)
+        var s = combine_settings[
+            combine_dtype,
+            hidden_size,
+            top_k,
+            n_experts,
+            max_token_per_rank,
+            n_gpus_per_node,
+        ]()
+        check_expert_rows(s, rows, tile_view(src_info), s.row_bytes)
+        check_aligned("input_tokens", rows)
+        var shape = combine_async_shape[combine_dtype, hidden_size](
+            context, s, src_info.num_elements() // 2
+        )
+        context.enqueue_function[
+            combine_async_kernel[
+                combine_dtype,
+                MAX_THREADS,
+                type_of(input_tokens).LayoutType,
+                type_of(src_info).LayoutType,
+                MAX_SMS,
+                hidden_size,
+                top_k,
+                n_experts,
+                n_gpus_per_node,
+                max_token_per_rank,
+                n_gpus_per_node,
+                use_shmem,
+            ]
+        ](
+            input_tokens,
+            src_info,
+            PeerTable(recv)[0],
+            PeerTable(recv).pointers[UInt8, n_gpus_per_node](),
+            PeerTable(count).pointers[UInt64, n_gpus_per_node](),
+            EPLocalSyncCounters[n_experts](atomic_counters),
+            ANY_RANK,
+            grid_dim=shape.ctas,
+            block_dim=shape.threads,
+            shared_mem_bytes=shape.shared_bytes,
+            func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+                UInt32(shape.shared_bytes)
+            ),
+        )
+        return
     var ep = _combine_endpoint[
         combine_dtype,
         hidden_size,
@@ -88,12 +137,7 @@ def ep_combine_async_kernel_api[
         n_experts,
         max_token_per_rank,
         n_gpus_per_node,
-    ](
-        tile_view(atomic_counters),
-        tile_view(recv_ptrs),
-        tile_view(recv_count_ptrs),
-    )
-    var rows = tile_bytes(input_tokens)
+    ](tile_view(atomic_counters), recv, count)
     check_expert_rows(ep.s, rows, tile_view(src_info), ep.s.row_bytes)
     expert_slots_combine.combine_async[combine_dtype, hidden_size](
         ep, rows, tile_view(src_info), STAGE_COMBINE_ASYNC
@@ -130,7 +174,7 @@ def ep_combine_wait_kernel_api[
         max_token_per_rank: Tm, the most tokens of a rank.
         n_gpus_per_node: R, ranks.
         n_nodes: 1.
-        target: Where to run: "cpu".
+        target: Where to run: "cpu", or "gpu" on the device of `context`.
         router_weights_wrapper: The router's weights; None: 1.
         epilogue_fn: Called with the sums of every token after they were stored, 8 channels at a time.
 
@@ -146,6 +190,49 @@ def ep_combine_wait_kernel_api[
         CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
     """
     check_target[target, False, n_nodes]()
+    var recv = tile_view(recv_ptrs)
+    var count = tile_view(recv_count_ptrs)
+    var y = tile_bytes(output_tokens)
+    var rows = Int(output_tokens.dim(0))
+    comptime if target == "gpu":
+        check_ranks[n_experts, n_gpus_per_node](recv, count)
+        var s = combine_settings[
+            combine_dtype,
+            hidden_size,
+            top_k,
+            n_experts,
+            max_token_per_rank,
+            n_gpus_per_node,
+        ]()
+        require("output_tokens: bytes", y.size, rows * s.row_bytes)
+        check_aligned("output_tokens", y)
+        var shape = combine_wait_shape(context, s, rows)
+        context.enqueue_function[
+            combine_wait_kernel[
+                combine_dtype,
+                MAX_THREADS,
+                type_of(output_tokens).LayoutType,
+                MAX_SMS,
+                hidden_size,
+                top_k,
+                n_experts,
+                n_gpus_per_node,
+                max_token_per_rank,
+                router_weights_wrapper,
+                epilogue_fn,
+            ]
+        ](
+            output_tokens,
+            PeerTable(recv).pointers[UInt8, n_gpus_per_node](),
+            PeerTable(count).pointers[UInt64, n_gpus_per_node](),
+            EPLocalSyncCounters[n_experts](atomic_counters),
+            ANY_RANK,
+            Int32(num_input_tokens),
+            grid_dim=shape.ctas,
+            block_dim=shape.threads,
+            shared_mem_bytes=shape.shared_bytes,
+        )
+        return
     var ep = _combine_endpoint[
         combine_dtype,
         hidden_size,
@@ -153,13 +240,7 @@ def ep_combine_wait_kernel_api[
         n_experts,
         max_token_per_rank,
         n_gpus_per_node,
-    ](
-        tile_view(atomic_counters),
-        tile_view(recv_ptrs),
-        tile_view(recv_count_ptrs),
-    )
-    var y = tile_bytes(output_tokens)
-    var rows = Int(output_tokens.dim(0))
+    ](tile_view(atomic_counters), recv, count)
     require("output_tokens: bytes", y.size, rows * ep.s.row_bytes)
     var given = rows if num_input_tokens == -1 else num_input_tokens
     var T = max(0, min(rows, given))
@@ -213,15 +294,13 @@ def _combine_endpoint[
     comptime assert hidden % 8 == 0, "hidden_size: a multiple of 8"
     comptime assert 1 <= top_k <= MAX_TOP_K, "top_k: 1 to 32"
     check_ranks[n_experts, n_ranks](recv_ptrs, recv_count_ptrs)
-    var s = Settings(
-        n_ranks=n_ranks,
-        n_experts=n_experts,
-        top_k=top_k,
-        max_tokens=max_tokens,
-        hidden_size=hidden,
-        message_bytes=0,
-        row_bytes=hidden * size_of[Scalar[dtype]](),
-        format_tag=0,
+    var s = combine_settings[
+        dtype, hidden, top_k, n_experts, max_tokens, n_ranks
+    ]()
+    check_identity(
+        counters,
+        s,
+        HEAD_COMBINE_HASH,
+        combine_hash[dtype, hidden, top_k, n_experts, max_tokens, n_ranks](),
     )
-    check_identity(counters, s, HEAD_COMBINE_HASH, s.hash(COMBINE_UNHASHED))
     return Endpoint[False](counters, s, recv_ptrs, recv_count_ptrs)

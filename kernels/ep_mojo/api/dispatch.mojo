@@ -1,82 +1,35 @@
 """The seed-named functions of dispatch."""
 
 from layout import TileTensor
-from max.gpu.host import DeviceContext
+from max.gpu.host import DeviceContext, FuncAttribute
 from std.sys import size_of
 
 from ..cpu import expert_slots_dispatch
-from ..dispatch_tensors import DispatchInput, DispatchOutput
-from ..formats import TokenFormat, format_tag
+from ..dispatch_tensors import DispatchInput, DispatchOutput, InputScales
+from ..formats import TokenFormat
 from ..identity import check_identity
 from ..launch import Endpoint
 from ..layout import (
-    EXPERT_SLOTS_HEADER,
     HEAD_DISPATCH_HASH,
     HEAD_TOP_K,
     MAX_TOP_K,
     STAGE_DISPATCH_ASYNC,
     STAGE_DISPATCH_WAIT,
 )
-from ..ops.checks import check_input, require
-from ..peers import Scratch, View
-from ..settings import DISPATCH_UNHASHED, Settings
+from ..ops.checks import check_aligned, check_input, require
+from ..peers import PeerTable, Scratch, View
 from ..setup import tile_bytes, tile_view
 from ..signal import Head
-from .target import check_ranks, check_target
-
-comptime InputScales = def[dtype: DType](Int) capturing -> Scalar[dtype]
-"""Gives the factor for an expert; only the factor for expert 0 is used, for all."""
-
-
-struct TokenHandler[
-    token_fmt_type: TokenFormat,
-    tokens_origin: Origin[mut=True],
-    scales_origin: Origin[mut=True] = tokens_origin,
-](ImplicitlyCopyable, Movable):
-    """A format together with the tensors that dispatch_wait writes for it: `TokenHandler[Format](tokens, scales)`.
-
-    Parameters:
-        token_fmt_type: The format.
-        tokens_origin: Where the tokens live; inferred.
-        scales_origin: Where the scales live; inferred.
-    """
-
-    var tokens: View[DType.uint8]
-    """Output rows as bytes."""
-    var scales: View[DType.uint8]
-    """Their scales as bytes; size 0 without scales."""
-
-    def __init__(
-        out self,
-        output_tokens: TileTensor[mut=True, _, _, Self.tokens_origin, ...],
-    ):
-        """Wrap the output of a format without scales.
-
-        Args:
-            output_tokens: [rows, H] in the format's token dtype.
-        """
-        comptime F = Self.token_fmt_type
-        comptime assert F.scales_per_token == 0, "this format has scales"
-        comptime assert output_tokens.dtype == F.token_dtype, "tokens: dtype"
-        self.tokens = tile_bytes(output_tokens)
-        self.scales = View[DType.uint8]()
-
-    def __init__(
-        out self,
-        output_tokens: TileTensor[mut=True, _, _, Self.tokens_origin, ...],
-        output_scales: TileTensor[mut=True, _, _, Self.scales_origin, ...],
-    ):
-        """Wrap the outputs of a format with scales.
-
-        Args:
-            output_tokens: [rows, H] in the format's token dtype.
-            output_scales: [rows, S], or [S, rows] where the format says so.
-        """
-        comptime F = Self.token_fmt_type
-        comptime assert output_tokens.dtype == F.token_dtype, "tokens: dtype"
-        comptime assert output_scales.dtype == F.scale_dtype, "scales: dtype"
-        self.tokens = tile_bytes(output_tokens)
-        self.scales = tile_bytes(output_scales)
+from .counters import ANY_RANK, EPLocalSyncCounters
+from .dispatch_kernels import (
+    dispatch_async_kernel,
+    dispatch_async_shape,
+    dispatch_wait_kernel,
+    dispatch_wait_shape,
+)
+from .settings import dispatch_hash, dispatch_settings
+from .target import MAX_SMS, MAX_THREADS, check_ranks, check_target
+from .token_handler import TokenHandler
 
 
 def ep_dispatch_async_kernel_api[
@@ -105,7 +58,7 @@ def ep_dispatch_async_kernel_api[
         max_token_per_rank: Tm, the most tokens of a rank.
         n_gpus_per_node: R, ranks.
         n_nodes: 1.
-        target: Where to run: "cpu".
+        target: Where to run: "cpu", or "gpu" on the device of `context`.
         input_scales_wrapper: Input scales; that of expert 0 multiplies all tokens before they are quantised.
         use_shmem: False.
 
@@ -126,17 +79,7 @@ def ep_dispatch_async_kernel_api[
     comptime assert (
         input_tokens.dtype == F.input_dtype
     ), "input_tokens: not in the format's input dtype"
-    var ep = _dispatch_endpoint[
-        F, n_experts, max_token_per_rank, n_gpus_per_node
-    ](
-        tile_view(atomic_counters),
-        tile_view(recv_ptrs),
-        tile_view(recv_count_ptrs),
-    )
     var factor = Scratch[DType.float32](1, 1)
-    comptime if input_scales_wrapper:
-        comptime scale_of = input_scales_wrapper.value()
-        factor.view()[0] = scale_of[DType.float32](0)
     var input = DispatchInput[DType.int32](
         tile_bytes(input_tokens),
         Int(input_tokens.dim(0)),
@@ -146,10 +89,57 @@ def ep_dispatch_async_kernel_api[
         View[DType.int32](),
         factor.view(),
     )
-    check_input[F, False, True](ep.s, input)
-    expert_slots_dispatch.dispatch_async[F, DType.int32, False](
-        ep, input, STAGE_DISPATCH_ASYNC
-    )
+    var recv = tile_view(recv_ptrs)
+    var count = tile_view(recv_count_ptrs)
+    comptime if target == "gpu":
+        check_ranks[n_experts, n_gpus_per_node](recv, count)
+        var s = dispatch_settings[
+            F, n_experts, max_token_per_rank, n_gpus_per_node
+        ](Int(topk_ids.dim(1)))
+        check_input[F, False, True](s, input)
+        check_aligned("input_tokens", input.tokens)
+        var shape = dispatch_async_shape[F](context, s, input.rows)
+        context.enqueue_function[
+            dispatch_async_kernel[
+                input_tokens.dtype,
+                MAX_THREADS,
+                type_of(input_tokens).LayoutType,
+                type_of(topk_ids).LayoutType,
+                MAX_SMS,
+                n_experts,
+                n_gpus_per_node,
+                max_token_per_rank,
+                n_gpus_per_node,
+                F,
+                input_scales_wrapper,
+                use_shmem,
+            ]
+        ](
+            input_tokens,
+            topk_ids,
+            PeerTable(recv)[0],
+            PeerTable(recv).pointers[UInt8, n_gpus_per_node](),
+            PeerTable(count).pointers[UInt64, n_gpus_per_node](),
+            EPLocalSyncCounters[n_experts](atomic_counters),
+            ANY_RANK,
+            grid_dim=shape.ctas,
+            block_dim=shape.threads,
+            shared_mem_bytes=shape.shared_bytes,
+            func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+                UInt32(shape.shared_bytes)
+            ),
+        )
+    else:
+        var ep = _dispatch_endpoint[
+            F, n_experts, max_token_per_rank, n_gpus_per_node
+        ](tile_view(atomic_counters), recv, count)
+        comptime if input_scales_wrapper:
+            comptime scale_of = input_scales_wrapper.value()
+            factor.view()[0] = scale_of[DType.float32](0)
+        check_input[F, False, True](ep.s, input)
+        expert_slots_dispatch.dispatch_async[F, DType.int32, False](
+            ep, input, STAGE_DISPATCH_ASYNC
+        )
     _ = factor^
 
 
@@ -181,7 +171,7 @@ def ep_dispatch_wait_kernel_api[
         max_token_per_rank: Tm, the most tokens of a rank.
         n_gpus_per_node: R, ranks.
         n_nodes: 1.
-        target: Where to run: "cpu".
+        target: Where to run: "cpu", or "gpu" on the device of `context`.
         input_scales_wrapper: Accepted for symmetry; scales were applied before sending.
 
     Args:
@@ -200,15 +190,8 @@ def ep_dispatch_wait_kernel_api[
     """
     check_target[target, False, n_nodes]()
     comptime F = token_fmt_type
-    var ep = _dispatch_endpoint[
-        F, n_experts, max_token_per_rank, n_gpus_per_node
-    ](
-        tile_view(atomic_counters),
-        tile_view(recv_ptrs),
-        tile_view(recv_count_ptrs),
-    )
+    comptime n_local = n_experts // n_gpus_per_node
     var rows = token_handler.tokens.size // F.token_bytes
-    var n_local = ep.s.n_local_experts()
     require("row_offsets: elements", row_offsets.num_elements(), n_local + 1)
     require("expert_ids: elements", expert_ids.num_elements(), n_local)
     require("src_info: elements", src_info.num_elements(), 2 * rows)
@@ -217,6 +200,51 @@ def ep_dispatch_wait_kernel_api[
         token_handler.scales.size,
         rows * F.scales_per_token * size_of[Scalar[F.scale_dtype]](),
     )
+    var recv = tile_view(recv_ptrs)
+    var count = tile_view(recv_count_ptrs)
+    comptime if target == "gpu":
+        check_ranks[n_experts, n_gpus_per_node](recv, count)
+        check_aligned("tokens", token_handler.tokens)
+        var shape = dispatch_wait_shape[F](
+            context,
+            dispatch_settings[
+                F, n_experts, max_token_per_rank, n_gpus_per_node
+            ](),
+        )
+        context.enqueue_function[
+            dispatch_wait_kernel[
+                MAX_THREADS,
+                type_of(row_offsets).LayoutType,
+                type_of(expert_ids).LayoutType,
+                type_of(src_info).LayoutType,
+                MAX_SMS,
+                n_experts,
+                n_gpus_per_node,
+                max_token_per_rank,
+                F,
+            ]
+        ](
+            TokenHandler[F, MutUntrackedOrigin, MutUntrackedOrigin](
+                token_handler.tokens, token_handler.scales
+            ),
+            row_offsets,
+            expert_ids,
+            src_info,
+            PeerTable(recv).pointers[UInt8, n_gpus_per_node](),
+            PeerTable(count).pointers[UInt64, n_gpus_per_node](),
+            EPLocalSyncCounters[n_experts](atomic_counters),
+            ANY_RANK,
+            grid_dim=shape.ctas,
+            block_dim=shape.threads,
+            shared_mem_bytes=shape.shared_bytes,
+            func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+                UInt32(shape.shared_bytes)
+            ),
+        )
+        return
+    var ep = _dispatch_endpoint[
+        F, n_experts, max_token_per_rank, n_gpus_per_node
+    ](tile_view(atomic_counters), recv, count)
     var no_ints = View[DType.int32]()
     var no_floats = View[DType.float32]()
     var counts = Scratch[DType.int32](n_local)
@@ -248,17 +276,13 @@ def _dispatch_endpoint[
 ) raises -> Endpoint[True]:
     """Settings from what a dispatch function knows, K from the head; compare them with the head's hash."""
     check_ranks[n_experts, n_ranks](recv_ptrs, recv_count_ptrs)
-    var s = Settings(
-        n_ranks=n_ranks,
-        n_experts=n_experts,
-        top_k=1,
-        max_tokens=max_tokens,
-        hidden_size=F.hidden_size,
-        message_bytes=F.message_bytes + EXPERT_SLOTS_HEADER,
-        row_bytes=0,
-        format_tag=format_tag[F](),
+    var s = dispatch_settings[F, n_experts, max_tokens, n_ranks]()
+    check_identity(
+        counters,
+        s,
+        HEAD_DISPATCH_HASH,
+        dispatch_hash[F, n_experts, max_tokens, n_ranks](),
     )
-    check_identity(counters, s, HEAD_DISPATCH_HASH, s.hash(DISPATCH_UNHASHED))
     s.top_k = Int(Head(counters.bytes()).i32(HEAD_TOP_K))
     if not 1 <= s.top_k <= MAX_TOP_K:
         raise Error(

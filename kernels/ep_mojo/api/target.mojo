@@ -1,8 +1,17 @@
 """What all seed-named functions refuse: at compile time what is missing, and tables that are not for R ranks."""
 
+from max.gpu import WARP_SIZE
+
+from ..gpu.launch import MAX_WARPS
 from ..layout import MAX_EXPERTS
 from ..ops.checks import require
 from ..peers import MAX_RANKS, View
+
+
+comptime MAX_THREADS = MAX_WARPS * WARP_SIZE
+"""Threads of a CTA that the host functions launch, at most."""
+comptime MAX_SMS = 1024
+"""CTAs that they launch, at most; in fact no more than the device has SMs."""
 
 
 def check_target[target: StaticString, use_shmem: Bool, n_nodes: Int]():
@@ -21,10 +30,9 @@ def check_target[target: StaticString, use_shmem: Bool, n_nodes: Int]():
         "ep_mojo: use_shmem=True needs the NVSHMEM transport, which is missing;"
         " use use_shmem=False with peer-accessible windows"
     )
-    comptime assert target == "cpu", (
-        "ep_mojo: target 'gpu' is missing: it comes with the GPU stages; use"
-        " target 'cpu'"
-    )
+    comptime assert (
+        target == "cpu" or target == "gpu"
+    ), "ep_mojo: target: 'cpu' or 'gpu'"
 
 
 def check_ranks[

@@ -18,9 +18,10 @@ from ..combine_tensors import (
     sum_terms,
 )
 from ..expert_launch import begin_send, end_combine_send, end_wait, rows_arrived
+from ..expert_messages import routed_masks
 from ..launch import Endpoint, token_count
-from ..layout import FIELD_SRC_INFO, KIND_SHAPE, ROUTED_MASKS, row_offset
-from ..peers import View, typed
+from ..layout import FIELD_SRC_INFO, KIND_SHAPE, row_offset
+from ..peers import View
 from ..settings import Settings
 from ..signal import Head, Waiter
 from ..team import HostTeam, copy_bytes, zero_bytes
@@ -139,13 +140,13 @@ def combine_wait[
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * K * out_bytes)
     var window = ep.recv[ep.me]
-    var routed = typed[DType.uint32](ep.head.base, 4 * ROUTED_MASKS)
+    var routed = routed_masks(ep)
 
     def work(chunk: Int) raises {imm}:
         var first = chunk * s.tokens_per_signal
         for t in range(first, min(first + s.tokens_per_signal, T)):
             var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
-            var mask = routed.unsafe_load[invariant=False](t)
+            var mask = routed[t]
             for k in range(K):
                 if (mask >> UInt32(k)) & 1 == 1:
                     terms.add(

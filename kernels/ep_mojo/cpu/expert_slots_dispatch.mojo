@@ -1,8 +1,7 @@
 """The host's dispatch with ExpertSlots: one message for each distinct (token, expert).
 
-Memory, of rank q: recv [L][R][Tm] messages, count u64 [L][R]. A message is a header of 16 bytes, token (i32), k mask
-(u32), 8 bytes of zero, and then the format's message; bit k of the mask says that the token's k-th choice is this
-expert. Messages of source p to local expert e stand at recv[e][p][0..n), by ascending token.
+Memory, of rank q: recv [L][R][Tm] messages (`expert_messages.mojo`), count u64 [L][R]. Messages of source p to local
+expert e stand at recv[e][p][0..n), by ascending token.
 
 dispatch_async, on p, writes recv[e][p] of every rank and then, last, its signal count[e][p] = (epoch, n), for every
 (e, rank), also with n = 0. It keeps for itself, behind the head of `atomic_counters`, which choices of each token
@@ -24,18 +23,18 @@ from ..expert_launch import (
     end_wait,
     message_count,
 )
+from ..expert_messages import (
+    mask_of,
+    message_of,
+    payload,
+    routed_masks,
+    token_of,
+    write_header,
+)
 from ..formats import TokenFormat
 from ..launch import Endpoint, token_count
-from ..layout import (
-    EXPERT_SLOTS_HEADER,
-    EXPERT_SLOTS_MASK,
-    EXPERT_SLOTS_TOKEN,
-    EXPERT_SLOTS_UNUSED,
-    KIND_CAPACITY,
-    ROUTED_MASKS,
-    expert_slot_offset,
-)
-from ..peers import Bytes, Scratch, View, typed
+from ..layout import KIND_CAPACITY, expert_slot_offset
+from ..peers import Scratch, View
 from ..routing import NO_ROW, group_name, normal_id, row_starts
 from ..settings import Settings
 from ..signal import Waiter
@@ -104,21 +103,13 @@ def _send[
                 var message = ep.recv[id // n_local].unsafe_offset(
                     expert_slot_offset(s, id % n_local, ep.me, slot)
                 )
-                typed[DType.int32](message, EXPERT_SLOTS_TOKEN).unsafe_store(
-                    0, Int32(t)
-                )
-                typed[DType.uint32](message, EXPERT_SLOTS_MASK).unsafe_store(
-                    0, masks[t * K + k]
-                )
-                typed[DType.uint64](message, EXPERT_SLOTS_UNUSED).unsafe_store(
-                    0, UInt64(0)
-                )
-                var payload = message.unsafe_offset(EXPERT_SLOTS_HEADER)
+                write_header(message, t, masks[t * K + k])
+                var to = payload(message)
                 if written:
-                    copy_bytes[HostTeam](first, payload, F.message_bytes)
+                    copy_bytes[HostTeam](first, to, F.message_bytes)
                     continue
-                x.write[F, encoded, HostTeam](t, payload)
-                first = payload
+                x.write[F, encoded, HostTeam](t, to)
+                first = to
                 written = True
 
     share(work, n_chunks, workers)
@@ -139,7 +130,7 @@ def _assign_slots[
     """Number the messages of each expert; note duplicates of a choice in the mask of the first one."""
     var s = ep.s
     var K = s.top_k
-    var routed = _routed_masks(ep)
+    var routed = routed_masks(ep)
     var last_token = List[Int](length=s.n_experts, fill=-1)
     var first_k = List[Int](length=s.n_experts, fill=0)
     for t in range(T):
@@ -161,12 +152,6 @@ def _assign_slots[
         routed[t] = valid
     for t in range(T, s.max_tokens):
         routed[t] = 0
-
-
-def _routed_masks(ep: Endpoint[True]) -> View[DType.uint32]:
-    return View[DType.uint32](
-        Int(ep.head.base.unsafe_offset(4 * ROUTED_MASKS)), ep.s.max_tokens
-    )
 
 
 def dispatch_wait[
@@ -261,16 +246,14 @@ def _receive[
         var first = item % per_block * s.tokens_per_signal
         var end = min(first + s.tokens_per_signal, Int(counts[b]))
         for i in range(first, end):
-            var message = _message(ep, b, i)
-            var source_token = b % R * s.max_tokens + _token(message)
-            var mask = _mask(message)
+            var message = message_of(ep, b, i)
+            var source_token = b % R * s.max_tokens + token_of(message)
+            var mask = mask_of(message)
             var at = Int(row[Int(base[b]) + i])
             while mask != 0:
                 var k = Int(count_trailing_zeros(mask))
                 mask &= mask - 1
-                rows.put[HostTeam](
-                    message.unsafe_offset(EXPERT_SLOTS_HEADER), at
-                )
+                rows.put[HostTeam](payload(message), at)
                 out_.src_info[2 * at] = Int32(source_token)
                 out_.src_info[2 * at + 1] = Int32(k)
                 if out_.row_map.present():
@@ -301,12 +284,12 @@ def _count_rows(
         var r = b % R
         base[b] = Int32(run)
         for i in range(Int(counts[b])):
-            var message = _message(ep, b, i)
-            var n = Int32(pop_count(_mask(message)))
+            var message = message_of(ep, b, i)
+            var n = Int32(pop_count(mask_of(message)))
             row[run + i] = n
             per_group[r * n_local + e] += n
             if num_tokens.present():
-                num_tokens[r] = max(num_tokens[r], Int32(_token(message) + 1))
+                num_tokens[r] = max(num_tokens[r], Int32(token_of(message) + 1))
         run += Int(counts[b])
 
 
@@ -324,27 +307,3 @@ def _number_rows(
             var n = row[i]
             row[i] = next
             next += n
-
-
-@always_inline
-def _message(ep: Endpoint[True], block: Int, slot: Int) -> Bytes:
-    var R = ep.s.n_ranks
-    return ep.recv[ep.me].unsafe_offset(
-        expert_slot_offset(ep.s, block // R, block % R, slot)
-    )
-
-
-@always_inline
-def _token(message: Bytes) -> Int:
-    return Int(
-        typed[DType.int32](message, EXPERT_SLOTS_TOKEN).unsafe_load[
-            invariant=False
-        ](0)
-    )
-
-
-@always_inline
-def _mask(message: Bytes) -> UInt32:
-    return typed[DType.uint32](message, EXPERT_SLOTS_MASK).unsafe_load[
-        invariant=False
-    ](0)

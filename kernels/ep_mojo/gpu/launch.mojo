@@ -93,7 +93,9 @@ struct Peers(TrivialRegisterPassable):
     var s: Settings
     """The settings."""
     var hash: UInt64
-    """What the head must hold, `config_hash`."""
+    """What the head must hold."""
+    var hash_index: Int
+    """Where: one of `HEAD_*_HASH`."""
     var counters: View[DType.int32]
     """The rank's `atomic_counters`, in device memory."""
     var recv: PeerTable
@@ -101,28 +103,32 @@ struct Peers(TrivialRegisterPassable):
     var count: PeerTable
     """Everybody's count windows."""
 
+    @always_inline
     def __init__(
         out self,
         s: Settings,
         hash: UInt64,
         counters: View[DType.int32],
-        recv_ptrs: View[DType.uint64],
-        recv_count_ptrs: View[DType.uint64],
+        recv: PeerTable,
+        count: PeerTable,
+        hash_index: Int = HEAD_CONFIG_HASH,
     ):
-        """Gather the launch's arguments on the host.
+        """Gather the launch's arguments.
 
         Args:
             s: The settings.
             hash: What the head must hold.
             counters: `atomic_counters`, in device memory.
-            recv_ptrs: Addresses of the recv windows, in host memory.
-            recv_count_ptrs: Addresses of the count windows, in host memory.
+            recv: Everybody's recv windows.
+            count: Everybody's count windows.
+            hash_index: Where in the head, one of `HEAD_*_HASH`.
         """
         self.s = s
         self.hash = hash
+        self.hash_index = hash_index
         self.counters = counters
-        self.recv = PeerTable(recv_ptrs)
-        self.count = PeerTable(recv_count_ptrs)
+        self.recv = recv
+        self.count = count
 
     @always_inline
     def valid(self) -> Bool:
@@ -136,7 +142,7 @@ struct Peers(TrivialRegisterPassable):
         return (
             head.i32(HEAD_MAGIC) == MAGIC
             and head.i32(HEAD_LAYOUT_VERSION) == LAYOUT_VERSION
-            and head.u64(HEAD_CONFIG_HASH) == self.hash
+            and head.u64(self.hash_index) == self.hash
             and 0 <= rank < self.s.n_ranks
         )
 
@@ -314,6 +320,7 @@ struct Shape(TrivialRegisterPassable):
         items: Int,
         warp_bytes: Int,
         cta_bytes: Int = 0,
+        behind: Int = 0,
     ) raises:
         """Choose it.
 
@@ -323,6 +330,7 @@ struct Shape(TrivialRegisterPassable):
             items: Pieces of work for one warp each, an upper bound.
             warp_bytes: Shared memory for the slots of one warp.
             cta_bytes: Shared memory that a CTA needs at least, at the place of the slots.
+            behind: Shared memory that it needs besides, behind them.
 
         Raises:
             UnsupportedError as text in front of the message: a row does not fit into shared memory.
@@ -330,11 +338,11 @@ struct Shape(TrivialRegisterPassable):
         var room = ctx.get_attribute(
             DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         )
-        var fit = (room - SLOTS) // max(1, warp_bytes)
-        if fit < 1 or SLOTS + cta_bytes > room:
+        var fit = (room - SLOTS - behind) // max(1, warp_bytes)
+        if fit < 1 or SLOTS + cta_bytes + behind > room:
             raise Error(
                 "ep_mojo.UnsupportedError: a launch needs ",
-                SLOTS + max(warp_bytes, cta_bytes),
+                SLOTS + max(warp_bytes, cta_bytes) + behind,
                 " bytes of shared memory, this device has ",
                 room,
                 "; use a smaller hidden_size, or fewer experts on a rank",
@@ -345,4 +353,6 @@ struct Shape(TrivialRegisterPassable):
         var n_warps = min(fit, MAX_WARPS)
         self.ctas = max(1, min(most, items))
         self.threads = n_warps * WARP_SIZE
-        self.shared_bytes = SLOTS + max(n_warps * warp_bytes, cta_bytes)
+        self.shared_bytes = (
+            SLOTS + max(n_warps * warp_bytes, cta_bytes) + behind
+        )

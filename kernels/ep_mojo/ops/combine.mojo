@@ -12,6 +12,7 @@ from ..cpu.combine_wait import combine_wait
 from ..cpu.fused import combine
 from ..gpu import combine_async as gpu_combine_async
 from ..gpu import combine_wait as gpu_combine_wait
+from ..gpu import expert_slots_combine_async, expert_slots_combine_wait
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_COMBINE_ASYNC, STAGE_COMBINE_WAIT
@@ -84,14 +85,22 @@ struct CombineAsync:
         else:
             check_rows[layout, reduce](s, input, wire)
         comptime if target == "gpu":
-            rank_slots_only[slots]()
             check_aligned("rows", input.rows)
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
-            gpu_combine_async.combine_async[rows.dtype, hidden, layout, reduce](
-                peers, input, STAGE_COMBINE_ASYNC, ctx
-            )
+            comptime if slots == "expert":
+                expert_slots_combine_async.combine_async[rows.dtype, hidden](
+                    peers,
+                    input.rows,
+                    input.row_map,
+                    STAGE_COMBINE_ASYNC,
+                    ctx,
+                )
+            else:
+                gpu_combine_async.combine_async[
+                    rows.dtype, hidden, layout, reduce
+                ](peers, input, STAGE_COMBINE_ASYNC, ctx)
         else:
             var ep = Endpoint[False](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
@@ -181,21 +190,29 @@ struct CombineWait:
             hidden * size_of[Scalar[bias0.dtype]](),
         )
         comptime if target == "gpu":
-            rank_slots_only[slots]()
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
             check_aligned("bias0", output.bias0)
             check_aligned("bias1", output.bias1)
-            gpu_combine_wait.combine_wait[
-                shared_rows.dtype,
-                y.dtype,
-                bias0.dtype,
-                topk_ids.dtype,
-                hidden,
-                layout,
-                reduce,
-            ](peers, output, STAGE_COMBINE_WAIT, ctx)
+            comptime if slots == "expert":
+                expert_slots_combine_wait.combine_wait[
+                    shared_rows.dtype,
+                    y.dtype,
+                    bias0.dtype,
+                    topk_ids.dtype,
+                    hidden,
+                ](peers, output, STAGE_COMBINE_WAIT, ctx)
+            else:
+                gpu_combine_wait.combine_wait[
+                    shared_rows.dtype,
+                    y.dtype,
+                    bias0.dtype,
+                    topk_ids.dtype,
+                    hidden,
+                    layout,
+                    reduce,
+                ](peers, output, STAGE_COMBINE_WAIT, ctx)
         else:
             var ep = Endpoint[False](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)

@@ -12,6 +12,7 @@ from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
 from ..gpu import dispatch_async as gpu_dispatch_async
 from ..gpu import dispatch_wait as gpu_dispatch_wait
+from ..gpu import expert_slots_dispatch_async, expert_slots_dispatch_wait
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
@@ -89,16 +90,20 @@ struct DispatchAsync:
         )
         check_input[F, encoded, slots == "expert"](s, input)
         comptime if target == "gpu":
-            rank_slots_only[slots]()
             check_aligned("x", input.tokens)
             comptime if encoded and F.scales_per_token % 4 == 0:
                 check_aligned("x_scales", input.scales)
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
-            gpu_dispatch_async.dispatch_async[F, topk_ids.dtype, encoded](
-                peers, input, STAGE_DISPATCH_ASYNC, ctx
-            )
+            comptime if slots == "expert":
+                expert_slots_dispatch_async.dispatch_async[
+                    F, topk_ids.dtype, encoded
+                ](peers, input, STAGE_DISPATCH_ASYNC, ctx)
+            else:
+                gpu_dispatch_async.dispatch_async[F, topk_ids.dtype, encoded](
+                    peers, input, STAGE_DISPATCH_ASYNC, ctx
+                )
         else:
             var ep = Endpoint[True](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
@@ -198,13 +203,17 @@ struct DispatchWait:
         )
         check_output[F, layout](s, output)
         comptime if target == "gpu":
-            rank_slots_only[slots]()
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
             )
-            gpu_dispatch_wait.dispatch_wait[F, layout](
-                peers, output, STAGE_DISPATCH_WAIT, ctx
-            )
+            comptime if slots == "expert":
+                expert_slots_dispatch_wait.dispatch_wait[F, layout](
+                    peers, output, STAGE_DISPATCH_WAIT, ctx
+                )
+            else:
+                gpu_dispatch_wait.dispatch_wait[F, layout](
+                    peers, output, STAGE_DISPATCH_WAIT, ctx
+                )
         else:
             var ep = Endpoint[True](
                 view(counters), s, view(recv_ptrs), view(recv_count_ptrs)

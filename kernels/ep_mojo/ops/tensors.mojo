@@ -5,7 +5,7 @@ from std.sys import size_of
 
 from ..gpu.launch import Peers
 from ..identity import check_head, check_settings
-from ..peers import View, window_view
+from ..peers import PeerTable, View, window_view
 from ..settings import Settings, config_hash
 
 
@@ -88,8 +88,8 @@ def gpu_peers(
         s,
         config_hash(whole[DType.int64](settings)),
         whole[DType.int32](counters),
-        whole[DType.uint64](recv_ptrs),
-        whole[DType.uint64](recv_count_ptrs),
+        PeerTable(whole[DType.uint64](recv_ptrs)),
+        PeerTable(whole[DType.uint64](recv_count_ptrs)),
     )
 
 
@@ -115,7 +115,6 @@ def rank_slots_only[slots: StaticString]():
     Parameters:
         slots: Slot policy, "rank" or "expert".
     """
-    comptime assert slots == "rank", (
-        "ep_mojo: slots='expert' has split ops on the host only; use them, or"
-        " slots='rank'"
-    )
+    comptime assert (
+        slots == "rank"
+    ), "ep_mojo: slots='expert' has split ops only; use them, or slots='rank'"

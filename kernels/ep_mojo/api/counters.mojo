@@ -1,0 +1,77 @@
+"""What every seed-named device function is given besides tensors and windows: the rank's own counters."""
+
+from layout import TileTensor
+from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
+
+from ..gpu.launch import Peers
+from ..peers import View
+from ..setup import tile_view
+from ..signal import Head
+
+comptime ANY_RANK: Int32 = -1
+"""`my_rank` where the head of the counters alone says which rank it is."""
+
+
+struct EPLocalSyncCounters[n_experts: Int](
+    DevicePassable, TrivialRegisterPassable
+):
+    """A rank's own `atomic_counters` as a kernel argument.
+
+    Parameters:
+        n_experts: E.
+    """
+
+    comptime device_type: AnyType = Self
+    """The same on both sides."""
+
+    var counters: View[DType.int32]
+    """Int32 [counters_words(s)], in device memory."""
+
+    def __init__(out self, counters: View[DType.int32]):
+        """Wrap them.
+
+        Args:
+            counters: Int32 [counters_words(s)], in device memory.
+        """
+        self.counters = counters
+
+    def __init__(out self, atomic_counters: TileTensor[DType.int32, ...]):
+        """Wrap a tensor.
+
+        Args:
+            atomic_counters: Int32 [counters_words(s)], in device memory.
+        """
+        self.counters = tile_view(atomic_counters)
+
+    def _to_device_type(
+        self,
+        mut encoder: Some[DeviceTypeEncoder],
+        target: MutOpaquePointer[_],
+    ):
+        encoder.encode(self, target)
+
+    @staticmethod
+    def get_type_name() -> String:
+        """Name the type in messages.
+
+        Returns:
+            A name.
+        """
+        return "ep_mojo.EPLocalSyncCounters"
+
+
+@always_inline
+def is_mine(peers: Peers, my_rank: Int32) -> Bool:
+    """Whether the counters are those of a launch's parameters and rank.
+
+    Args:
+        peers: The launch's side.
+        my_rank: The rank that was given, or `ANY_RANK`.
+
+    Returns:
+        False for counters that must not be touched.
+    """
+    if not peers.valid():
+        return False
+    var rank = Head(peers.counters.bytes()).my_rank()
+    return my_rank == ANY_RANK or Int(my_rank) == rank

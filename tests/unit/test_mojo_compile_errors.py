@@ -23,7 +23,7 @@ def main():
 CASES = {
     'check_target["cpu", True, 1]()': ["use_shmem=True", "NVSHMEM transport", "missing", "use_shmem=False"],
     'check_target["cpu", True, 2]()': ["n_nodes > 1", "NVSHMEM transport", "missing", "n_nodes=1"],
-    'check_target["gpu", False, 1]()': ["target 'gpu'", "GPU stages", "target 'cpu'"],
+    'check_target["tpu", False, 1]()': ["target", "'cpu' or 'gpu'"],
     'check_format["int3"]()': ["unknown format", "extra_sources"],
     'rank_slots_only["expert"]()': ["slots='expert'", "split ops"],
 }

@@ -13,7 +13,7 @@ from max.gpu.primitives import warp
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
 
-from ..combine_tensors import CombineInput, row_bytes, sum_terms
+from ..combine_tensors import CombineInput, Terms, row_bytes, sum_terms
 from ..launch import Endpoint
 from ..layout import (
     FIELD_RECV_NUM_TOKENS,
@@ -140,11 +140,14 @@ def _send_rows[
     var slot = warp_slot(warp_memory(slot_bytes[dtype, hidden]()), sending=True)
     var items = s.n_ranks * s.n_signals(s.max_tokens)
     var share = Share()
+    var tokens: Int32 = 0  # lane r: T of source r
+    if lane < s.n_ranks:
+        tokens = x.num_tokens[lane]
     for i in range(share.first, items, share.stride):
         var source = (ep.me + i) % s.n_ranks
         var chunk = i // s.n_ranks
         var begin = chunk * s.tokens_per_signal
-        var T = Int(x.num_tokens[source])
+        var T = Int(warp.shuffle_idx(tokens, UInt32(source)))
         if begin >= T:
             continue
         var recv = ep.recv[source]
@@ -152,8 +155,11 @@ def _send_rows[
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var at = (source * s.max_tokens + t) * s.top_k
             var row = NO_ROW
+            var weight: Float32 = 0
             if lane < s.top_k:
                 row = x.row_map[at + lane]
+                comptime if not by_row and layout != "rank":
+                    weight = x.weights[at + lane]
             var left = ballot(row >= 0)
             if left == 0:
                 continue
@@ -187,8 +193,16 @@ def _send_rows[
                     var which = Int(warp.shuffle_idx(row, k))
                     slot.load[size](x.rows.bytes(which * size))
                 else:
+                    var terms = Terms(x.rows.bytes())
+                    while left != 0:  # k ascending
+                        var k = UInt32(count_trailing_zeros(left))
+                        left &= left - 1
+                        terms.add(
+                            x.rows.bytes(Int(warp.shuffle_idx(row, k)) * size),
+                            warp.shuffle_idx(weight, k),
+                        )
                     sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
-                        x.terms[dtype, hidden](at, s.top_k), slot.row
+                        terms, slot.row
                     )
                 store_row[size](
                     slot.row,

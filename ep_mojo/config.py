@@ -72,7 +72,7 @@ class EPConfig:
         num_buffers: B, rounds that may be in flight: 1 to 8. None = 2, or 1 with slots="expert".
         timeout_s: The longest wait of one launch in seconds, 0 = no limit.
         tokens_per_signal: G, tokens that one signal covers: at least 1.
-        n_sms: The most SMs (or CPU workers) that a launch may use; None = all.
+        n_sms: The most SMs (or CPU workers) that a launch may use; None = all. Each op of a graph may have its own.
 
     Raises:
         ConfigError: A field is out of range, of a wrong type, or contradicts another. Names field, value and remedy.

@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import EPConfig
 from .formats import BF16, BlockwiseFP8, CustomFormat
-from .graph_checks import check_combine, check_dispatch, check_length, check_wait
+from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_wait
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def dispatch_async(
     num_tokens: Values | None = None,
     x_scales: Values | None = None,
     input_scale: Values | None = None,
+    n_sms: int | None = None,
 ) -> list[PendingDispatch]:
     """Send every rank's tokens to the ranks that own their experts. Returns in the graph as soon as all are sent.
 
@@ -86,34 +87,45 @@ def dispatch_async(
         num_tokens: int32 [1], or None: only the first num_tokens rows count.
         x_scales: Scales of encoded tokens [T, S].
         input_scale: float32 [1], or None: multiplies the tokens before they are quantised.
+        n_sms: The most SMs (or CPU workers) of this op, 1 to 1024; None: cfg.n_sms. With a budget the op leaves the
+            other SMs to work on the device's other queues, as `max.graph.ops.side_stream` puts there, and goes first.
 
     Returns:
         One `PendingDispatch` a rank.
 
     Raises:
         ShapeError, DTypeError, UnsupportedError: An argument does not fit the config; nothing is added to the graph.
+        ConfigError: n_sms is out of range.
     """
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
+    budget = check_budget(n_sms)
     for rank, (values, _) in zip(ranks, calls, strict=True):
-        _op("dispatch_async", rank, "dispatch", values, [], _format_parameters(rank.cfg))
+        _op("dispatch_async", rank, "dispatch", values, [], _format_parameters(rank.cfg), budget)
     return [pending for _, pending in calls]
 
 
-def dispatch_wait(ranks: Sequence[Rank], pending: Sequence[PendingDispatch]) -> list[Handle]:
+def dispatch_wait(
+    ranks: Sequence[Rank], pending: Sequence[PendingDispatch], *, n_sms: int | None = None
+) -> list[Handle]:
     """Receive what `dispatch_async` sent.
 
     Args:
         ranks: The same ranks.
         pending: From `dispatch_async`.
+        n_sms: See `dispatch_async`.
 
     Returns:
         One `Handle` a rank.
+
+    Raises:
+        ShapeError, ConfigError: An argument does not fit.
     """
     check_length(ranks, pending=pending)
+    budget = check_budget(n_sms)
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = _op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters)
+        outputs = _op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters, budget)
         handles.append(_handle(rank.cfg, outputs, p))
     return handles
 
@@ -127,17 +139,18 @@ def dispatch(
     num_tokens: Values | None = None,
     x_scales: Values | None = None,
     input_scale: Values | None = None,
+    n_sms: int | None = None,
 ) -> list[Handle]:
     """Send and receive: the fused op where ranks run by themselves, else all sends and then all waits.
 
     Args:
-        ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale: See `dispatch_async`.
+        ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale, n_sms: See `dispatch_async`.
 
     Returns:
         One `Handle` a rank.
 
     Raises:
-        ShapeError, DTypeError, UnsupportedError: See `dispatch_async`.
+        ShapeError, DTypeError, UnsupportedError, ConfigError: See `dispatch_async`.
     """
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
         pending = dispatch_async(
@@ -148,19 +161,25 @@ def dispatch(
             num_tokens=num_tokens,
             x_scales=x_scales,
             input_scale=input_scale,
+            n_sms=n_sms,
         )
-        return dispatch_wait(ranks, pending)
-    handles = []
+        return dispatch_wait(ranks, pending, n_sms=n_sms)
+    handles, budget = [], check_budget(n_sms)
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     for rank, (values, pending) in zip(ranks, calls, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = _op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters)
+        outputs = _op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
         handles.append(_handle(rank.cfg, outputs, pending))
     return handles
 
 
 def combine_async(
-    ranks: Sequence[Rank], ys: Values, handles: Sequence[Handle], *, reduce: str | None = None
+    ranks: Sequence[Rank],
+    ys: Values,
+    handles: Sequence[Handle],
+    *,
+    reduce: str | None = None,
+    n_sms: int | None = None,
 ) -> list[PendingCombine]:
     """Send expert rows back to the ranks that their tokens came from.
 
@@ -169,6 +188,7 @@ def combine_async(
         ys: Expert rows, of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`.
         handles: From `dispatch` or `dispatch_wait`; any earlier handle of these ranks will do.
         reduce: "expert" or "source"; None: the config's, or "expert".
+        n_sms: See `dispatch_async`.
 
     Returns:
         One `PendingCombine` a rank.
@@ -177,9 +197,10 @@ def combine_async(
         ShapeError, DTypeError, ConfigError: An argument does not fit the config or the handle.
     """
     modes = check_combine(ranks, ys, handles, reduce)
-    pending = []
+    pending, budget = [], check_budget(n_sms)
     for rank, y, h, mode in zip(ranks, ys, handles, modes, strict=True):
-        (shared,) = _op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], _reduce(rank.cfg, mode))
+        parameters = _reduce(rank.cfg, mode)
+        (shared,) = _op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], parameters, budget)
         pending.append(PendingCombine(h, mode, shared))
     return pending
 
@@ -191,6 +212,7 @@ def combine_wait(
     weights: Values | None = None,
     bias0: Values | None = None,
     bias1: Values | None = None,
+    n_sms: int | None = None,
 ) -> list[TensorValue]:
     """Receive and sum what `combine_async` sent.
 
@@ -199,19 +221,20 @@ def combine_wait(
         pending: From `combine_async`.
         weights: float32 [T, K] for reduce "source"; None: those of the dispatch, or 1.
         bias0, bias1: bfloat16 or float32 [T, H] (both of one dtype), added first, or None.
+        n_sms: See `dispatch_async`.
 
     Returns:
         One tensor [T, H] in `cfg.output_dtype` a rank; rows from num_tokens on are zero.
 
     Raises:
-        ShapeError, DTypeError, UnsupportedError: An argument does not fit.
+        ShapeError, DTypeError, UnsupportedError, ConfigError: An argument does not fit.
     """
     check_length(ranks, pending=pending, weights=weights, bias0=bias0, bias1=bias1)
-    ys = []
+    ys, budget = [], check_budget(n_sms)
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
         values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
         types = [_output_type(p.handle)]
-        (y,) = _op("combine_wait", rank, "combine", [*values, p.shared], types, _reduce(rank.cfg, p.reduce))
+        (y,) = _op("combine_wait", rank, "combine", [*values, p.shared], types, _reduce(rank.cfg, p.reduce), budget)
         ys.append(y)
     return ys
 
@@ -225,11 +248,12 @@ def combine(
     reduce: str | None = None,
     bias0: Values | None = None,
     bias1: Values | None = None,
+    n_sms: int | None = None,
 ) -> list[TensorValue]:
     """Send expert rows back, receive and sum them.
 
     Args:
-        ranks, ys, handles, reduce: See `combine_async`.
+        ranks, ys, handles, reduce, n_sms: See `combine_async`.
         weights, bias0, bias1: See `combine_wait`.
 
     Returns:
@@ -239,15 +263,15 @@ def combine(
         ShapeError, DTypeError, ConfigError, UnsupportedError: See the two halves.
     """
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
-        pending = combine_async(ranks, ys, handles, reduce=reduce)
-        return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1)
+        pending = combine_async(ranks, ys, handles, reduce=reduce, n_sms=n_sms)
+        return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1, n_sms=n_sms)
     modes = check_combine(ranks, ys, handles, reduce)
     check_length(ranks, weights=weights, bias0=bias0, bias1=bias1)
-    outputs = []
+    outputs, budget = [], check_budget(n_sms)
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
         values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
         types = [_output_type(h), _shared_type(h)]
-        out, _ = _op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode))
+        out, _ = _op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode), budget)
         outputs.append(out)
     return outputs
 
@@ -255,8 +279,10 @@ def combine(
 # Calls
 
 
-def _op(name: str, rank: Rank, side: str, values: list, types: list[TensorType], parameters: dict) -> list[TensorValue]:
-    """Add one op. `side` chooses between the dispatch and the combine tables."""
+def _op(
+    name: str, rank: Rank, side: str, values: list, types: list[TensorType], parameters: dict, budget: int
+) -> list[TensorValue]:
+    """Add one op. `side` chooses between the dispatch and the combine tables; budget 0 is the config's."""
     from max.graph import ops
 
     tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]
@@ -265,7 +291,7 @@ def _op(name: str, rank: Rank, side: str, values: list, types: list[TensorType],
         rank.device,
         [rank.order, rank.counters, rank.settings, *tables, *values],
         out_types=types,
-        parameters=parameters | {"slots": rank.cfg.slots},
+        parameters=parameters | {"slots": rank.cfg.slots, "n_sms": budget},
     )
 
 

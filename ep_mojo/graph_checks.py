@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .config import EPConfig
+from .config import MAX_SMS, EPConfig
 from .errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
-from .formats import BF16, BlockwiseFP8
+from .formats import BF16, BlockwiseFP8, check_int
 from .handle import Handle, graph_dtype
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ def check_length(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
                 allowed=f"{len(ranks)}: one for each rank of the graph",
                 remedy="pass a list with one value a rank",
             )
+
+
+def check_budget(n_sms: int | None) -> int:
+    """An op's own budget of SMs, 0 where there is none. Raises `ConfigError` where it is out of range."""
+    return 0 if n_sms is None else check_int("n_sms", n_sms, 1, MAX_SMS, "choose n_sms in that range, or None")
 
 
 def check_value(name: str, value: TensorValue, shape: list, dtypes: list[str]) -> None:

@@ -10,10 +10,12 @@ from graph.virtual import Round, random_round
 from unit.cases import make_case
 
 import ep_mojo as ep
-from ep_mojo.dtypes import to_buffer, to_numpy
+from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits, to_buffer, to_numpy
 
 FUSED = Variant("bf16", "expert", "expert", "fused")
 SPLIT = Variant("bf16", "expert", "expert", "split")
+BESIDE = Variant("bf16", "expert", "expert", "beside")
+MODES = pytest.mark.parametrize("variant", [FUSED, SPLIT, BESIDE], ids=["fused", "split", "beside"])
 
 
 def gpu_count():
@@ -35,13 +37,13 @@ def machine(request):
         pytest.skip(f"needs {R} GPUs, here are {gpu_count()}")
     chosen = VARIANTS if R in (2, 8) else [v for v in VARIANTS if v.fmt == "bf16" or v.layout == "expert"][::3]
     chosen = [*chosen, *(v for v in VARIANTS if v.slots == "expert" and v.fmt == "bf16")]
-    chosen = [*dict.fromkeys([FUSED, SPLIT, *chosen])]
+    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, *chosen])]
     module, made = Module(), Machine(R)
     graphs = {}
     for v in chosen:
         made.comms[v.name] = comm = ep.Communicator.gpus(v.config(R))
         graphs[v.name] = add_graph(module, v, comm)
-    for v in (FUSED, SPLIT):
+    for v in (FUSED, SPLIT, BESIDE):
         comm = made.comms[v.name]
         graphs[f"{v.name}_60"] = add_graph(module, v, comm, f"{v.name}_60", rounds=60)
         graphs[f"{v.name}_first"] = add_graph(module, v, comm, f"{v.name}_first", ranks_in_it=[0])
@@ -52,12 +54,19 @@ def machine(request):
         comm.destroy()
 
 
-def draw(cfg, seed, routing="mixed", ragged=True) -> Round:
-    """A round with weights, num_tokens and int32 ids, and without biases."""
-    rnd = random_round(cfg, seed, reduce=cfg.reduce, routing=routing, ragged=ragged)
+def draw(variant, cfg, seed, routing="mixed", ragged=True) -> Round:
+    """A round with weights, num_tokens and int32 ids, and without biases but that of mode "beside"."""
+    rnd = random_round(cfg, seed, reduce=cfg.reduce, routing=routing, ragged=ragged and variant != BESIDE)
     plain = Round(rnd.case, cfg.reduce, ys=rnd.ys)
     plain.case.topk_ids = [i.astype(np.int32) for i in plain.case.topk_ids]
-    return plain.solve()
+    return solved(variant, plain)
+
+
+def solved(variant, rnd) -> Round:
+    """Solve it, with the bias that a graph of the variant adds."""
+    if variant == BESIDE:
+        rnd.bias0 = [float32_to_bfloat16_bits(2 * bfloat16_bits_to_float32(x)) for x in rnd.case.xs]
+    return rnd.solve()
 
 
 def test_every_variant_bit_for_bit(machine):
@@ -65,18 +74,18 @@ def test_every_variant_bit_for_bit(machine):
     for v in machine.variants:
         comm = machine.comms[v.name]
         for seed in range(4):
-            rnd = draw(comm.cfg, seed, ragged=seed != 1)
+            rnd = draw(v, comm.cfg, seed, ragged=seed != 1)
             outputs = comm.execute(machine.graphs[v.name], *arguments(rnd))
             wrong += [f"{v.name}, seed {seed}: {text}" for text in differences(comm.cfg, rnd, outputs)]
     assert not wrong, "\n".join(wrong[:40])
 
 
-@pytest.mark.parametrize("variant", [FUSED, SPLIT], ids=["fused", "split"])
+@MODES
 def test_many_rounds(machine, variant):
     """Rounds without a pause, with other T and routing each time; every one is compared."""
     comm = machine.comms[variant.name]
     pool = [
-        draw(comm.cfg, seed, routing)
+        draw(variant, comm.cfg, seed, routing)
         for seed, routing in enumerate(["mixed", "uniform", "one", "none", "mixed", "uniform"])
     ]
     rng = np.random.default_rng(0)
@@ -90,7 +99,7 @@ def test_many_rounds(machine, variant):
             assert not differences(comm.cfg, rnd, [to_numpy(o) for o in outputs])
 
 
-@pytest.mark.parametrize("variant", [FUSED, SPLIT], ids=["fused", "split"])
+@MODES
 def test_a_captured_round_replays_with_other_tokens(machine, variant):
     """The same launches again, with new tokens, routing, weights, and `num_tokens` from 0 to Tmax."""
     comm = machine.comms[variant.name]
@@ -102,7 +111,7 @@ def test_a_captured_round_replays_with_other_tokens(machine, variant):
         rng = np.random.default_rng(seed)
         top = cfg.max_tokens_per_rank
         case.num_tokens = [np.array([(0, top)[seed] if seed < 2 else rng.integers(0, top + 1)], np.int32)] * cfg.n_ranks
-        rounds.append(Round(case, cfg.reduce).solve())
+        rounds.append(solved(variant, Round(case, cfg.reduce)))
     specs = comm._specs(machine.graphs[variant.name])
     places = [comm.devices[i % cfg.n_ranks] for i in range(len(specs))]
 
@@ -124,12 +133,12 @@ def test_a_captured_round_replays_with_other_tokens(machine, variant):
     model.release_captured_graph(7)
 
 
-@pytest.mark.parametrize("variant", [FUSED, SPLIT], ids=["fused", "split"])
+@MODES
 def test_a_rank_that_never_comes(machine, variant):
     """Rank 0 alone: PeerTimeoutError within the deadline, and after a reset the next round is right."""
     base = machine.comms[variant.name]
     with ep.Communicator.gpus(base.cfg.replace(timeout_s=1.0)) as comm:
-        rnd = draw(comm.cfg, 3, ragged=False)
+        rnd = draw(variant, comm.cfg, 3, ragged=False)
         start = time.monotonic()
         with pytest.raises(ep.PeerTimeoutError, match=r"rank 0.*rank [1-9]"):
             comm.execute(machine.graphs[f"{variant.name}_first"], *arguments(rnd))

@@ -1,4 +1,4 @@
-"""Whole rounds of several GPUs as graphs: every format, layout and reduce mode, split and fused."""
+"""Whole rounds of several GPUs as graphs: every format, layout, reduce mode; split, fused, and beside other work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import ep_mojo as ep
 from ep_mojo.handle import HANDLE_TENSORS
 
 FORMAT_NAMES = ("bf16", "fp8-float32-row", "fp8-ue8m0-column")
+# A third mode, "beside", is not in the matrix: split, each op with a budget of its own, while another queue of the
+# device doubles the tokens; that goes into combine as bias0.
 MODES = ("split", "fused")
 
 
@@ -61,7 +63,7 @@ def add_graph(module, variant: Variant, comm, name: str | None = None, rounds: i
     part (default: all).
     """
     from max.dtype import DType
-    from max.graph import Graph, TensorType
+    from max.graph import Graph, TensorType, ops
 
     cfg, refs = comm.cfg, comm.device_refs()
     R = cfg.n_ranks
@@ -91,7 +93,12 @@ def add_graph(module, variant: Variant, comm, name: str | None = None, rounds: i
         x, ids, weights, num_tokens, ys = ([values[i * R + r] for r in chosen] for i in range(5))
         for _ in range(rounds):
             given = {"weights": weights, "num_tokens": num_tokens}
-            if variant.mode == "split":
+            if variant.mode == "beside":
+                doubled = ops.side_stream(x, lambda *xs: [v + v for v in xs], result_types=[v.type for v in x])
+                pending = ep.dispatch_async(ranks, x, ids, **given, n_sms=2)
+                handles = ep.dispatch_wait(ranks, pending, n_sms=3)
+                sums = ep.combine_wait(ranks, ep.combine_async(ranks, ys, handles, n_sms=2), bias0=doubled, n_sms=1)
+            elif variant.mode == "split":
                 handles = ep.dispatch_wait(ranks, ep.dispatch_async(ranks, x, ids, **given))
                 sums = ep.combine_wait(ranks, ep.combine_async(ranks, ys, handles))
             else:

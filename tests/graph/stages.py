@@ -275,7 +275,7 @@ def _add_graph(module, name, variant, device):
             device,
             values[: len(values) - len(variant.shapes())],
             out_types=[tensor(*t) for t in variant.outputs(device.is_cpu())],
-            parameters=variant.parameters(),
+            parameters=variant.parameters() | {"n_sms": 0},
         )
         graph.output(*outputs)
 

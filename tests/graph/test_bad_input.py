@@ -67,6 +67,7 @@ class Dispatch:
     input_scale: tuple | None = None
     cfg: ep.EPConfig = CFG
     drop: str = ""
+    n_sms: object = None
 
     def __call__(self):
         names = ["x", "ids", "weights", "num_tokens", "x_scales", "input_scale"]
@@ -78,7 +79,7 @@ class Dispatch:
         elif self.drop:
             values[self.drop] = values[self.drop][:1]
         with building.graph:
-            ep.dispatch(building.ranks, values.pop("x"), values.pop("ids"), **values)
+            ep.dispatch(building.ranks, values.pop("x"), values.pop("ids"), **values, n_sms=self.n_sms)
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Combine:
     of: ep.EPConfig | None = None
     handle: str = ""
     drop: str = ""
+    n_sms: object = None
 
     def __call__(self):
         of = self.of or self.cfg
@@ -114,7 +116,8 @@ class Combine:
                 handles = handles[:1]
             elif self.drop:
                 values[self.drop] = values[self.drop][:1]
-            ep.combine(building.ranks, values.pop("y"), handles, reduce=self.reduce, **values)
+            options = {"reduce": self.reduce, "n_sms": self.n_sms}
+            ep.combine(building.ranks, values.pop("y"), handles, **options, **values)
 
 
 def bind_too_few():
@@ -163,6 +166,8 @@ BUILDING = {
     "one-x-for-two-ranks": (Dispatch(drop="x"), ep.ShapeError, "xs = '1 values'.*2: one for each rank"),
     "one-ids-for-two-ranks": (Dispatch(drop="ids"), ep.ShapeError, "topk_ids = '1 values'"),
     "one-weights": (Dispatch(weights=WEIGHTS, drop="weights"), ep.ShapeError, "weights = '1 values'.*one value a rank"),
+    "no-sms": (Dispatch(n_sms=0), ep.ConfigError, "n_sms = 0.*1 to 1024.*None"),
+    "sms-float": (Combine(n_sms=16.0), ep.ConfigError, "n_sms = 16.0.*integer"),
     "no-ranks": (Dispatch(drop="ranks"), ep.ShapeError, r"(xs|ranks) = .*"),
     "y-float32": (Combine(("float32", [ROWS, 8])), ep.DTypeError, "ys = .*float32.*bfloat16"),
     "y-rows": (Combine(("bfloat16", [ROWS - 1, 8])), ep.ShapeError, rf"ys = .*{ROWS - 1}.*\[{ROWS}, 8\]"),

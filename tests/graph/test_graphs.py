@@ -31,6 +31,7 @@ class Setup:
     input_scale: bool = False
     combine_weights: bool = False
     biases: dict = field(default_factory=dict)
+    n_sms: int | None = None
 
     def kinds(self):
         """Names, element types and shapes of a rank's inputs."""
@@ -113,6 +114,7 @@ SETUPS = {
         ep.EPConfig(hidden_size=24, output_layout="rank", output_dtype="float32", reduce="expert", **ALONE),
         weights=True,
         biases={"bias0": "float32"},
+        n_sms=1,
     ),
     "padded experts, tokens quantised already": Setup(
         ep.EPConfig(output_layout="expert_padded", dispatch_format=ep.BlockwiseFP8("ue8m0"), **FP8, **ALONE),
@@ -147,8 +149,8 @@ def _graph(name, module, comm, kinds, body):
 def _whole(setup):
     def body(ranks, values):
         options = {n: values[n] for n in ("weights", "num_tokens", "x_scales", "input_scale") if n in values}
-        handles = ep.dispatch(ranks, values["x"], values["ids"], **options)
-        options = {n: values[n] for n in ("bias0", "bias1") if n in values}
+        handles = ep.dispatch(ranks, values["x"], values["ids"], **options, n_sms=setup.n_sms)
+        options = {n: values[n] for n in ("bias0", "bias1") if n in values} | {"n_sms": setup.n_sms}
         if setup.combine_weights:
             options["weights"] = values["combine_weights"]
         ys = ep.combine(ranks, values["y"], handles, reduce=setup.reduce, **options)

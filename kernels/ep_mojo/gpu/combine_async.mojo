@@ -38,6 +38,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
+from .precedence import precedence
 from .routing import ballot
 from .shared_rows import (
     SLOT_ALIGNMENT,
@@ -289,6 +290,7 @@ def combine_async[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

@@ -31,6 +31,7 @@ from .launch import (
     warp_index,
     warps,
 )
+from .precedence import precedence
 from .routing import ballot, destination_of_lanes
 
 comptime MAX_PARTS = 4
@@ -266,4 +267,5 @@ def combine_wait[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
     )

@@ -32,6 +32,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
+from .precedence import precedence
 from .routing import destination_of_lanes
 from .shared_rows import (
     SLOT_ALIGNMENT,
@@ -278,6 +279,7 @@ def dispatch_async[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

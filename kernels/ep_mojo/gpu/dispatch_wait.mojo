@@ -33,6 +33,7 @@ from .launch import (
     warp_slot,
 )
 from .mapping import cta_bytes, in_launch, map_sources, name_groups
+from .precedence import precedence
 from .routing import ballot
 from .shared_rows import SLOT_ALIGNMENT
 
@@ -302,6 +303,7 @@ def dispatch_wait[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

@@ -32,6 +32,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
+from .precedence import precedence
 from .routing import ballot
 from .shared_rows import finish_stores, release_slots, store_row
 
@@ -215,6 +216,7 @@ def combine_async[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

@@ -29,6 +29,7 @@ from ..signal import Waiter
 from ..team import WarpTeam, zero_bytes
 from .combine_wait import MAX_PARTS, zero_output
 from .launch import ByValue, Peers, Shape, Share, is_last_cta, may_go_on
+from .precedence import precedence
 
 
 @always_inline
@@ -231,4 +232,5 @@ def combine_wait[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
     )

@@ -47,6 +47,7 @@ from .launch import (
     warp_slot,
     warps,
 )
+from .precedence import precedence
 from .routing import AHEAD, ballot, run_of, same_lanes
 from .shared_rows import SLOT_ALIGNMENT, finish_stores, release_slots, store_row
 
@@ -372,6 +373,7 @@ def dispatch_async[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

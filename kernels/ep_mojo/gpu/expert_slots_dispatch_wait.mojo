@@ -42,6 +42,7 @@ from .launch import (
     warps,
 )
 from .mapping import in_launch, name_groups
+from .precedence import precedence
 from .routing import ballot
 
 
@@ -64,14 +65,12 @@ struct Blocks(Movable):
             s: The settings.
             warp_bytes: Shared memory that the launch has for each warp.
         """
-        var n = s.n_experts
-        var base = warp_memory(
-            warp_bytes, (warps() - warp_index()) * warp_bytes
-        )
-        self.n = n
-        self.messages = window_view[DType.int32](base, 0, n)
-        self.extra = window_view[DType.int32](base, 4 * n, n)
-        self.first = window_view[DType.int32](base, 8 * n, n)
+        var behind = (warps() - warp_index()) * warp_bytes
+        var base = warp_memory(warp_bytes, behind)
+        self.n = s.n_experts
+        self.messages = window_view[DType.int32](base, 0, self.n)
+        self.extra = window_view[DType.int32](base, 4 * self.n, self.n)
+        self.first = window_view[DType.int32](base, 8 * self.n, self.n)
 
     @staticmethod
     def bytes(n_experts: Int) -> Int:
@@ -394,6 +393,7 @@ def dispatch_wait[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

@@ -37,6 +37,7 @@ from .launch import (
     warps,
 )
 from .mapping import cta_bytes, map_sources, name_groups
+from .precedence import precedence
 
 
 def dispatch_stage[
@@ -180,6 +181,7 @@ def dispatch[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),
@@ -281,6 +283,7 @@ def combine[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
+        attributes=precedence(ctx, peers.s),
         func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
             UInt32(shape.shared_bytes)
         ),

@@ -30,6 +30,7 @@ struct CombineAsync:
         layout: StaticString,
         reduce: StaticString,
         slots: StaticString,
+        n_sms: Int,
         target: StaticString,
     ](
         shared_out: OutputTensor[rank=2, ...],
@@ -52,6 +53,7 @@ struct CombineAsync:
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
             slots: Slot policy, "rank" or "expert".
+            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
@@ -71,7 +73,7 @@ struct CombineAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target](settings, counters)
+        var s = read_settings[target, n_sms](settings, counters)
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -125,6 +127,7 @@ struct CombineWait:
         layout: StaticString,
         reduce: StaticString,
         slots: StaticString,
+        n_sms: Int,
         target: StaticString,
     ](
         y: OutputTensor[rank=2, ...],
@@ -149,6 +152,7 @@ struct CombineWait:
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
             slots: Slot policy, "rank" or "expert".
+            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
@@ -170,7 +174,7 @@ struct CombineWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target](settings, counters)
+        var s = read_settings[target, n_sms](settings, counters)
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
@@ -247,6 +251,7 @@ struct Combine:
         layout: StaticString,
         reduce: StaticString,
         slots: StaticString,
+        n_sms: Int,
         target: StaticString,
     ](
         y: OutputTensor[rank=2, ...],
@@ -275,6 +280,7 @@ struct Combine:
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
             slots: Slot policy, "rank" or "expert".
+            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
@@ -300,7 +306,7 @@ struct Combine:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target](settings, counters)
+        var s = read_settings[target, n_sms](settings, counters)
         var input = CombineInput(
             raw(rows),
             view(row_map),

@@ -31,6 +31,7 @@ struct DispatchAsync:
         scale: StaticString,
         by_column: Bool,
         slots: StaticString,
+        n_sms: Int,
         target: StaticString,
     ](
         order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
@@ -55,6 +56,7 @@ struct DispatchAsync:
             scale: Its scale rule.
             by_column: Its scales layout.
             slots: Slot policy, "rank" or "expert".
+            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
@@ -75,7 +77,7 @@ struct DispatchAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target](settings, counters)
+        var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
@@ -130,6 +132,7 @@ struct DispatchWait:
         by_column: Bool,
         layout: StaticString,
         slots: StaticString,
+        n_sms: Int,
         target: StaticString,
     ](
         tokens: OutputTensor[...],
@@ -160,6 +163,7 @@ struct DispatchWait:
             by_column: Its scales layout.
             layout: Output layout.
             slots: Slot policy, "rank" or "expert".
+            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
@@ -185,7 +189,7 @@ struct DispatchWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target](settings, counters)
+        var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         var output = DispatchOutput(
@@ -238,6 +242,7 @@ struct Dispatch:
         by_column: Bool,
         layout: StaticString,
         slots: StaticString,
+        n_sms: Int,
         target: StaticString,
     ](
         tokens: OutputTensor[...],
@@ -274,6 +279,7 @@ struct Dispatch:
             by_column: Its scales layout.
             layout: Output layout.
             slots: Slot policy, "rank" or "expert".
+            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
@@ -305,7 +311,7 @@ struct Dispatch:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target](settings, counters)
+        var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype

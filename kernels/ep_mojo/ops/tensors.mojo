@@ -38,7 +38,7 @@ def raw(t: ManagedTensorSlice) -> View[DType.uint8]:
 
 
 def read_settings[
-    target: StaticString
+    target: StaticString, n_sms: Int
 ](
     settings: ManagedTensorSlice, counters: ManagedTensorSlice
 ) raises -> Settings:
@@ -46,6 +46,7 @@ def read_settings[
 
     Parameters:
         target: Where MAX runs the op.
+        n_sms: The op's own budget of SMs or workers, 0 = that of the settings.
 
     Args:
         settings: Int64 [17], in host memory.
@@ -62,7 +63,10 @@ def read_settings[
         check_settings(words.size)
     else:
         check_head(whole[DType.int32](counters), words)
-    return Settings(words)
+    var s = Settings(words)
+    comptime if n_sms > 0:
+        s.n_sms = n_sms
+    return s
 
 
 def gpu_peers(

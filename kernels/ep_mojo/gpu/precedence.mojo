@@ -1,0 +1,46 @@
+"""How a launch stands to kernels on the device's other queues. Why that changes no order: docs/protocol.md."""
+
+from max.gpu.host import DeviceContext
+from max.gpu.host.launch_attribute import (
+    LaunchAttribute,
+    LaunchAttributeID,
+    LaunchAttributeValue,
+)
+
+from ..settings import Settings
+
+
+def precedence(ctx: DeviceContext, s: Settings) raises -> List[LaunchAttribute]:
+    """What lets a launch with a budget go first: it leaves the other SMs to kernels that need them longer.
+
+    A kernel that was there before may have more CTAs to come than there are SMs. Without precedence the launch would
+    begin behind all of them; with it its few CTAs take the first SMs that come free.
+
+    Args:
+        ctx: The device.
+        s: The settings, with the budget `n_sms`.
+
+    Returns:
+        Attributes for `enqueue_function`; none without a budget, and where there are no such attributes.
+
+    Raises:
+        What the driver raises.
+    """
+    if s.n_sms == 0 or ctx.api() != "cuda":
+        return []
+    return [priority_of(ctx.stream_priority_range().greatest)]
+
+
+def priority_of(priority: Int) -> LaunchAttribute:
+    """The priority of a launch, as CUDA wants it: an int32 at the beginning of the value.
+
+    Args:
+        priority: In the range of the device's streams; less comes first.
+
+    Returns:
+        The attribute.
+    """
+    var value = LaunchAttributeValue()
+    for i in range(4):
+        value._storage[i] = UInt8((priority >> (8 * i)) & 0xFF)
+    return LaunchAttribute(LaunchAttributeID.PRIORITY, value)

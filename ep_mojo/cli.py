@@ -17,7 +17,7 @@ PROGRAMS = {
     "demo": "run one Mixture-of-Experts layer over several ranks on this CPU and check it",
     "run": "the same on your own tokens and routing, from an .npz file",
     "doctor": "show what this machine has, what is missing, and how to mend it",
-    "bench": "time a round against NumPy and a plain memory copy",
+    "bench": "time a round against NumPy and a plain memory copy, or on GPUs against the link's limit",
 }
 OPTIONS = {
     "n_ranks": "--ranks",
@@ -39,7 +39,9 @@ FILE_SIZES = {
 SAME_NAME = ("input", "output", "plot", "repeats", "seed")
 """Options called like the field that errors name."""
 BENCH_SHAPE = {"ranks": 4, "tokens": 256, "hidden": 7168, "experts": 64, "top_k": 8}
-"""What `bench` times unless told otherwise, and what its goals are for."""
+"""What `bench` times on the host unless told otherwise, and what its goals are for."""
+GPU_BENCH_SHAPE = {"ranks": None, "tokens": [128, 4096], "hidden": 7168, "experts": 256, "top_k": 8}
+"""The same on GPUs; as many ranks as there are GPUs."""
 ERROR_STATUS = 2
 INTERRUPTED = 130
 
@@ -167,23 +169,80 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "Time one round (dispatch + combine) in bfloat16 and with fp8 dispatch, against vectorised NumPy and against a "
         "plain memory copy of the bytes that a round must move; and fp8 encoding against NumPy with ml_dtypes. Results "
         "are compared with the reference before anything is timed. Exit status 1: a result is wrong. Goals are "
-        "for the default shape; a missed one is only reported. For steady figures let nothing else run."
+        "for the default shape; a missed one is only reported. For steady figures let nothing else run. With --backend "
+        "gpus: a round on the GPUs of this machine, a rank on each, by graph replay, and the bytes that it moves over "
+        "the links against their limit."
     )
+    parser.add_argument("--backend", choices=("cpu", "gpus"), default="cpu", help="where (default: cpu)")
     helps = (
-        ("R", "ranks, 1 to 8"),
-        ("T", "tokens of each rank"),
-        ("H", "elements of a token"),
-        ("E", "experts in all"),
-        ("K", "experts of each token"),
+        ("R", "ranks, 1 to 8", int),
+        ("T", "tokens of each rank; on GPUs several numbers with commas", _counts),
+        ("H", "elements of a token", int),
+        ("E", "experts in all", int),
+        ("K", "experts of each token", int),
     )
-    for (name, value), (letter, text) in zip(BENCH_SHAPE.items(), helps, strict=True):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=value, metavar=letter, help=f"{text} (default: {value})")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs of everything (default: 20)")
+    for (name, value), (letter, text, kind) in zip(BENCH_SHAPE.items(), helps, strict=True):
+        option, there = f"--{name.replace('_', '-')}", GPU_BENCH_SHAPE[name]
+        there = "all" if there is None else ",".join(map(str, there)) if isinstance(there, list) else there
+        default = f"{value}" if value == there else f"{value}, on GPUs {there}"
+        parser.add_argument(option, type=kind, metavar=letter, help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="timed runs of everything (default: 20, on GPUs 50 replays)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of tokens and routing (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")
     parser.add_argument("--output", metavar="FILE.json", help="also write the JSON to this file")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs matplotlib)")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw the times (needs matplotlib; not on GPUs)")
+    gpus = parser.add_argument_group("on GPUs")
+    gpus.add_argument("--formats", metavar="F", help="bf16, fp8, or bf16,fp8 (default: bf16,fp8)")
+    gpus.add_argument("--mode", choices=("fused", "split"), help="one launch for each half, or two (default: fused)")
+    gpus.add_argument("--sms", type=int, metavar="N", help="the most SMs that a launch may use (default: all)")
+    gpus.add_argument(
+        "--link",
+        type=float,
+        metavar="GB/S",
+        help="what a GPU can send, in 10^9 bytes/s (default: 450, NVLink of an H200)",
+    )
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+def fill_bench_defaults(args: argparse.Namespace) -> None:
+    """Put the backend's defaults where `bench` was told nothing, and refuse options of the other backend.
+
+    On the host `tokens` becomes one number.
+
+    Raises:
+        ConfigError: An option is not for this backend.
+    """
+    on_gpus = args.backend == "gpus"
+    for name, value in (GPU_BENCH_SHAPE if on_gpus else BENCH_SHAPE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if on_gpus:
+        return
+    for name in ("formats", "mode", "sms", "link"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                field=f"--{name}",
+                value=getattr(args, name),
+                allowed=f"--{name} with --backend gpus",
+                remedy="leave it out, or add --backend gpus",
+            )
+    if isinstance(args.tokens, list):
+        if len(args.tokens) != 1:
+            raise ConfigError(
+                field="max_tokens_per_rank",
+                value=args.tokens,
+                allowed="one number with --backend cpu",
+                remedy="run the command once for each",
+            )
+        args.tokens = args.tokens[0]
+    if args.repeats is None:
+        args.repeats = 20
 
 
 def _layer_arguments(parser: argparse.ArgumentParser, default_format: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import EPConfig
 from .formats import BF16, BlockwiseFP8, CustomFormat
-from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_wait
+from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_places, check_wait
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def dispatch_async(
 
     Raises:
         ShapeError, DTypeError, UnsupportedError: An argument does not fit the config; nothing is added to the graph.
+        DeviceError: An argument is not on its rank's device; nothing is added to the graph.
         ConfigError: n_sms is out of range.
     """
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
@@ -150,7 +151,7 @@ def dispatch(
         One `Handle` a rank.
 
     Raises:
-        ShapeError, DTypeError, UnsupportedError, ConfigError: See `dispatch_async`.
+        ShapeError, DTypeError, UnsupportedError, DeviceError, ConfigError: See `dispatch_async`.
     """
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
         pending = dispatch_async(
@@ -195,6 +196,7 @@ def combine_async(
 
     Raises:
         ShapeError, DTypeError, ConfigError: An argument does not fit the config or the handle.
+        DeviceError: An argument is not on its rank's device.
     """
     modes = check_combine(ranks, ys, handles, reduce)
     pending, budget = [], check_budget(n_sms)
@@ -227,9 +229,10 @@ def combine_wait(
         One tensor [T, H] in `cfg.output_dtype` a rank; rows from num_tokens on are zero.
 
     Raises:
-        ShapeError, DTypeError, UnsupportedError, ConfigError: An argument does not fit.
+        ShapeError, DTypeError, UnsupportedError, DeviceError, ConfigError: An argument does not fit.
     """
     check_length(ranks, pending=pending, weights=weights, bias0=bias0, bias1=bias1)
+    check_places(ranks, weights=weights, bias0=bias0, bias1=bias1)
     ys, budget = [], check_budget(n_sms)
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
         values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
@@ -260,13 +263,14 @@ def combine(
         One tensor [T, H] in `cfg.output_dtype` a rank.
 
     Raises:
-        ShapeError, DTypeError, ConfigError, UnsupportedError: See the two halves.
+        ShapeError, DTypeError, ConfigError, UnsupportedError, DeviceError: See the two halves.
     """
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
         pending = combine_async(ranks, ys, handles, reduce=reduce, n_sms=n_sms)
         return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1, n_sms=n_sms)
     modes = check_combine(ranks, ys, handles, reduce)
     check_length(ranks, weights=weights, bias0=bias0, bias1=bias1)
+    check_places(ranks, weights=weights, bias0=bias0, bias1=bias1)
     outputs, budget = [], check_budget(n_sms)
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
         values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
@@ -383,6 +387,15 @@ def _dispatch_calls(
     input_scale: Values | None,
 ) -> list[tuple[list[TensorValue], PendingDispatch]]:
     check_length(
+        ranks,
+        xs=xs,
+        topk_ids=topk_ids,
+        weights=weights,
+        num_tokens=num_tokens,
+        x_scales=x_scales,
+        input_scale=input_scale,
+    )
+    check_places(
         ranks,
         xs=xs,
         topk_ids=topk_ids,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import MAX_SMS, EPConfig
-from .errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
+from .errors import ConfigError, DeviceError, DTypeError, OrderError, ShapeError, UnsupportedError
 from .formats import BF16, BlockwiseFP8, check_int
 from .handle import Handle, graph_dtype
 
@@ -59,6 +59,25 @@ def check_value(name: str, value: TensorValue, shape: list, dtypes: list[str]) -
             allowed=f"[{', '.join(wanted)}]",
             remedy=f"reshape {name}, or make a config that fits",
         )
+
+
+def check_places(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
+    """Raise `DeviceError` unless every value that is given is where its rank is: kernels read what they are given.
+
+    Args:
+        ranks: From `comm.bind`.
+        lists: By name, a value for each rank, or None; values may be None too.
+    """
+    for name, values in lists.items():
+        for rank, value in zip(ranks, values or [], strict=False):
+            if value is not None and value.device != rank.device:
+                raise DeviceError(
+                    f"rank {rank.index}",
+                    field=name,
+                    value=str(value.device),
+                    allowed=f"{rank.device}, where the rank is",
+                    remedy=f"move it there: {name}[{rank.index}].to(...), or give the graph's input that device",
+                )
 
 
 def _may_be_equal(got: Any, want: Any) -> bool:
@@ -140,6 +159,7 @@ def check_combine(
         ShapeError, DTypeError: A list is too short, or rows do not fit their handle.
         OrderError: Not a handle.
         ConfigError: A handle of another config, or a reduce mode that the config does not have.
+        DeviceError: Rows or a handle are not where their rank is.
     """
     check_length(ranks, ys=ys, handles=handles)
     modes = []
@@ -163,6 +183,9 @@ def check_combine(
             )
         check_value("ys", y, [*h.tokens.shape[:-1], cfg.hidden_size], [cfg.combine_dtype])
         modes.append(mode)
+    check_places(ranks, ys=ys)
+    for name in ("row_map", "src_info", "recv_weights", "recv_num_tokens", "topk_ids", "weights", "num_tokens"):
+        check_places(ranks, **{f"handles.{name}": [getattr(h, name) for h in handles]})
     return modes
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, reference
-from ..cli import BENCH_SHAPE
+from ..cli import BENCH_SHAPE, fill_bench_defaults
 from ..comm import Communicator
 from ..config import EPConfig
 from ..dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits, to_buffer, to_numpy
@@ -139,7 +139,7 @@ class FormatBench:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the benchmark.
+    """Run the benchmark, on the host or, by `bench_gpus`, on GPUs.
 
     Returns:
         0, or 1 where a result differs from the reference (then nothing is timed).
@@ -147,6 +147,11 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         EPError: An argument does not fit, or something is missing.
     """
+    fill_bench_defaults(args)
+    if args.backend == "gpus":
+        from . import bench_gpus
+
+        return bench_gpus.main(args)
     check_int("repeats", args.repeats, 1, 10_000)
     check_int("seed", args.seed, 0, 2**32 - 1)
     for option, path in (("output", args.output), ("plot", args.plot)):

@@ -25,11 +25,11 @@ AT_ONCE_S = 10.0
 def whole_round(comm, module, name):
     """A round of every rank in the graph: x [Tx, H], ids [Ti, K], bias [Tb, H] -> y [Ti, H]."""
     from max.dtype import DType
-    from max.graph import DeviceRef, Graph, TensorType
+    from max.graph import Graph, TensorType
 
-    cfg, n, host, bf16 = comm.cfg, comm.graph_ranks, DeviceRef.CPU(), DType.bfloat16
+    cfg, n, refs, bf16 = comm.cfg, comm.graph_ranks, comm.device_refs(), DType.bfloat16
     kinds = ("x", bf16, cfg.hidden_size), ("i", DType.int32, cfg.top_k), ("b", bf16, cfg.hidden_size)
-    types = [TensorType(dtype, [f"T{kind}{r}", size], host) for kind, dtype, size in kinds for r in range(n)]
+    types = [TensorType(dtype, [f"T{kind}{r}", size], refs[r]) for kind, dtype, size in kinds for r in range(n)]
     inputs = [*types, *comm.input_types()]
     with Graph(name, input_types=inputs, custom_extensions=[ep.kernel_library()], module=module) as graph:
         given = [v.tensor for v in graph.inputs[: len(types)]]
@@ -66,24 +66,24 @@ def processes():
         comm.destroy()
 
 
-def arguments(seed):
+def arguments(seed, cfg=CFG):
     rng = np.random.default_rng(seed)
-    tokens = [1 + int(t) for t in rng.integers(0, CFG.max_tokens_per_rank, RANKS)]
-    xs = [random_rows(rng, (t, CFG.hidden_size)) for t in tokens]
-    ids = [rng.integers(0, CFG.n_experts, (t, CFG.top_k)).astype(np.int32) for t in tokens]
-    return xs, ids, [random_rows(rng, (t, CFG.hidden_size)) for t in tokens]
+    tokens = [1 + int(t) for t in rng.integers(0, cfg.max_tokens_per_rank, cfg.n_ranks)]
+    xs = [random_rows(rng, (t, cfg.hidden_size)) for t in tokens]
+    ids = [rng.integers(0, cfg.n_experts, (t, cfg.top_k)).astype(np.int32) for t in tokens]
+    return xs, ids, [random_rows(rng, (t, cfg.hidden_size)) for t in tokens]
 
 
-def bad_arguments(what, rank):
+def bad_arguments(what, rank, cfg=CFG):
     """One row too few of "ids" (dispatch raises) or "bias" (combine raises) on one rank."""
-    args = arguments(100)
+    args = arguments(100, cfg)
     rows = args[1 if what == "ids" else 2]
     rows[rank] = rows[rank][1:]
     return [v for values in args for v in values]
 
 
 def expect_right_round(comm, model, seed):
-    xs, ids, bias = arguments(seed)
+    xs, ids, bias = arguments(seed, comm.cfg)
     ys = comm.execute(model, *xs, *ids, *bias)
     handles = reference.dispatch(comm.cfg, xs, ids)
     expected = reference.combine(comm.cfg, [h.tokens for h in handles], handles, bias0=bias)
@@ -92,7 +92,7 @@ def expect_right_round(comm, model, seed):
 
 
 def expect_refusal_until_reset(comm, model):
-    good = [v for values in arguments(0) for v in values]
+    good = [v for values in arguments(0, comm.cfg) for v in values]
     for call in (comm.check, lambda: comm.execute(model, *good)):
         with pytest.raises(ep.OrderError, match=r"rank \d: an op .*raised in the middle of a run.*comm.reset\(\)"):
             call()

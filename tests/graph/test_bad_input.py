@@ -31,16 +31,16 @@ ROWS = CFG.rows_capacity
 class Building:
     """A graph in the making, with inputs of any type."""
 
-    def __init__(self, cfg, module=None):
-        self.cfg, self.comm, self.module = cfg, ep.Communicator.cpu(cfg), module
+    def __init__(self, cfg, comm=None, module=None):
+        self.cfg, self.comm, self.module = cfg, comm or ep.Communicator.cpu(cfg), module
 
     def values(self, *types):
-        """Two graph inputs (one a rank) of every (dtype, shape), by type."""
+        """Two graph inputs (one a rank) of every (dtype, shape), by type; a third entry is another device."""
         from max.dtype import DType
-        from max.graph import DeviceRef, Graph, TensorType
+        from max.graph import Graph, TensorType
 
-        host = DeviceRef.CPU()
-        own = [TensorType(getattr(DType, d), s, host) for d, s in types for _ in range(2)]
+        refs = self.comm.device_refs()
+        own = [TensorType(getattr(DType, d), s, *(at or [ref])) for d, s, *at in types for ref in refs]
         types, library = [*own, *self.comm.input_types()], [ep.kernel_library()]
         self.graph = Graph("bad", input_types=types, custom_extensions=library, module=self.module)
         given = [v.tensor for v in self.graph.inputs[: len(own)]]
@@ -216,18 +216,71 @@ def test_building_a_graph(attempt, error, text):
     assert "Remedy: " in str(caught.value)
 
 
+def on_gpus(place, name, function="dispatch"):
+    """Ranks on GPUs that are not there; `name` is somewhere else."""
+    from max.graph import DeviceRef
+
+    building = Building(CFG, ep.Communicator.planned(CFG))
+    elsewhere = [DeviceRef.CPU() if place == "host" else DeviceRef.GPU(0)]
+    kinds = {
+        "x": x(),
+        "ids": IDS,
+        "weights": WEIGHTS,
+        "num_tokens": ("int32", [1]),
+        "y": x(shape=(ROWS, 8)),
+        "bias0": x(),
+    }
+    kinds |= {f"h{i}": (t.dtype.name, [int(d) for d in t.shape]) for i, t in enumerate(handle_types(CFG))}
+    types = [(*kind, *(elsewhere if name == key else [])) for key, kind in kinds.items()]
+    values = dict(zip(kinds, building.values(*types), strict=True))
+    with building.graph:
+        if function == "dispatch":
+            ep.dispatch(building.ranks, values["x"], values["ids"], values["weights"], num_tokens=values["num_tokens"])
+        flat = [values[f"h{i}"] for i in range(len(kinds) - 6)]
+        handles = [ep.Handle.from_flat(CFG, [*(v[r] for v in flat), values["ids"][r]]) for r in range(2)]
+        ep.combine(building.ranks, values["y"], handles, bias0=values["bias0"])
+
+
+PLACES = {
+    "x-host": ("host", "x", "dispatch", r"xs = .*cpu.*rank 0.*Allowed: .*gpu:0.*xs\[0\]\.to"),
+    "x-of-rank-1-on-gpu-0": ("gpu", "x", "dispatch", r"xs = .*gpu:0.*rank 1.*Allowed: .*gpu:1"),
+    "ids": ("host", "ids", "dispatch", "topk_ids = "),
+    "weights": ("gpu", "weights", "dispatch", "weights = .*rank 1"),
+    "num-tokens": ("host", "num_tokens", "dispatch", "num_tokens = "),
+    "y": ("gpu", "y", "combine", "ys = .*rank 1"),
+    "src-info": ("host", "h5", "combine", r"handles\.src_info = "),
+    "row-map": ("host", "h9", "combine", r"handles\.row_map = "),
+    "bias": ("gpu", "bias0", "combine", "bias0 = .*rank 1"),
+}
+
+
+@pytest.mark.parametrize(("place", "name", "function", "text"), PLACES.values(), ids=PLACES)
+def test_values_on_another_device(place, name, function, text):
+    with pytest.raises(ep.DeviceError, match=f"(?s){text}") as caught:
+        on_gpus(place, name, function)
+    assert "Remedy: " in str(caught.value)
+
+
 # When a graph runs
 
 
-@together.needed
-def _add_dispatch(module):
+@pytest.fixture(scope="module")
+def make():
+    """What makes the communicators: tests/gpu runs much of this file with another one."""
+    return ep.Communicator.cpu
+
+
+def add_dispatch(module, comm=None):
     """One dispatch over two ranks."""
-    building = Building(CFG, module)
+    building = Building(CFG, comm, module)
     xs, ids, weights, n = building.values(x(), IDS, WEIGHTS, ("int32", [1]))
     with building.graph:
         handles = ep.dispatch(building.ranks, xs, ids, weights, num_tokens=n)
         building.graph.output(*(h.counts for h in handles))
     return building.comm, {"bad": building.graph}
+
+
+together.needed(add_dispatch)
 
 
 @pytest.fixture
@@ -251,7 +304,9 @@ def memory_digest(comm, parts=("counters", "dispatch_count", "combine_count", "d
     sha = hashlib.sha256()
     for memory in comm.memories:
         for part in parts:
-            sha.update(np.ascontiguousarray(getattr(memory, part)).tobytes())
+            on_device = part != "counters" and hasattr(memory, "window")
+            array = memory.window(part) if on_device else getattr(memory, part)
+            sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
 
 
@@ -442,9 +497,9 @@ def test_a_handle_that_names_what_is_not_there(stages, reduce, field, at, value,
         assert not play_whole(engine, rnd)
 
 
-def test_a_graph_of_another_config(compiled):
+def test_a_graph_of_another_config(compiled, make):
     _, model = compiled
-    with ep.Communicator.cpu(CFG.replace(n_ranks=1)) as other:
+    with make(CFG.replace(n_ranks=1)) as other:
         before = memory_digest(other)
         with pytest.raises(ep.ShapeError, match=r"its last inputs = .*the same config"):
             other.execute(model, *FULL[::2])
@@ -454,10 +509,10 @@ def test_a_graph_of_another_config(compiled):
 @pytest.mark.parametrize(
     "changes", [{"hidden_size": 16}, {"top_k": 1}, {"max_tokens_per_rank": 4}, {"n_experts": 6}], ids=str
 )
-def test_a_graph_of_a_config_with_the_same_communicator_inputs(compiled, changes):
+def test_a_graph_of_a_config_with_the_same_communicator_inputs(compiled, make, changes):
     """The graph's shapes tell nothing, so the ops refuse."""
     _, model = compiled
-    with ep.Communicator.cpu(CFG.replace(**changes)) as other:
+    with make(CFG.replace(**changes)) as other:
         before = memory_digest(other, ["dispatch_recv", "combine_recv", "combine_count"])
         with pytest.raises(ep.ShapeError, match="same config"):
             other.execute(model, *FULL)
@@ -472,9 +527,9 @@ def test_not_a_model(compiled):
         comm.compile("graph")
 
 
-def test_after_destroy(compiled):
+def test_after_destroy(compiled, make):
     _, model = compiled
-    comm = ep.Communicator.cpu(CFG)
+    comm = make(CFG)
     comm.destroy()
     for attempt in (lambda: comm.execute(model, *FULL), comm.check, comm.reset, comm.inputs):
         with pytest.raises(ep.OrderError, match=r"destroyed.*make a new communicator"):
@@ -482,6 +537,6 @@ def test_after_destroy(compiled):
     comm.destroy()
 
 
-def test_not_a_config():
+def test_not_a_config(make):
     with pytest.raises(ep.ConfigError, match="cfg = 'dict'.*EPConfig"):
-        ep.Communicator.cpu({"hidden_size": 8})
+        make({"hidden_size": 8})

@@ -1,0 +1,214 @@
+"""`ep-mojo bench --backend gpus`: one round on the GPUs of this machine, and its share of the link's limit.
+
+A round is dispatch and combine, replayed from a captured graph. The experts are the identity; where tokens travel as
+fp8, the rows that combine gets are cast to bfloat16 before, not in the timed graph. Every result is checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..comm import Communicator
+from ..config import EPConfig
+from ..errors import ConfigError, DeviceError
+from ..formats import check_int
+from . import files, measures, report
+from .gpu_round import ERROR_LIMIT, REPLAYS, Round, add_round, draw, error_of, on_devices, replay_times
+from .progress import Progress
+
+FORMATS = ("bf16", "fp8")
+LINK_GB_S = 450.0
+"""What one H200 can send over NVLink: its data sheet has 900 GB/s, the sum of both directions."""
+FORMULA = """\
+Bytes over the links in a round: P (token, other rank that owns an expert of it) pairs, M = message, Y = row of combine
+  bytes = P M + R (R - 1) T K (2 + 4) + P Y     messages, routing tables (ids and weights), partial sums back
+Signals, 8 bytes a token and rank, are left out. GB/s a GPU = bytes / R / median; the limit is what a GPU can send."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the benchmark.
+
+    Returns:
+        0, or 1 where a result is wrong (its case is not timed).
+
+    Raises:
+        DeviceError: Fewer than two GPUs, or fewer than --ranks.
+        EPError: An argument does not fit.
+    """
+    if args.plot:
+        raise ConfigError(
+            field="--plot", value=args.plot, allowed="--plot with --backend cpu", remedy="leave it out; use --output"
+        )
+    replays = REPLAYS if args.repeats is None else check_int("repeats", args.repeats, 1, 10_000)
+    check_int("seed", args.seed, 0, 2**32 - 1)
+    if args.output:
+        files.check_writable(Path(args.output))
+    link = LINK_GB_S if args.link is None else args.link
+    if not 0 < link < float("inf"):
+        raise ConfigError(field="--link", value=link, allowed="GB/s above 0", remedy=f"leave it out for {LINK_GB_S:g}")
+    ranks = gpus_for(args.ranks)
+    cases = [
+        Round(ranks, tokens, fmt, args.mode != "split", args.hidden, args.experts, args.top_k)
+        for fmt in chosen_formats(args.formats)
+        for tokens in args.tokens
+    ]
+    configs = [case.config(args.sms or 0) for case in cases]  # raises before anything is compiled
+    check_int("top_k", args.top_k, 1, args.experts, "the benchmark gives a token K different experts: use K up to E")
+    progress, rows = Progress(), []
+    for case, cfg in zip(cases, configs, strict=True):
+        with progress.step(case.name, f"{case.name}: compiling, checking, timing"):
+            rows.append(measure(case, cfg, args.seed, replays, link))
+    result = {
+        "version": __version__,
+        "commit": measures.git_commit(),
+        "machine": measures.machine() | {"gpu": gpu_name(), "gpus": ranks},
+        "link_gb_s": link,
+        "sms": args.sms,
+        "seed": args.seed,
+        "replays": replays,
+        "cases": rows,
+    }
+    text = json.dumps(result, indent=2)
+    if args.output:
+        files.write_atomically(Path(args.output), text + "\n")
+    print(text if args.json else report_text(result))
+    return int(any(row["wrong"] for row in rows))
+
+
+def gpus_for(asked: int | None) -> int:
+    """How many GPUs to use.
+
+    Raises:
+        DeviceError: There are too few.
+    """
+    from max.driver import accelerator_count
+
+    there = accelerator_count()
+    if asked is not None:
+        check_int("n_ranks", asked, 2, 8, "a link needs two GPUs: choose --ranks from 2 to 8")
+    if there < (asked or 2):
+        raise DeviceError(
+            f"MAX sees {there} GPUs here",
+            field="--backend",
+            value="gpus",
+            allowed=f"a machine with {asked or 2} GPUs or more",
+            remedy="see `ep-mojo doctor`; use --backend cpu" + (", or fewer --ranks" if there > 1 else ""),
+        )
+    return asked or min(there, 8)
+
+
+def gpu_name() -> str:
+    """What the first GPU is."""
+    from max.driver import Accelerator
+
+    return str(Accelerator(0).model_name)
+
+
+def chosen_formats(text: str | None) -> list[str]:
+    """The formats that --formats names, each once.
+
+    Raises:
+        ConfigError: It names something else.
+    """
+    names = list(dict.fromkeys((text or ",".join(FORMATS)).split(",")))
+    if any(name not in FORMATS for name in names):
+        raise ConfigError(
+            field="--formats", value=text, allowed="bf16, fp8, or bf16,fp8", remedy="leave it out for both"
+        )
+    return names
+
+
+def measure(case: Round, cfg: EPConfig, seed: int, replays: int, link: float) -> dict[str, Any]:
+    """Compile, check and time a case."""
+    from max.graph import Module
+
+    module, fp8 = Module(), case.fmt == "fp8"
+    with Communicator.gpus(cfg) as comm:
+        parts = ("rows", "given rows") if fp8 else ("round",)
+        *prepared, timed = comm.compile_all([add_round(case, comm, part=part, module=module) for part in parts])
+        given = draw(case, seed)
+        args = on_devices(given, comm.devices)
+        for graph in prepared:
+            args += graph.model.execute(*args, *comm.inputs())
+        args += comm.inputs()
+        outputs = timed.model.execute(*args)
+        comm.check()
+        error = error_of(case, outputs, given)
+        row: dict[str, Any] = {"case": vars(case) | {"name": case.name}, "error": error, "wrong": ""}
+        if not error < ERROR_LIMIT:
+            return row | {"wrong": f"relative error {error:.1e}, allowed: below {ERROR_LIMIT:.0e}"}
+        row |= replay_times(timed.model, args, comm.devices, replays)
+        comm.check()
+        row |= on_link(cfg, given[case.ranks : 2 * case.ranks], row["median_us"], link)
+        del outputs, args
+    return row
+
+
+def on_link(cfg: EPConfig, topk_ids: Sequence[np.ndarray], median_us: float, link: float) -> dict[str, Any]:
+    """Bytes over the links by `FORMULA`, and the rate that they come to.
+
+    Args:
+        cfg: The config.
+        topk_ids: int32 [T, K] of each rank.
+        median_us: Microseconds of a round.
+        link: GB/s that a GPU can send.
+
+    Returns:
+        "bytes": {"dispatch", "combine", "total"} of all ranks; "busiest": the most that one rank sends or receives;
+        "gb_s": of a GPU on average; "share": of the limit.
+    """
+    moved = report.bytes_moved(cfg, topk_ids)["ours"]
+    rate = moved["total"] / cfg.n_ranks / median_us / 1e3
+    return {"bytes": moved, "busiest": busiest(cfg, topk_ids), "gb_s": rate, "share": rate / link}
+
+
+def busiest(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
+    """The most bytes that one rank sends, or receives, in a round."""
+    R = cfg.n_ranks
+    pairs = np.zeros((R, R), np.int64)
+    for source, ids in enumerate(topk_ids):
+        owner = np.where((ids >= 0) & (ids < cfg.n_experts), ids // cfg.n_local_experts, -1)
+        pairs[source] = [(owner == r).any(axis=1).sum() for r in range(R)]
+    np.fill_diagonal(pairs, 0)
+    tables = np.array([[6 * ids.size] * R for ids in topk_ids])
+    np.fill_diagonal(tables, 0)
+    payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
+    traffic = pairs * payload + tables + pairs.T * cfg.combine_row_bytes
+    return int(max(traffic.sum(axis=1).max(), traffic.sum(axis=0).max()))
+
+
+def report_text(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    machine, rows = result["machine"], []
+    for row in result["cases"]:
+        if row["wrong"]:
+            rows.append([row["case"]["name"], *["-"] * 6, f"WRONG: {row['wrong']}"])
+            continue
+        figures = [f"{row['median_us']:.1f}", f"{row['p99_us']:.1f}", f"{row['wall_us']:.1f}", f"{row['eager_us']:.1f}"]
+        rows.append(
+            [
+                row["case"]["name"],
+                *figures,
+                report.size(row["bytes"]["total"]),
+                f"{row['gb_s']:.0f}",
+                f"{row['share']:.0%}",
+            ]
+        )
+    header = ["us a round", "median", "p99", "wall", "eager", "bytes", "GB/s a GPU", f"of {result['link_gb_s']:g}"]
+    budget = f", at most {result['sms']} SMs a launch" if result["sms"] else ""
+    lines = [
+        f"{machine['gpus']} x {machine['gpu']}, MAX {machine['max']}{budget}: dispatch and combine, identity experts",
+        "",
+        report.table(header, rows),
+        "",
+        f"Median and 99th percentile of {result['replays']} replays on all ranks; wall and eager by the host's clock.",
+        FORMULA,
+    ]
+    return "\n".join(lines)

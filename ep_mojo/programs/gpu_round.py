@@ -1,0 +1,187 @@
+"""One round on GPUs to be timed: dispatch and combine with identity experts, by replays of a captured graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..comm import Communicator
+from ..config import EPConfig
+from ..dtypes import (
+    bfloat16_bits_to_float32,
+    e4m3_bits_to_float32,
+    float32_to_bfloat16_bits,
+    to_buffer,
+    to_numpy,
+)
+from ..formats import BF16, BlockwiseFP8
+from ..graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
+from ..kernels import kernel_library
+from ..reference.fp8 import quantize
+
+REPLAYS = 50
+WARM_UP = 10
+ERROR_LIMIT = 5e-3
+"""Largest relative error of a rank: bfloat16 keeps 8 bits, so one rounding is 2e-3."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's shape.
+
+    Attributes:
+        ranks, tokens, hidden, experts, top_k: R, T, H, E, K.
+        fmt: "bf16" or "fp8": how tokens travel; sums travel as bfloat16.
+        fused: Whether dispatch and combine are one launch each, or two.
+    """
+
+    ranks: int
+    tokens: int
+    fmt: str
+    fused: bool
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def name(self) -> str:
+        """Name of its graph."""
+        mode = "fused" if self.fused else "split"
+        return f"{self.fmt}_{mode}_r{self.ranks}_t{self.tokens}_h{self.hidden}_e{self.experts}_k{self.top_k}"
+
+    def config(self, sms: int = 0) -> EPConfig:
+        """Its config; `sms`: the most SMs of a launch, 0 = all."""
+        return EPConfig(
+            hidden_size=self.hidden,
+            top_k=self.top_k,
+            n_experts=self.experts,
+            max_tokens_per_rank=self.tokens,
+            n_ranks=self.ranks,
+            dispatch_format=BF16() if self.fmt == "bf16" else BlockwiseFP8(),
+            reduce="expert",
+            tokens_per_signal=1,
+            n_sms=sms or None,
+        )
+
+
+def add_round(case: Round, comm: Communicator, *, part: str = "round", module: Any = None) -> Any:
+    """A graph of a round: x, ids and weights of all ranks in.
+
+    Args:
+        case: The shape.
+        comm: Where the ranks are.
+        part: "round": y of all ranks out; fp8 rows are cast to bfloat16 on their way to combine. "rows": the rows that
+            combine would get out, and no combine. "given rows": these rows are inputs too, so that nothing is cast.
+        module: Where to put the graph.
+    """
+    from max.dtype import DType
+    from max.graph import Graph, TensorType
+
+    refs, R, cfg = comm.device_refs(), case.ranks, comm.cfg
+    sizes = ((DType.bfloat16, case.hidden), (DType.int32, case.top_k), (DType.float32, case.top_k))
+    own = [TensorType(d, [case.tokens, n], refs[r]) for d, n in sizes for r in range(R)]
+    if part == "given rows":
+        own += [TensorType(DType.bfloat16, [cfg.rows_capacity, case.hidden], refs[r]) for r in range(R)]
+    name = case.name if part == "round" else f"{case.name}_{part.replace(' ', '_')}"
+    types = [*own, *comm.input_types()]
+    with Graph(name, input_types=types, custom_extensions=[kernel_library()], module=module) as graph:
+        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
+        values = [v.tensor for v in graph.inputs[: len(own)]]
+        x, ids, weights, *given = (values[i : i + R] for i in range(0, len(values), R))
+        if case.fused:
+            handles = dispatch(ranks, x, ids, weights)
+        else:
+            handles = dispatch_wait(ranks, dispatch_async(ranks, x, ids, weights))
+        rows = (
+            given[0] if given else [h.tokens if case.fmt == "bf16" else h.tokens.cast(DType.bfloat16) for h in handles]
+        )
+        if part == "rows":
+            graph.output(*rows)
+        elif case.fused:
+            graph.output(*combine(ranks, rows, handles))
+        else:
+            graph.output(*combine_wait(ranks, combine_async(ranks, rows, handles)))
+    return graph
+
+
+def draw(case: Round, seed: int = 0) -> list[np.ndarray]:
+    """Tokens (bfloat16 bits), choices without repeats, and weights, rank by rank: 3 R arrays."""
+    rng = np.random.default_rng(seed)
+    shape = (case.tokens, case.hidden)
+    xs = [float32_to_bfloat16_bits(rng.standard_normal(shape, np.float32)) for _ in range(case.ranks)]
+    ids = [
+        np.argsort(rng.random((case.tokens, case.experts), np.float32), axis=1)[:, : case.top_k].astype(np.int32)
+        for _ in range(case.ranks)
+    ]
+    weights = [rng.random((case.tokens, case.top_k), np.float32) for _ in range(case.ranks)]
+    return [*xs, *ids, *weights]
+
+
+def on_devices(arrays: Sequence[np.ndarray], devices: Sequence[Any]) -> list[Any]:
+    """MAX buffers of arrays that come rank by rank; uint16 holds bfloat16."""
+    return [
+        to_buffer(a, "bfloat16" if a.dtype == np.uint16 else None).to(devices[i % len(devices)])
+        for i, a in enumerate(arrays)
+    ]
+
+
+def error_of(case: Round, outputs: Sequence[Any], given: Sequence[np.ndarray]) -> float:
+    """The largest relative error of a rank: identity experts give each token times the sum of its weights.
+
+    With fp8 the experts see the quantised values, without their scales.
+    """
+    worst = 0.0
+    for r in range(case.ranks):
+        got = bfloat16_bits_to_float32(to_numpy(outputs[r]))
+        sums = given[2 * case.ranks + r].sum(axis=1, keepdims=True)
+        x = bfloat16_bits_to_float32(given[r])
+        want = (x if case.fmt == "bf16" else e4m3_bits_to_float32(quantize(x)[0])) * sums
+        found = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        worst = found if found != found else max(worst, found)  # NaN stays
+    return worst
+
+
+def replay_times(model: Any, args: Sequence[Any], devices: Sequence[Any], replays: int = REPLAYS) -> dict[str, float]:
+    """Microseconds of a replayed round, over all replays and ranks; and of an eager one, by the host's clock.
+
+    Returns:
+        "median_us" and "p99_us" between two events on a rank's own queue, "wall_us" and "eager_us" by the host's clock.
+    """
+    from max.driver import DeviceEvent
+
+    def settle() -> None:
+        for d in devices:
+            d.synchronize()
+
+    def wall(call: Callable[[], Any], n: int) -> float:
+        for _ in range(WARM_UP):
+            call()
+        settle()
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        settle()
+        return (time.perf_counter() - start) / n * 1e6
+
+    eager = wall(lambda: model.execute(*args), 20)
+    model.capture(1, *args)
+    wall_us = min(wall(lambda: model.replay(1, *args), replays) for _ in range(3))
+    marks = [[DeviceEvent(d, enable_timing=True) for _ in range(replays + 1)] for d in devices]
+    settle()
+    for i in range(replays + 1):
+        for d, events in zip(devices, marks, strict=True):
+            d.default_queue.record_event(events[i])
+        if i < replays:
+            model.replay(1, *args)
+    settle()
+    times = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
+    return {
+        "median_us": float(np.median(times)),
+        "p99_us": float(np.percentile(times, 99)),
+        "wall_us": wall_us,
+        "eager_us": eager,
+    }

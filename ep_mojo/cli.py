@@ -26,6 +26,7 @@ OPTIONS = {
     "n_experts": "--experts",
     "top_k": "--top-k",
     "output_layout": "--layout",
+    "n_sms": "--sms",
 }
 """Options by the config's names."""
 FILE_SIZES = {

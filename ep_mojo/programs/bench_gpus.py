@@ -95,7 +95,7 @@ def gpus_for(asked: int | None) -> int:
         check_int("n_ranks", asked, 2, 8, "a link needs two GPUs: choose --ranks from 2 to 8")
     if there < (asked or 2):
         raise DeviceError(
-            f"MAX sees {there} GPUs here",
+            f"MAX sees {report.number_of(there, 'GPU')} here",
             field="--backend",
             value="gpus",
             allowed=f"a machine with {asked or 2} GPUs or more",

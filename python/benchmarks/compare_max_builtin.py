@@ -23,29 +23,19 @@ from typing import Any
 
 import numpy as np
 
-REPLAYS = 50
-WARM_UP = 10
+from ep_mojo.programs.gpu_round import ERROR_LIMIT, Round, add_round, draw, error_of, on_devices, replay_times
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Round):
     """One round's shape, and who runs it."""
 
-    system: str
-    ranks: int
-    tokens: int
-    fmt: str
-    fused: bool
-    hidden: int
-    experts: int
-    top_k: int
+    system: str = "ours"
 
     @property
     def name(self) -> str:
         """Name of its graph."""
-        mode = "fused" if self.fused else "split"
-        sizes = f"r{self.ranks}_t{self.tokens}_h{self.hidden}_e{self.experts}_k{self.top_k}"
-        return f"{self.system}_{self.fmt}_{mode}_{sizes}"
+        return f"{self.system}_{super().name}"
 
 
 def arguments() -> argparse.Namespace:
@@ -64,50 +54,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
     parser.add_argument("--output", help="write the JSON here")
     return parser.parse_args()
-
-
-def config(case: Case, sms: int = 0) -> Any:
-    """Our config of a case."""
-    import ep_mojo as ep
-
-    return ep.EPConfig(
-        hidden_size=case.hidden,
-        top_k=case.top_k,
-        n_experts=case.experts,
-        max_tokens_per_rank=case.tokens,
-        n_ranks=case.ranks,
-        dispatch_format=ep.BF16() if case.fmt == "bf16" else ep.BlockwiseFP8(),
-        reduce="expert",
-        tokens_per_signal=1,
-        n_sms=sms or None,
-    )
-
-
-def our_graph(case: Case, comm: Any) -> Any:
-    """Our round as a graph: x, ids and weights of all ranks in, y of all ranks out."""
-    from max.dtype import DType
-    from max.graph import DeviceRef, Graph, TensorType
-
-    import ep_mojo as ep
-
-    sizes = ((DType.bfloat16, case.hidden), (DType.int32, case.top_k), (DType.float32, case.top_k))
-    own = [TensorType(d, [case.tokens, n], DeviceRef.GPU(r)) for d, n in sizes for r in range(case.ranks)]
-    types = [*own, *comm.input_types()]
-    with Graph(case.name, input_types=types, custom_extensions=[ep.kernel_library()]) as graph:
-        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
-        values = [v.tensor for v in graph.inputs[: 3 * case.ranks]]
-        x, ids, weights = (values[i * case.ranks : (i + 1) * case.ranks] for i in range(3))
-        if case.fused:
-            handles = ep.dispatch(ranks, x, ids, weights)
-        else:
-            handles = ep.dispatch_wait(ranks, ep.dispatch_async(ranks, x, ids, weights))
-        rows = [h.tokens if case.fmt == "bf16" else h.tokens.cast(DType.bfloat16) for h in handles]
-        if case.fused:
-            ys = ep.combine(ranks, rows, handles)
-        else:
-            ys = ep.combine_wait(ranks, ep.combine_async(ranks, rows, handles))
-        graph.output(*ys)
-    return graph
 
 
 def builtin_config(case: Case) -> Any:
@@ -191,80 +137,6 @@ def builtin_graph(case: Case, cfg: Any) -> Any:
     return graph
 
 
-def draw(case: Case) -> list[np.ndarray]:
-    """Tokens (bfloat16 bits), choices without repeats, and weights, rank by rank; the same for both systems."""
-    from ep_mojo.dtypes import float32_to_bfloat16_bits
-
-    rng = np.random.default_rng(0)
-    shape = (case.tokens, case.hidden)
-    xs = [float32_to_bfloat16_bits(rng.standard_normal(shape, np.float32)) for _ in range(case.ranks)]
-    ids = [
-        np.argsort(rng.random((case.tokens, case.experts), np.float32), axis=1)[:, : case.top_k].astype(np.int32)
-        for _ in range(case.ranks)
-    ]
-    weights = [rng.random((case.tokens, case.top_k), np.float32) for _ in range(case.ranks)]
-    return [*xs, *ids, *weights]
-
-
-def error_of(case: Case, outputs: list[Any], given: list[np.ndarray]) -> float:
-    """The largest relative error of a rank: identity experts give each token times the sum of its weights.
-
-    With fp8 the experts see the quantised values, without their scales.
-    """
-    from ep_mojo.dtypes import bfloat16_bits_to_float32, e4m3_bits_to_float32, to_numpy
-    from ep_mojo.reference.fp8 import quantize
-
-    worst = 0.0
-    for r in range(case.ranks):
-        got = bfloat16_bits_to_float32(to_numpy(outputs[r]))
-        sums = given[2 * case.ranks + r].sum(axis=1, keepdims=True)
-        x = bfloat16_bits_to_float32(given[r])
-        want = (x if case.fmt == "bf16" else e4m3_bits_to_float32(quantize(x)[0])) * sums
-        found = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-        worst = found if found != found else max(worst, found)  # NaN stays
-    return worst
-
-
-def replay_times(model: Any, args: list[Any], devices: list[Any]) -> dict[str, float]:
-    """Microseconds of a replayed round, over all replays and ranks; and of an eager one, by the host's clock."""
-    import time
-
-    from max.driver import DeviceEvent
-
-    def settle() -> None:
-        for d in devices:
-            d.synchronize()
-
-    def wall(call: Any, n: int) -> float:
-        for _ in range(WARM_UP):
-            call()
-        settle()
-        start = time.perf_counter()
-        for _ in range(n):
-            call()
-        settle()
-        return (time.perf_counter() - start) / n * 1e6
-
-    eager = wall(lambda: model.execute(*args), 20)
-    model.capture(1, *args)
-    wall_us = min(wall(lambda: model.replay(1, *args), REPLAYS) for _ in range(3))
-    marks = [[DeviceEvent(d, enable_timing=True) for _ in range(REPLAYS + 1)] for d in devices]
-    settle()
-    for i in range(REPLAYS + 1):
-        for d, events in zip(devices, marks, strict=True):
-            d.default_queue.record_event(events[i])
-        if i < REPLAYS:
-            model.replay(1, *args)
-    settle()
-    times = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
-    return {
-        "median_us": float(np.median(times)),
-        "p99_us": float(np.percentile(times, 99)),
-        "wall_us": wall_us,
-        "eager_us": eager,
-    }
-
-
 def kernel_times(model: Any, args: list[Any], devices: list[Any]) -> dict[str, float]:
     """Median microseconds of each kernel, by name, over 10 eager rounds; empty without torch."""
     try:
@@ -291,26 +163,18 @@ def is_ep_kernel(name: str) -> bool:
 
 def measure(case: Case, session: Any, devices: list[Any], opts: argparse.Namespace) -> dict[str, Any]:
     """Load, check and time one case."""
-    from max.driver import Buffer
-    from max.dtype import DType
-
     import ep_mojo as ep
 
     comm = None
     if case.system == "ours":
-        comm = ep.Communicator.gpus(config(case, opts.sms), range(case.ranks))
-        model, extra = session.load(our_graph(case, comm)), comm.inputs()
+        comm = ep.Communicator.gpus(case.config(opts.sms), range(case.ranks))
+        model, extra = session.load(add_round(case, comm)), comm.inputs()
     else:
         cfg = builtin_config(case)
         init = builtin_init(case, cfg, session, planned=False)
         model, extra = session.load(builtin_graph(case, cfg)), init.model_inputs()
     given = draw(case)
-    buffers = []
-    for i, a in enumerate(given):
-        buffer = Buffer.from_numpy(a)
-        buffer = buffer.view(DType.bfloat16, a.shape) if a.dtype == np.uint16 else buffer
-        buffers.append(buffer.to(devices[i % case.ranks]))
-    args = [*buffers, *extra]
+    args = [*on_devices(given, devices), *extra]
     outputs = model.execute(*args)
     for d in devices:
         d.synchronize()
@@ -323,7 +187,7 @@ def measure(case: Case, session: Any, devices: list[Any], opts: argparse.Namespa
     if not opts.no_profile:
         result["kernels_us"] = kernel_times(model, args, devices)
         result["ep_kernels_us"] = sum(t for n, t in result["kernels_us"].items() if is_ep_kernel(n))
-    del outputs, args, buffers
+    del outputs, args
     if comm is not None:
         comm.destroy()
     return result
@@ -346,7 +210,7 @@ def main() -> int:
     ranks = opts.ranks or (8 if planned else driver.accelerator_count())
     devices = [Accelerator(i) for i in range(ranks)]
     cases = [
-        Case(system, ranks, int(tokens), fmt, mode == "fused", opts.hidden, opts.experts, opts.top_k)
+        Case(ranks, int(tokens), fmt, mode == "fused", opts.hidden, opts.experts, opts.top_k, system)
         for fmt in opts.formats.split(",")
         for tokens in opts.tokens.split(",")
         for mode in opts.modes.split(",")
@@ -365,7 +229,7 @@ def main() -> int:
         session = InferenceSession(devices=[CPU(), *devices], **store)
         print(case.name, file=sys.stderr, flush=True)
         if planned and case.system == "ours":
-            session.load(our_graph(case, ep.Communicator.planned(config(case))))
+            session.load(add_round(case, ep.Communicator.planned(case.config())))
         elif planned:
             cfg = builtin_config(case)
             builtin_init(case, cfg, session, planned=True)
@@ -395,8 +259,7 @@ def show(results: list[dict[str, Any]]) -> int:
     print(f"{'case':44s} {'median':>8s} {'p99':>8s} {'wall':>8s} {'eager':>8s} {'kernels':>8s} {'error':>8s}  vs MAX")
     wrong = False
     for r in results:
-        limit = 5e-3
-        good = r["error"] < limit
+        good = r["error"] < ERROR_LIMIT
         wrong |= not good and r["case"]["system"] == "ours"
         peer = peers.get(r["case"]["name"].partition("_")[2])
         ratio = f"{peer['median_us'] / r['median_us']:.2f}x" if peer and r["case"]["system"] == "ours" else ""

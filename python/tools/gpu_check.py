@@ -1,8 +1,9 @@
 """Everything that needs a GPU, by one command: `python python/tools/gpu_check.py [--output FILE.json] [--only STEP]`.
 
-Runs the GPU tests on one GPU and on as many as there are, NVIDIA's compute-sanitizer over the one-GPU conformance tests
-where it is installed, and prints a table last. Needs MAX, NumPy, pytest, hypothesis and ml_dtypes; the checkout itself
-need not be installed. Exit status 1 where a step failed; a step that could not be run is named as such.
+Runs the GPU tests on one GPU and on as many as there are (conformance, shapes of models, bad input), many checked
+rounds (`gpu_stress.py`), and NVIDIA's compute-sanitizer over one-GPU tests where it is installed, and prints a table
+last. Needs MAX, NumPy, pytest, hypothesis and ml_dtypes; the checkout itself need not be installed. Exit status 1 where
+a step failed; a step that could not be run is named as such.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZER = "compute-sanitizer"
-SANITIZED = "test_round or budget or more_messages"
+SANITIZED = ("tests/gpu/test_one_gpu.py", "-k", "test_round or budget or more_messages")
 """One small case of every kernel variant of the split stages."""
+BAD_INPUT = ("tests/gpu/test_bad_input_gpu.py", "-k", "not arguments_that_do_not_fit")
+"""What kernels get that they must not follow: for memcheck, which sees reads and writes out of bounds."""
 TOOLS = {"memcheck": [], "racecheck": [], "synccheck": ["--num-cuda-barriers", "4096"]}
 CLEAN = re.compile(r"(?:ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)")
 
@@ -32,20 +35,31 @@ def pytest(*args: str) -> list[str]:
 
 def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
     """Name of each step, with its command and most seconds, or why it cannot be run."""
+    shapes, bad = "tests/gpu/test_large_shapes.py", "tests/gpu/test_bad_input_gpu"
+    stress = [sys.executable, "python/tools/gpu_stress.py"]
     found: dict[str, tuple[list[str], int] | str] = {
         "one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600),
         "Mojo program": (pytest("tests/gpu/test_mojo_program.py"), 600),
+        "shapes, one GPU": (pytest(shapes, "-k", "virtual_ranks"), 900),
+        "bad input, one GPU": (pytest(f"{bad}.py"), 600),
     }
-    if gpus > 1:
-        found[f"{gpus} GPUs"] = (pytest("tests/gpu/test_gpus.py"), 1800)
-    else:
-        found["several GPUs"] = "needs two GPUs"
-    for tool, options in TOOLS.items():
+    several = {
+        "": (pytest("tests/gpu/test_gpus.py"), 1800),
+        "shapes, ": (pytest(shapes, "-k", "each_gpu"), 900),
+        "bad input, ": (pytest(f"{bad}s.py"), 900),
+        "stress, ": ([*stress, "--limit-s", "800"], 900),
+    }
+    for name, step in several.items():
+        found[f"{name}{gpus if gpus > 1 else 'several'} GPUs"] = step if gpus > 1 else "needs two GPUs"
+    if gpus == 1:
+        found["stress, one GPU"] = ([*stress, "--on", "one-gpu", "--rounds", "2000", "--limit-s", "800"], 900)
+    sanitized = [(tool, options, SANITIZED) for tool, options in TOOLS.items()]
+    for tool, options, tests in [*sanitized, ("memcheck", [], BAD_INPUT)]:
+        name = tool if tests == SANITIZED else f"{tool}, bad input"
         if shutil.which(SANITIZER) is None:
-            found[tool] = f"{SANITIZER} is not installed"
+            found[name] = f"{SANITIZER} is not installed"
             continue
-        command = [SANITIZER, "--tool", tool, *options, *pytest("tests/gpu/test_one_gpu.py", "-k", SANITIZED)]
-        found[tool] = (command, 600)
+        found[name] = ([SANITIZER, "--tool", tool, *options, *pytest(*tests)], 900)
     return found
 
 
@@ -60,7 +74,7 @@ def run(command: list[str], seconds: int, env: dict[str, str]) -> dict[str, obje
     except subprocess.TimeoutExpired as error:
         output, status = str(error.stdout or ""), -1
     good = status == 0 and (command[0] != SANITIZER or CLEAN.search(output) is not None)
-    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed)|SUMMARY", line)]
+    lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|rounds of)|SUMMARY", line)]
     if not good:
         print(output[-8000:], file=sys.stderr, flush=True)
     return {"ok": good, "seconds": round(time.monotonic() - started, 1), "said": "; ".join(lines).strip(" =")}
@@ -85,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
             continue
         found = {"ok": None, "seconds": 0.0, "said": f"not run: {step}"} if isinstance(step, str) else run(*step, env)
         rows.append({"step": name} | found)
-    print(f"{'step':<14} {'result':<8} {'seconds':>8}  said")
+    print(f"{'step':<20} {'result':<8} {'seconds':>8}  said")
     for row in rows:
         result = {True: "ok", False: "FAILED", None: "not run"}[row["ok"]]
-        print(f"{row['step']:<14} {result:<8} {row['seconds']:>8}  {row['said']}")
+        print(f"{row['step']:<20} {result:<8} {row['seconds']:>8}  {row['said']}")
     if args.output:
         Path(args.output).write_text(json.dumps({"gpus": gpus, "steps": rows}, indent=1) + "\n")
     return int(any(row["ok"] is False for row in rows))

@@ -199,6 +199,7 @@ def measure(run: Run, rounds: int, replayed: int, every: int) -> dict[str, Any]:
         if replayed:
             row["replayed"] = run.replays(replayed, every)
             run.compare()
+            run.model.model.release_captured_graph(1)
         row |= run.totals()
     except RuntimeError as error:
         row["wrong"] = str(error)
@@ -327,7 +328,10 @@ def show(rows: list[dict[str, Any]], spoilt: int) -> int:
         print(f"{row['case']:28s}", *columns(counts), f"{row['seconds']:8.1f}  {result}")
     total = [sum(row.get(name, 0) for row in rows) for name in names]
     print(f"{'all':28s}", *columns(total))
-    return int(any(row["wrong"] for row in rows))
+    wrong = sum(bool(row["wrong"]) for row in rows)
+    said = f"{wrong} cases WRONG" if wrong else "all equal"
+    print(f"{total[0]} rounds of {len(rows)} cases, {total[1]} replayed: {said}")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,19 @@ comptime DELAY_CAP_NS = 2_000_000
 
 # What a hash is for.
 comptime FOR_TOKENS = 1
+"""T."""
 comptime FOR_MODE = 2
+"""How a rank chooses experts."""
 comptime FOR_IDS = 3
+"""Its choices."""
 comptime FOR_WEIGHTS = 4
+"""Their weights."""
 comptime FOR_VALUES = 5
+"""Channels."""
 comptime FOR_DELAY = 6
+"""Delays."""
 comptime FOR_ALL = 7
+"""What all ranks have in common."""
 
 
 @always_inline

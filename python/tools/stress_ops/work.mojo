@@ -9,32 +9,34 @@ from std.memory import bitcast
 from std.sys import is_gpu
 from std.time import global_perf_counter_ns, perf_counter_ns
 
-from .jobs import (
-    COMBINES,
-    DISPATCHES,
-    FAULT,
-    ROWS,
-    TOKENS,
-    Job,
-    Worker,
-    count,
-    report,
-)
+from .jobs import COMBINES, FAULT, TOKENS, Job, Worker, count, report
 from .law import LAW_WORDS, ROUND, Law, Words, channel, factor
 
 # Kinds of mismatches; `stress_law.KINDS` has their names in this order.
 comptime WRONG_OFFSET = 1
+"""Where a group begins."""
 comptime WRONG_GROUP = 2
+"""Which expert a group is."""
 comptime WRONG_TOKENS = 3
+"""A source's T."""
 comptime WRONG_ROW_MAP = 4
+"""The row of a choice."""
 comptime WRONG_WEIGHT = 5
+"""The weight of a choice."""
 comptime WRONG_SOURCE = 6
+"""What a row comes from."""
 comptime WRONG_ORDER = 7
+"""A row comes too late."""
 comptime WRONG_NOBODY = 8
+"""A row that nobody sent has a source."""
 comptime WRONG_PADDING = 9
+"""A byte between two groups."""
 comptime WRONG_ROW = 10
+"""A channel of a row."""
 comptime WRONG_SCALE = 11
+"""A scale of a row."""
 comptime WRONG_SUM = 12
+"""A channel of a sum."""
 
 comptime SCALE_BITS = 0x3C800000
 """7 / 448 as float32."""

@@ -277,6 +277,9 @@ def main() -> int:
     from max.graph import Module
 
     n_ranks = args.ranks if args.on != "gpus" else args.gpus or accelerator_count()
+    if n_ranks == 0:
+        print("MAX sees no GPU here; --on cpu runs on the host", file=sys.stderr)
+        return 2
     delay_ns = 1000 * args.max_delay_us if args.on == "gpus" else 0
     chosen = [] if args.self_test else [c for c in CASES if not args.only or any(o in c.name for o in args.only)]
     try:

@@ -14,7 +14,6 @@ from graph import test_bad_input as host
 from graph.test_aborted_runs import BAD, bad_arguments, expect_refusal_until_reset, expect_right_round, whole_round
 from graph.test_aborted_runs import CFG as ABORTED
 from graph.test_bad_input import (  # noqa: F401
-    compiled,
     memory_digest,
     test_a_graph_of_a_config_with_the_same_communicator_inputs,
     test_a_graph_of_another_config,
@@ -47,6 +46,14 @@ def make():
 
 
 @pytest.fixture(scope="module")
+def compiled(make):
+    """One dispatch over two ranks, and its communicator."""
+    with make(CFG) as comm:
+        (graph,) = host.add_dispatch(None, comm)[1].values()
+        yield comm, comm.compile(graph)
+
+
+@pytest.fixture(scope="module")
 def stages():
     """The stages that this file needs."""
     sizes = [stages_module.Send(8), stages_module.Send(8, ids="int64"), stages_module.Receive(8)]
@@ -60,12 +67,12 @@ ARGUMENTS = {name: row for name, row in host.RUNNING.items() if name != "x-elsew
 
 
 @pytest.mark.parametrize(("args", "error", "text"), ARGUMENTS.values(), ids=ARGUMENTS)
-def test_arguments_that_do_not_fit(compiled, args, error, text):  # noqa: F811
+def test_arguments_that_do_not_fit(compiled, args, error, text):
     host.test_running_a_graph(compiled, args, error, text)
     assert_guards(compiled[0])
 
 
-def test_a_buffer_of_the_host(compiled):  # noqa: F811
+def test_a_buffer_of_the_host(compiled):
     comm, model = compiled
     before = memory_digest(comm)
     args = [*host.FULL]
@@ -175,10 +182,10 @@ def test_ids_that_are_no_expert(stages, dtype):
         assert_guards(engine.comm)
 
 
-@pytest.fixture(scope="module")
-def aborted():
-    with ep.Communicator.one_gpu(ABORTED) as comm:
-        yield comm, comm.compile(whole_round(comm, None, "aborted"))
+@pytest.fixture(scope="module", params=["rank", "expert"])
+def aborted(request):
+    with ep.Communicator.one_gpu(ABORTED.replace(slots=request.param)) as comm:
+        yield comm, comm.compile(whole_round(comm, None, f"aborted_{request.param}"))
 
 
 @pytest.mark.parametrize("what", BAD)

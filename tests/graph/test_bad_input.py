@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from graph import together
+from graph.building import CFG, IDS, ROWS, WEIGHTS, Building, x
 from graph.stages import Engine
 from graph.virtual import Play, random_round
 
@@ -18,41 +19,12 @@ from ep_mojo import layout as offsets
 from ep_mojo.graph import PendingDispatch
 from ep_mojo.handle import handle_types
 
-CFG = ep.EPConfig(hidden_size=8, top_k=2, n_experts=4, max_tokens_per_rank=5, n_ranks=2)
 FP8 = CFG.replace(hidden_size=128, dispatch_format=ep.BlockwiseFP8())
 UE8M0 = CFG.replace(hidden_size=128, dispatch_format=ep.BlockwiseFP8("ue8m0"))
 POWER = CFG.replace(hidden_size=128, dispatch_format=ep.BlockwiseFP8("power_of_two"))
-ROWS = CFG.rows_capacity
 
 
 # While a graph is built
-
-
-class Building:
-    """A graph in the making, with inputs of any type."""
-
-    def __init__(self, cfg, comm=None, module=None):
-        self.cfg, self.comm, self.module = cfg, comm or ep.Communicator.cpu(cfg), module
-
-    def values(self, *types):
-        """Two graph inputs (one a rank) of every (dtype, shape), by type; a third entry is another device."""
-        from max.dtype import DType
-        from max.graph import Graph, TensorType
-
-        refs = self.comm.device_refs()
-        own = [TensorType(getattr(DType, d), s, *(at or [ref])) for d, s, *at in types for ref in refs]
-        types, library = [*own, *self.comm.input_types()], [ep.kernel_library()]
-        self.graph = Graph("bad", input_types=types, custom_extensions=library, module=self.module)
-        given = [v.tensor for v in self.graph.inputs[: len(own)]]
-        self.ranks = self.comm.bind(self.graph.inputs[len(own) :])
-        return [given[i : i + 2] for i in range(0, len(own), 2)]
-
-
-def x(dtype="bfloat16", shape=("T", 8)):
-    return dtype, list(shape)
-
-
-IDS, WEIGHTS = ("int32", ["T", 2]), ("float32", ["T", 2])
 
 
 @dataclass

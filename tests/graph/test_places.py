@@ -1,7 +1,7 @@
 """Graph values that are not where their rank is: named while the graph is built. The GPUs here are only planned."""
 
 import pytest
-from graph.test_bad_input import CFG, IDS, ROWS, WEIGHTS, Building, x
+from graph.building import CFG, IDS, ROWS, WEIGHTS, Building, x
 
 import ep_mojo as ep
 from ep_mojo.handle import handle_types

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from compare_max_builtin import Case, commit, draw, error_of, replay_times
+from ep_mojo.programs.gpu_round import Round, draw, error_of, replay_times
+from ep_mojo.programs.measures import git_commit
 
 TIMELINE = Path(__file__).resolve().parent / "timeline"
 """A Mojo package with two ops that note the time."""
@@ -257,7 +257,7 @@ class Machine:
         module, all_layers = Module(), layers(opts)
         graphs = [add_graph(module, self.comm, opts, layer) for layer in all_layers]
         self.models = {layer: c.model for layer, c in zip(all_layers, self.comm.compile_all(graphs), strict=True)}
-        self.case = Case("ours", self.R, opts.tokens, "bf16", True, opts.hidden, opts.experts, opts.top_k)
+        self.case = Round(self.R, opts.tokens, "bf16", True, opts.hidden, opts.experts, opts.top_k)
         self.given = draw(self.case)
         self.matrices = matrices(opts)
         self.buffers = [self.put(a, i % self.R) for i, a in enumerate(self.given)]
@@ -456,7 +456,7 @@ def main() -> int:
         report = {
             "gpu": model_name,
             "options": vars(opts),
-            "commit": commit(),
+            "commit": git_commit(),
             "checks": checks,
             "layers": [vars(layer) | {"name": layer.name} | t for layer, t in times.items()],
             "fastest": best,

@@ -5,13 +5,15 @@ should be, and what is behind their end stays zero. After every failure `comm.re
 """
 
 import copy
+import functools
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from gpu.guards import assert_guards, longer_windows, set_word
-from gpu.test_gpus import draw
+from gpu.test_gpus import FUSED
+from gpu.test_gpus import draw as draw_of
 from gpu.whole_graphs import MODES, Variant, add_graph, arguments, differences, handle_of
 from graph.test_aborted_runs import BAD, bad_arguments, expect_refusal_until_reset, expect_right_round, whole_round
 from graph.test_aborted_runs import CFG as ABORTED
@@ -27,6 +29,7 @@ from ep_mojo.handle import HANDLE_TENSORS, handle_types
 DEADLINE_S = 2.0
 AT_ONCE_S = 3 * DEADLINE_S
 """Two deadlines, and slack."""
+draw = functools.partial(draw_of, FUSED)
 
 
 @pytest.fixture(scope="module", autouse=True)

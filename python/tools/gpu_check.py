@@ -48,6 +48,7 @@ def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
         "shapes, ": (pytest(shapes, "-k", "each_gpu"), 900),
         "bad input, ": (pytest(f"{bad}s.py"), 900),
         "stress, ": ([*stress, "--limit-s", "800"], 900),
+        "MoE layer, ": (pytest("tests/gpu/test_moe_layer.py"), 1600),
     }
     for name, step in several.items():
         found[f"{name}{gpus if gpus > 1 else 'several'} GPUs"] = step if gpus > 1 else "needs two GPUs"

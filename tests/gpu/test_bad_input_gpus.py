@@ -141,7 +141,7 @@ def expect_right(comm, model, seed, routing="mixed"):
 
 
 def expect_refusal(comm, model, args, error, text, ranks=None):
-    """The error in time, on record until reset, zero rows until then; on `ranks` for sure, the others may name a peer."""
+    """The error in time, on record until reset, zero rows until then; ranks but `ranks` may name a peer."""
     start = time.monotonic()
     with pytest.raises(error, match=f"(?s){text}") as caught:
         comm.execute(model, *args)

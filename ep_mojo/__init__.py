@@ -17,6 +17,7 @@ _NAMES = {
     "comm": ("Communicator",),
     "graph": (
         "Handle",
+        "beside",
         "combine",
         "combine_async",
         "combine_wait",
@@ -74,6 +75,7 @@ __all__ = [
     "TokenFormat",
     "UnsupportedError",
     "__version__",
+    "beside",
     "combine",
     "combine_async",
     "combine_wait",
@@ -106,7 +108,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from .formats import BF16, BlockwiseFP8, CustomFormat, TokenFormat
-    from .graph import Handle, combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
+    from .graph import Handle, beside, combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
     from .kernels import kernel_library
 
 

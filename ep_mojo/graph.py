@@ -6,14 +6,15 @@ ranks all sends come before all waits; where each rank runs by itself the fused 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import EPConfig
-from .formats import BF16, BlockwiseFP8, CustomFormat
+from .errors import DeviceError
+from .formats import BF16, BlockwiseFP8, CustomFormat, check_int
 from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_places, check_wait
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
@@ -26,6 +27,7 @@ __all__ = [
     "Handle",
     "PendingCombine",
     "PendingDispatch",
+    "beside",
     "combine",
     "combine_async",
     "combine_wait",
@@ -278,6 +280,64 @@ def combine(
         out, _ = _op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode), budget)
         outputs.append(out)
     return outputs
+
+
+def beside(
+    ranks: Sequence[Rank],
+    inputs: Values,
+    body: Callable[..., Sequence[TensorValue]],
+    *,
+    result_types: Sequence[TensorType],
+    head_start_us: int = 20,
+) -> list[TensorValue]:
+    """Put other work, a shared expert say, on the devices' second queues, where it runs beside the ranks' ops.
+
+    `max.graph.ops.side_stream` with a head start for the ranks' ops: the second queue begins when its inputs are there
+    and the head start is over, and MAX lets the first one wait before the first op that takes a result. Ops that are to
+    run beside it need a budget (`n_sms`), since a launch without one takes all SMs. The work must not wait for other
+    ranks. Ranks on the host have one queue: there `body` is part of the graph as it is.
+
+    Args:
+        ranks: From `comm.bind`.
+        inputs: What the work takes, all ranks' in any order, some on each rank's device. Where the ops beside it wait
+            for something that comes later (`topk_ids`), pass that too; else the work begins long before them.
+        body: Called with the same number of values; returns the results.
+        result_types: Their types.
+        head_start_us: Microseconds, 0 to 10,000. A replayed device graph starts both queues at once, and a kernel that
+            comes first may take all SMs; 0 = none.
+
+    Returns:
+        The results.
+
+    Raises:
+        ShapeError, DeviceError: No ranks, or no input on a rank's device.
+        ConfigError: head_start_us is out of range.
+    """
+    from max.dtype import DType
+    from max.graph import BufferType, ops
+
+    check_length(ranks)
+    us = check_int("head_start_us", head_start_us, 0, 10_000)
+    places = list(dict.fromkeys(rank.device for rank in ranks))
+    missing = [str(place) for place in places if place not in [v.device for v in inputs]]
+    if missing:
+        raise DeviceError(
+            field="inputs",
+            value=f"none on {', '.join(missing)}",
+            allowed="at least one on each rank's device",
+            remedy="pass what the work of every rank takes",
+        )
+    if all(place.is_cpu() for place in places):
+        return list(body(*inputs))
+
+    def with_head_start(*values: TensorValue) -> Sequence[TensorValue]:
+        for place in places if us else []:
+            after = next(v for v in values if v.device == place)
+            scratch = ops.buffer_create(BufferType(DType.int32, [1], place))
+            ops.inplace_custom("ep_mojo_head_start", place, [scratch, after], parameters={"microseconds": us})
+        return body(*values)
+
+    return ops.side_stream(inputs, with_head_start, result_types=result_types)
 
 
 # Calls

@@ -4,11 +4,11 @@
     overlap_shared_expert.py compile      anywhere: compiles the same graphs for sm_90a without a GPU
 
 The layer: tokens go to their experts (the identity here) and back, and a shared expert, a SwiGLU FFN of MAX's own ops,
-works on the rank's own tokens; combine adds what it gives (`bias0`). Its ops stand in `ops.side_stream`, so MAX puts
-them on a second queue of each device, and lets the first one wait before combine. The sends get a budget of SMs
-(`n_sms`), which leaves the others to the matmuls. Written as in a model:
+works on the rank's own tokens; combine adds what it gives (`bias0`). `ep.beside` puts its ops on a second queue of each
+device, and MAX lets the first one wait before combine. The sends get a budget of SMs (`n_sms`), which leaves the others
+to the matmuls. Written as in a model:
 
-    shared = ops.side_stream(...)                          the second queue
+    shared = ep.beside(ranks, x, experts, ...)               the second queue
     pending = ep.dispatch_async(ranks, x, ids, w, n_sms=24)  the first queue, at the same time
     handles = ep.dispatch_wait(ranks, pending)
     ys = ep.combine(ranks, experts, handles, bias0=shared)  waits for both
@@ -16,8 +16,8 @@ them on a second queue of each device, and lets the first one wait before combin
 First every layer's result is compared: one after the other and overlapped must agree bit for bit, also when replayed.
 Then they are timed, launched one by one and by graph replay. Launched, the sends' precedence counts. A replayed graph
 starts both queues at once, and CUDA heeds the precedence of its nodes only where the graph was instantiated to do so,
-which MAX 26.7 does not: there the matmuls may take all SMs first, and little or nothing overlaps. Prints a table last;
-exit status 1 where a result is wrong.
+which MAX 26.7 does not: there the matmuls may take all SMs first, unless the second queue begins with a pause
+(`--head-start-us`; one layer is timed without it). Prints a table last; exit status 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -57,19 +57,21 @@ class Layer:
         round: "" none, "fused" or "split" (dispatch).
         expert: "" none, "after" on the same queue, or "beside" on the second one.
         sms: Budget of dispatch, or of dispatch_async where it is split; 0 = all.
+        head_start: µs that the second queue gives to the first.
         marked: Whether it notes times; such a graph is not timed.
     """
 
     round: str
     expert: str = ""
     sms: int = 0
+    head_start: int = 0
     marked: bool = False
 
     @property
     def name(self) -> str:
         """Name of the graph."""
-        parts = (self.round, self.expert, f"sms{self.sms}" if self.sms else "", "marked" if self.marked else "")
-        return "_".join(p for p in parts if p)
+        numbers = [f"{name}{n}" for name, n in (("sms", self.sms), ("head", self.head_start)) if n]
+        return "_".join([p for p in (self.round, self.expert) if p] + numbers + ["marked"] * self.marked)
 
     @property
     def title(self) -> str:
@@ -80,7 +82,9 @@ class Layer:
             return f"round alone, {self.round} dispatch"
         if not self.round:
             return "shared expert alone"
-        return f"overlapped{budget}" if self.expert == "beside" else "one after the other"
+        if self.expert == "after":
+            return "one after the other"
+        return f"overlapped{budget}{'' if self.head_start else ', no head start'}"
 
 
 ROUND, EXPERT, SEQUENCE = (Layer("fused"), Layer("", "after"), Layer("fused", "after"))
@@ -99,6 +103,7 @@ def arguments() -> argparse.Namespace:
         "--sms", default="8,16,24,32,0", help="budgets of dispatch_async, 0 = all (default: %(default)s)"
     )
     parser.add_argument("--fused-sms", default="32,64,96", help="budgets of a fused dispatch (default: %(default)s)")
+    parser.add_argument("--head-start-us", type=int, default=20, help="of the first queue (default: %(default)s)")
     parser.add_argument("--timeline", metavar="FILE.png", default="overlap_timeline.png", help="default: %(default)s")
     parser.add_argument("--timeline-sms", type=int, default=24, help="budget in the timeline (default: %(default)s)")
     parser.add_argument("--gpu", type=int, default=0, help="whose timeline (default: %(default)s)")
@@ -109,14 +114,16 @@ def arguments() -> argparse.Namespace:
 def layers(opts: argparse.Namespace) -> list[Layer]:
     """All graphs: what is timed, then what is drawn."""
     timed = [ROUND, Layer("split"), EXPERT, SEQUENCE]
-    timed += [Layer("split", "beside", int(n)) for n in opts.sms.split(",") if n]
-    timed += [Layer("fused", "beside", int(n)) for n in opts.fused_sms.split(",") if n]
+    for kind, budgets in (("split", opts.sms), ("fused", opts.fused_sms)):
+        timed += [Layer(kind, "beside", int(n), opts.head_start_us) for n in budgets.split(",") if n]
+    timed.append(Layer(timed[-1].round, timed[-1].expert, timed[-1].sms))
     return [*dict.fromkeys(timed), *drawn(opts)]
 
 
 def drawn(opts: argparse.Namespace) -> list[Layer]:
     """The graphs of the picture."""
-    return [Layer("fused", "after", marked=True), Layer("split", "beside", opts.timeline_sms, marked=True)]
+    beside = Layer("split", "beside", opts.timeline_sms, opts.head_start_us, marked=True)
+    return [Layer("fused", "after", marked=True), beside]
 
 
 def shape(opts: argparse.Namespace) -> Round:
@@ -191,7 +198,8 @@ def add_graph(module: Any, comm: Any, opts: argparse.Namespace, layer: Layer) ->
         if layer.expert == "beside":
             n_times = R * (len(EXPERT_BARS) + 1) if layer.marked else 0
             kinds = [TensorType(DType.int64, [1], refs[i * R // n_times]) for i in range(n_times)]
-            shared = ops.side_stream(given, experts, result_types=[*(v.type for v in x), *kinds])
+            types = [*(v.type for v in x), *kinds]
+            shared = ep.beside(ranks, given, experts, result_types=types, head_start_us=layer.head_start)
         elif layer.expert:
             shared = experts(*given)
         if layer.round:

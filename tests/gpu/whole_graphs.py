@@ -63,7 +63,7 @@ def add_graph(module, variant: Variant, comm, name: str | None = None, rounds: i
     part (default: all).
     """
     from max.dtype import DType
-    from max.graph import Graph, TensorType, ops
+    from max.graph import Graph, TensorType
 
     cfg, refs = comm.cfg, comm.device_refs()
     R = cfg.n_ranks
@@ -94,7 +94,7 @@ def add_graph(module, variant: Variant, comm, name: str | None = None, rounds: i
         for _ in range(rounds):
             given = {"weights": weights, "num_tokens": num_tokens}
             if variant.mode == "beside":
-                doubled = ops.side_stream(x, lambda *xs: [v + v for v in xs], result_types=[v.type for v in x])
+                doubled = ep.beside(ranks, x, lambda *xs: [v + v for v in xs], result_types=[v.type for v in x])
                 pending = ep.dispatch_async(ranks, x, ids, **given, n_sms=2)
                 handles = ep.dispatch_wait(ranks, pending, n_sms=3)
                 sums = ep.combine_wait(ranks, ep.combine_async(ranks, ys, handles, n_sms=2), bias0=doubled, n_sms=1)

@@ -13,7 +13,7 @@ from ep_mojo.programs.gpu_round import draw
 
 PATH = Path(__file__).parents[2] / "python" / "examples" / "overlap_shared_expert.py"
 SIZES = {"ranks": 2, "tokens": 24, "hidden": 64, "intermediate": 32, "experts": 4, "top_k": 2}
-OPTIONS = {"sms": "8,0", "fused_sms": "32", "timeline_sms": 8, "gpu": 1}
+OPTIONS = {"sms": "8,0", "fused_sms": "32", "timeline_sms": 8, "gpu": 1, "head_start_us": 20}
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +58,20 @@ class Machine:
 def test_layers(example):
     names = [layer.name for layer in example.layers(SimpleNamespace(**OPTIONS))]
     assert names[:4] == ["fused", "split", "after", "fused_after"]
-    assert names[4:7] == ["split_beside_sms8", "split_beside", "fused_beside_sms32"]
-    assert names[7:] == ["fused_after_marked", "split_beside_sms8_marked"]
+    assert names[4:7] == ["split_beside_sms8_head20", "split_beside_head20", "fused_beside_sms32_head20"]
+    assert names[7:] == ["fused_beside_sms32", "fused_after_marked", "split_beside_sms8_head20_marked"]
     titles = {layer.name: layer.title for layer in example.layers(SimpleNamespace(**OPTIONS))}
-    assert titles["split_beside"] == "overlapped, dispatch_async on all SMs"
-    assert titles["fused_beside_sms32"] == "overlapped, dispatch on 32 SMs"
+    assert titles["split_beside_head20"] == "overlapped, dispatch_async on all SMs"
+    assert titles["fused_beside_sms32"] == "overlapped, dispatch on 32 SMs, no head start"
 
 
 def test_a_wrong_element_is_found(example):
     right = example.check(Machine(example))
     assert right["right"]
     assert max(right["round error"], right["expert error"], right["sum error"]) < 5e-3
-    wrong = example.check(Machine(example, spoil="split_beside_sms8"))
+    wrong = example.check(Machine(example, spoil="split_beside_sms8_head20"))
     assert not wrong["right"]
-    assert {name: n for name, n in wrong["differing"].items() if n} == {"split_beside_sms8, replayed": 1}
+    assert {name: n for name, n in wrong["differing"].items() if n} == {"split_beside_sms8_head20, replayed": 1}
 
 
 def test_timeline(example, tmp_path):
@@ -92,15 +92,15 @@ def test_timeline(example, tmp_path):
 
 def test_table(example, capsys):
     machine = Machine(example)
-    us = {"fused": 100, "after": 60, "fused_after": 155, "split_beside_sms8": 130}
+    us = {"fused": 100, "after": 60, "fused_after": 155, "split_beside_sms8_head20": 130}
     times = {
         layer: {"median_us": us.get(layer.name, 170), "eager_us": us.get(layer.name, 170) + 5, "p99_us": 200.0}
         for layer in machine.models
         if not layer.marked
     }
     best = example.show(times, example.check(machine), "here")
-    assert best == {"layer": "split_beside_sms8", "how": "replayed", "us": 130, "faster": True}
+    assert best == {"layer": "split_beside_sms8_head20", "how": "replayed", "us": 130, "faster": True}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith("8 SMs, replayed: 130 µs, 25 µs less than one after the other, 30 less than the two alone")
-    next(t for layer, t in times.items() if layer.name == "split_beside")["eager_us"] = 120
+    next(t for layer, t in times.items() if layer.name == "split_beside_head20")["eager_us"] = 120
     assert example.show(times, example.check(machine), "here")["how"] == "launched one by one"

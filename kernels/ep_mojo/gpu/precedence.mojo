@@ -1,4 +1,9 @@
-"""How a launch stands to kernels on the device's other queues. Why that changes no order: docs/protocol.md."""
+"""How a launch stands to kernels on the device's other queues. Why that changes no order: docs/protocol.md.
+
+    launched     `precedence`: a launch with a budget has the highest priority
+    replayed     `head_start`: the other queue begins with a kernel that does nothing for a while, since a device graph
+                 starts both queues at once and, as MAX instantiates it, heeds no priorities
+"""
 
 from max.gpu.host import DeviceContext
 from max.gpu.host.launch_attribute import (
@@ -8,6 +13,7 @@ from max.gpu.host.launch_attribute import (
 )
 
 from ..settings import Settings
+from ..signal import clock_ns
 
 
 def precedence(ctx: DeviceContext, s: Settings) raises -> List[LaunchAttribute]:
@@ -44,3 +50,27 @@ def priority_of(priority: Int) -> LaunchAttribute:
     for i in range(4):
         value._storage[i] = UInt8((priority >> (8 * i)) & 0xFF)
     return LaunchAttribute(LaunchAttributeID.PRIORITY, value)
+
+
+def pass_time(ns: Int64):
+    """The kernel of `head_start`, for one thread.
+
+    Args:
+        ns: Nanoseconds.
+    """
+    var until = clock_ns() + Int(ns)
+    while clock_ns() < until:
+        pass
+
+
+def head_start(ns: Int, ctx: DeviceContext) raises:
+    """Let the device's other queues go ahead of what this one holds next.
+
+    Args:
+        ns: How long, in nanoseconds.
+        ctx: The queue that waits.
+
+    Raises:
+        What the driver raises.
+    """
+    ctx.enqueue_function[pass_time](Int64(ns), grid_dim=1, block_dim=1)

@@ -1,8 +1,8 @@
 """Compile the GPU's stages without a GPU: `./task gpu-compile [--all] [--target ARCH]`.
 
-For each architecture MAX graphs for virtual devices, split and fused: one case of each stage and format, or with --all
-every variant. And for sm_90a the program tests/mojo/gpu_shared_parts.mojo, with the parts of ExpertSlots that CPU and
-GPU will share. Exit status 0 only if everything compiled.
+For each architecture MAX graphs for virtual devices, split and fused: one case of each stage, format and slot policy,
+or with --all every variant. And for sm_90a the program tests/mojo/gpu_api.mojo, which calls the seed-named functions.
+Exit status 0 only if everything compiled.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ from ep_mojo.errors import EPError
 from ep_mojo.kernels import compiler_report, find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "mojo" / "gpu_shared_parts.mojo"
+PROGRAM = ROOT / "tests" / "mojo" / "gpu_api.mojo"
 APIS = {"sm_90a": "cuda", "sm_100a": "cuda", "gfx942": "hip"}
 TIMEOUT_S = 1800
 SCALES = ("float32", "power_of_two", "ue8m0")
 
 
-def variants(every: bool) -> list[tuple[Any, str, str]]:
-    """(format, output layout, reduce mode) of each graph."""
+def variants(every: bool) -> list[tuple[Any, str, str, str]]:
+    """(format, output layout, reduce mode, slot policy) of each graph."""
     import ep_mojo as ep
 
     fp8 = [ep.BlockwiseFP8(scale, layout) for scale in SCALES for layout in ("row", "column")]
     if every:
-        return list(itertools.product([ep.BF16(), *fp8], ("expert", "expert_padded", "rank"), ("expert", "source")))
+        formats, layouts = [ep.BF16(), *fp8], ("expert", "expert_padded", "rank")
+        found = itertools.product(formats, layouts, ("expert", "source"), ("rank",))
+        return [*found, *itertools.product(formats, layouts[:2], ("source",), ("expert",))]
     return [
-        (ep.BF16(), "expert", "expert"),
-        (ep.BlockwiseFP8(), "expert_padded", "source"),
-        (ep.BlockwiseFP8("power_of_two"), "rank", "expert"),
-        (ep.BlockwiseFP8("ue8m0", "column"), "expert", "expert"),
+        (ep.BF16(), "expert", "expert", "rank"),
+        (ep.BlockwiseFP8(), "expert_padded", "source", "rank"),
+        (ep.BlockwiseFP8("power_of_two"), "rank", "expert", "rank"),
+        (ep.BlockwiseFP8("ue8m0", "column"), "expert", "expert", "rank"),
+        (ep.BF16(), "expert", "source", "expert"),
+        (ep.BlockwiseFP8(), "expert_padded", "source", "expert"),
     ]
 
 
-def add_round(module: Any, fmt: Any, layout: str, reduce: str, split: bool, name: str) -> Any:
+def add_round(module: Any, fmt: Any, layout: str, reduce: str, slots: str, split: bool, name: str) -> Any:
     """Add one round of two ranks to a module."""
     from max.dtype import DType
     from max.graph import Graph, TensorType
@@ -58,6 +62,7 @@ def add_round(module: Any, fmt: Any, layout: str, reduce: str, split: bool, name
         dispatch_format=fmt,
         output_layout=layout,
         reduce=reduce,
+        slots=slots,
     )
     comm = ep.Communicator.planned(cfg, virtual=split)
     refs = comm.device_refs()
@@ -87,9 +92,9 @@ def compile_graphs(target: str, every: bool) -> dict[str, int]:
     import ep_mojo as ep
 
     module, n = Module(), 0
-    for fmt, layout, reduce in variants(every):
-        for split in (True, False):
-            add_round(module, fmt, layout, reduce, split, f"round_{n}")
+    for fmt, layout, reduce, slots in variants(every):
+        for split in (True,) if slots == "expert" else (True, False):
+            add_round(module, fmt, layout, reduce, slots, split, f"round_{n}")
             n += 1
     session = InferenceSession(devices=[CPU(), Accelerator(0), Accelerator(1)])
     compiled = session.compile(module, custom_extensions=[ep.kernel_library()])
@@ -99,16 +104,17 @@ def compile_graphs(target: str, every: bool) -> dict[str, int]:
         return {"graphs": n, "bytes": path.stat().st_size}
 
 
-def compile_parts(target: str, every: bool) -> dict[str, int]:
-    """Compile gpu_shared_parts.mojo for an architecture. Returns its number of kernels, and bytes of assembly."""
-    defines = ["-D", f"EP_GPU_TARGET={target}", *(["-D", "EP_GPU_ALL"] if every else [])]
-    done = find_compiler().run(
-        "run", "-I", ROOT / "kernels", *defines, "--target-accelerator", target, PROGRAM, cwd=ROOT, timeout=TIMEOUT_S
-    )
-    sizes = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("kernel ")]
-    if done.returncode != 0 or not sizes or 0 in sizes:
-        raise RuntimeError(compiler_report(done))
-    return {"graphs": len(sizes), "bytes": sum(sizes)}
+def compile_program(target: str, every: bool) -> dict[str, int]:
+    """Compile gpu_api.mojo for an architecture. Returns the bytes of the program, and 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gpu_api"
+        places = [arg for place in ("kernels", "tests/mojo") for arg in ("-I", ROOT / place)]
+        done = find_compiler().run(
+            "build", *places, "--target-accelerator", target, PROGRAM, "-o", path, cwd=ROOT, timeout=TIMEOUT_S
+        )
+        if done.returncode != 0 or not path.exists():
+            raise RuntimeError(compiler_report(done))
+        return {"graphs": 1, "bytes": path.stat().st_size}
 
 
 def in_a_process(target: str, every: bool) -> dict[str, int]:
@@ -140,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     for target in dict.fromkeys(args.target or APIS):
         jobs = {"stage graphs": in_a_process}
         if target == "sm_90a":
-            jobs["shared parts"] = compile_parts
+            jobs["Mojo program"] = compile_program
         for what, job in jobs.items():
             started = time.monotonic()
             try:

@@ -29,6 +29,15 @@ SIGNALS = {
 AWAITS_NOTHING = ("expert slots dispatch_async", "expert slots combine_async")
 """Kernels that go by the rank's own epochs alone."""
 
+SUMS_FROM_GLOBAL_MEMORY = (
+    "combine_wait expert",
+    "combine_wait source",
+    "combine_async expert",
+    "combine fused",
+    "expert slots combine_wait",
+)
+"""Kernels that bring no row into shared memory."""
+
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory) -> dict[str, str]:
@@ -76,7 +85,7 @@ def test_rows_move_in_bulk(kernels):
     for name, ptx in kernels.items():
         if "async" in name or "fused" in name:
             assert "cp.async.bulk.global.shared::cta" in ptx, name
-        if name not in ("combine_wait expert", "combine_wait source", "combine_async expert", "combine fused"):
+        if name not in SUMS_FROM_GLOBAL_MEMORY:
             assert "encoded" in name or "cp.async.bulk.shared::cluster.global" in ptx, name
 
 
@@ -104,6 +113,8 @@ def test_a_broken_rule_is_found(kernels, name):
 
 def test_a_signal_that_is_an_ordinary_store_is_found(kernels):
     for name, ptx in kernels.items():
+        if expected_signals(name) == 0:
+            continue
         weak = re.sub(r"st\.release\.sys((?:\.global)?\.[bu]64)", r"st\1", ptx, count=1)
         counted = sum(map(rules.signals, rules.functions(weak)))
         assert counted == sum(map(rules.signals, rules.functions(ptx))) - 1, name

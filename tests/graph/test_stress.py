@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_virtual_ranks_of_the_host(tmp_path):
     """The self-test, and split rounds of which two are in flight; the last of them is compared with the reference."""
     tool, file = ROOT / "python" / "tools" / "gpu_stress.py", tmp_path / "stress.json"
-    options = ["--on", "cpu", "--ranks", "2", "--rounds", "24", "--only", "2 in flight", "--output", str(file)]
+    options = ["--on", "cpu", "--ranks", "3", "--rounds", "24", "--only", "2 in flight", "--output", str(file)]
     command = [sys.executable, str(tool), *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env, cwd=tmp_path)

@@ -15,7 +15,7 @@ import numpy as np
 from .config import EPConfig
 from .errors import DeviceError
 from .formats import BF16, BlockwiseFP8, CustomFormat, check_int
-from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_places, check_wait
+from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_lists, check_wait
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
@@ -233,8 +233,8 @@ def combine_wait(
     Raises:
         ShapeError, DTypeError, UnsupportedError, DeviceError, ConfigError: An argument does not fit.
     """
-    check_length(ranks, pending=pending, weights=weights, bias0=bias0, bias1=bias1)
-    check_places(ranks, weights=weights, bias0=bias0, bias1=bias1)
+    check_length(ranks, pending=pending)
+    check_lists(ranks, weights=weights, bias0=bias0, bias1=bias1)
     ys, budget = [], check_budget(n_sms)
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
         values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
@@ -271,8 +271,7 @@ def combine(
         pending = combine_async(ranks, ys, handles, reduce=reduce, n_sms=n_sms)
         return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1, n_sms=n_sms)
     modes = check_combine(ranks, ys, handles, reduce)
-    check_length(ranks, weights=weights, bias0=bias0, bias1=bias1)
-    check_places(ranks, weights=weights, bias0=bias0, bias1=bias1)
+    check_lists(ranks, weights=weights, bias0=bias0, bias1=bias1)
     outputs, budget = [], check_budget(n_sms)
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
         values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
@@ -446,16 +445,7 @@ def _dispatch_calls(
     x_scales: Values | None,
     input_scale: Values | None,
 ) -> list[tuple[list[TensorValue], PendingDispatch]]:
-    check_length(
-        ranks,
-        xs=xs,
-        topk_ids=topk_ids,
-        weights=weights,
-        num_tokens=num_tokens,
-        x_scales=x_scales,
-        input_scale=input_scale,
-    )
-    check_places(
+    check_lists(
         ranks,
         xs=xs,
         topk_ids=topk_ids,

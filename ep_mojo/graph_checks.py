@@ -61,6 +61,12 @@ def check_value(name: str, value: TensorValue, shape: list, dtypes: list[str]) -
         )
 
 
+def check_lists(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
+    """`check_length`, then `check_places`: lists with one graph value for each rank, where the rank is."""
+    check_length(ranks, **lists)
+    check_places(ranks, **lists)
+
+
 def check_places(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
     """Raise `DeviceError` unless every value that is given is where its rank is: kernels read what they are given.
 

@@ -60,7 +60,11 @@ def begin_send[
 
 
 def end_dispatch_send(
-    ep: Endpoint[True], epoch: UInt64, counts: View[DType.int32]
+    ep: Endpoint[True],
+    epoch: UInt64,
+    counts: View[DType.int32],
+    first: Int = 0,
+    stride: Int = 1,
 ):
     """Close dispatch_async: publish the number of messages for every expert of every rank, also where it is 0.
 
@@ -68,39 +72,45 @@ def end_dispatch_send(
         ep: The rank.
         epoch: The launch's epoch.
         counts: Int32 [E], messages for each expert. Not read after a failure.
+        first: Which of the threads that share the work calls this.
+        stride: How many they are.
     """
-    var n_local = ep.s.n_local_experts()
+    var s = ep.s
     var failed = ep.head.failed()
-    for i in range(ep.s.n_ranks):
-        var peer = (ep.me + i) % ep.s.n_ranks
-        for e in range(n_local):
-            var value = FAILED if failed else Int(counts[peer * n_local + e])
-            publish(
-                ep.count[peer],
-                expert_count_offset(ep.s, e, ep.me),
-                word(epoch, value),
-            )
-    ep.head.set_u64(ep.sent_index, epoch)
+    for i in range(first, s.n_experts, stride):
+        var peer = (ep.me + i // s.n_local) % s.n_ranks
+        var e = i % s.n_local
+        var value = FAILED if failed else Int(counts[peer * s.n_local + e])
+        publish(
+            ep.count[peer],
+            expert_count_offset(s, e, ep.me),
+            word(epoch, value),
+        )
+    if first == 0:
+        ep.head.set_u64(ep.sent_index, epoch)
 
 
-def end_combine_send(ep: Endpoint[False], epoch: UInt64):
+def end_combine_send(
+    ep: Endpoint[False], epoch: UInt64, first: Int = 0, stride: Int = 1
+):
     """Close combine_async: publish to every rank that the rows of each own expert are there, also where there were none.
 
     Args:
         ep: The rank.
         epoch: The launch's epoch.
+        first: Which of the threads that share the work calls this.
+        stride: How many they are.
     """
-    var n_local = ep.s.n_local_experts()
+    var s = ep.s
     var value = FAILED if ep.head.failed() else 0
-    for i in range(ep.s.n_ranks):
-        var peer = (ep.me + i) % ep.s.n_ranks
-        for e in range(n_local):
-            publish(
-                ep.count[peer],
-                expert_signal_offset(ep.me * n_local + e),
-                word(epoch, value),
-            )
-    ep.head.set_u64(ep.sent_index, epoch)
+    for i in range(first, s.n_experts, stride):
+        publish(
+            ep.count[(ep.me + i // s.n_local) % s.n_ranks],
+            expert_signal_offset(ep.me * s.n_local + i % s.n_local),
+            word(epoch, value),
+        )
+    if first == 0:
+        ep.head.set_u64(ep.sent_index, epoch)
 
 
 def message_count(

@@ -102,6 +102,16 @@ def expect_refusal_until_reset(comm, model):
         expect_right_round(comm, model, seed)
 
 
+def expect_no_refusal_before_any_has_begun(comm, model):
+    """The first op of the run raises."""
+    epochs = [m.epochs() for m in comm.memories]
+    with pytest.raises(ep.ShapeError, match=BAD["ids"]):
+        comm.execute(model, *bad_arguments("ids", 0))
+    assert [m.epochs() for m in comm.memories] == epochs
+    comm.check()
+    expect_right_round(comm, model, 8)
+
+
 BAD = {"ids": "topk_ids: elements", "bias": "bias0: bytes"}
 
 
@@ -117,13 +127,7 @@ def test_virtual_ranks(together, slots, what):
 
 @pytest.mark.parametrize("slots", SLOTS)
 def test_virtual_ranks_that_have_not_begun_go_on(together, slots):
-    comm, model = together[f"aborted_{slots}"]
-    epochs = [m.epochs() for m in comm.memories]
-    with pytest.raises(ep.ShapeError, match=BAD["ids"]):
-        comm.execute(model, *bad_arguments("ids", 0))
-    assert [m.epochs() for m in comm.memories] == epochs
-    comm.check()
-    expect_right_round(comm, model, 8)
+    expect_no_refusal_before_any_has_begun(*together[f"aborted_{slots}"])
 
 
 @pytest.mark.parametrize("what", BAD)

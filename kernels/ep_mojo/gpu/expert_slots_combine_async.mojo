@@ -10,17 +10,15 @@ from max.gpu.host import DeviceContext, FuncAttribute
 from std.bit import count_trailing_zeros
 
 from ..combine_tensors import row_bytes
-from ..expert_launch import begin_send
+from ..expert_launch import begin_send, end_combine_send
 from ..launch import Endpoint
 from ..layout import (
     FIELD_SRC_INFO,
     KIND_SHAPE,
-    expert_signal_offset,
     row_offset,
 )
 from ..peers import View
 from ..settings import Settings
-from ..signal import FAILED, publish, word
 from .combine_async import slot_bytes
 from .launch import (
     ByValue,
@@ -58,22 +56,13 @@ def send_back[
         src_info: Int32 [rows, 2] of dispatch_wait.
         stage: `STAGE_*`, for the failure record.
     """
-    var s = ep.s
     var epoch = ep.last_sent() + 1
     if thread_idx.x == 0:
         _ = begin_send(ep, stage)
     if may_go_on(ep.head):
         _send_rows[dtype, hidden](ep, rows, src_info, stage)
     if is_last_cta(ep, sending=True):
-        var value = FAILED if ep.head.failed() else 0
-        for i in range(Int(thread_idx.x), s.n_experts, Int(block_dim.x)):
-            publish(
-                ep.count[i // s.n_local],
-                expert_signal_offset(ep.me * s.n_local + i % s.n_local),
-                word(epoch, value),
-            )
-        if thread_idx.x == 0:
-            ep.head.set_u64(ep.sent_index, epoch)
+        end_combine_send(ep, epoch, Int(thread_idx.x), Int(block_dim.x))
 
 
 @always_inline

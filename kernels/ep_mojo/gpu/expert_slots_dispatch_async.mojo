@@ -25,15 +25,14 @@ from std.atomic import Atomic, Ordering
 from std.sys import is_amd_gpu
 
 from ..dispatch_tensors import DispatchInput, InputScales
-from ..expert_launch import begin_send
+from ..expert_launch import begin_send, end_dispatch_send
 from ..expert_messages import payload, routed_masks, write_header
 from ..formats import TokenFormat
 from ..launch import Endpoint, given_tokens, token_count
-from ..layout import align_up, expert_count_offset, expert_slot_offset
+from ..layout import align_up, expert_slot_offset
 from ..peers import View, window_view
 from ..routing import NO_EXPERT, normal_id
 from ..settings import Settings
-from ..signal import FAILED, publish, word
 from ..team import WarpTeam
 from .dispatch_async import slot_bytes
 from .launch import (
@@ -220,18 +219,15 @@ def send[
         for t in range(T + thread, s.max_tokens, threads):
             masks[t] = 0
     if is_last_cta(ep, sending=True):
-        var failed = ep.head.failed()
-        if not failed:
+        if not ep.head.failed():
             _count_all[F](s, x.ids, T)
-        var counts = next_slots[F](s.n_experts, 0)
-        for e in range(Int(thread_idx.x), s.n_experts, Int(block_dim.x)):
-            publish(
-                ep.count[e // s.n_local],
-                expert_count_offset(s, e % s.n_local, ep.me),
-                word(epoch, FAILED if failed else Int(counts[e])),
-            )
-        if thread_idx.x == 0:
-            ep.head.set_u64(ep.sent_index, epoch)
+        end_dispatch_send(
+            ep,
+            epoch,
+            next_slots[F](s.n_experts, 0),
+            Int(thread_idx.x),
+            Int(block_dim.x),
+        )
 
 
 @always_inline

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .config import EPConfig
 from .errors import DeviceError
 from .formats import BF16, BlockwiseFP8, CustomFormat, check_int
@@ -380,13 +378,14 @@ def _handle(cfg: EPConfig, outputs: list[TensorValue], p: PendingDispatch) -> Ha
 
 def _or_absent(value: TensorValue | None, dtype: str, rank: int, device: DeviceRef) -> TensorValue:
     """An optional input; where it was not given, a tensor of size 0."""
+    from max.driver import Buffer
     from max.dtype import DType
     from max.graph import ops
 
     if value is not None:
         return value
-    zero = ops.constant(np.zeros([0] * rank, np.float32), DType.float32, device)
-    return zero if dtype == "float32" else ops.cast(zero, getattr(DType, dtype))
+    # Of its own dtype: MAX would compile a graph of its own to fold a cast of a constant.
+    return ops.constant(Buffer.zeros([0] * rank, getattr(DType, dtype)), device=device)
 
 
 def _rows(y: TensorValue, h: Handle) -> list[TensorValue]:

@@ -106,12 +106,12 @@ def _send_back(cfg, ranks, given):
 
 
 def _receive_back(cfg, ranks, given):
+    from max.driver import Buffer
     from max.dtype import DType
     from max.graph import DeviceRef, ops
 
     h = _handle(cfg, given)
-    no_rows = ops.constant(np.zeros((0, 0), np.float32), DType.float32, DeviceRef.CPU())
-    shared = ops.cast(no_rows, getattr(DType, cfg.combine_dtype))
+    shared = ops.constant(Buffer.zeros([0, 0], getattr(DType, cfg.combine_dtype)), device=DeviceRef.CPU())
     return ep.combine_wait(ranks, [ep.graph.PendingCombine(h, cfg.reduce or "expert", shared)])
 
 

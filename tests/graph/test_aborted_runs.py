@@ -41,7 +41,7 @@ def whole_round(comm, module, name):
 
 def _add_round(slots):
     def add(module):
-        comm = ep.Communicator.cpu(CFG.replace(slots=slots))
+        comm = ep.Communicator.cpu(CFG.replace(slots=slots, n_ranks=2))
         name = f"aborted_{slots}"
         return comm, {name: whole_round(comm, module, name)}
 
@@ -106,7 +106,7 @@ def expect_no_refusal_before_any_has_begun(comm, model):
     """The first op of the run raises."""
     epochs = [m.epochs() for m in comm.memories]
     with pytest.raises(ep.ShapeError, match=BAD["ids"]):
-        comm.execute(model, *bad_arguments("ids", 0))
+        comm.execute(model, *bad_arguments("ids", 0, comm.cfg))
     assert [m.epochs() for m in comm.memories] == epochs
     comm.check()
     expect_right_round(comm, model, 8)
@@ -121,7 +121,7 @@ def test_virtual_ranks(together, slots, what):
     comm, model = together[f"aborted_{slots}"]
     expect_right_round(comm, model, 7)
     with pytest.raises(ep.ShapeError, match=BAD[what]):
-        comm.execute(model, *bad_arguments(what, 1))
+        comm.execute(model, *bad_arguments(what, 1, comm.cfg))
     expect_refusal_until_reset(comm, model)
 
 

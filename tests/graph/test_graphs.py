@@ -217,6 +217,16 @@ def _add_cached(module):
     }
 
 
+def test_absent_tensors_are_constants_of_their_own_dtype():
+    """MAX would compile a graph of its own to fold a cast of a constant, and take twice as long."""
+    plain = Setup(ep.EPConfig(hidden_size=8, **ALONE))
+    comm = ep.Communicator.cpu(plain.cfg)
+    text = str(_graph("plain", None, comm, plain.kinds(), _whole(plain)))
+    assert text.count("mo.constant") >= 6
+    assert "mo.cast" not in text
+    comm.destroy()
+
+
 @pytest.mark.parametrize("name", SETUPS)
 def test_round(together, name):
     setup, (comm, model) = SETUPS[name], together[f"whole_{list(SETUPS).index(name)}"]

@@ -78,7 +78,7 @@ struct CombineInput(TrivialRegisterPassable):
         Returns:
             The rows, perhaps none.
         """
-        var terms = Terms(self.rows.bytes())
+        var terms = Terms()
         for k in range(top_k):
             var row = Int(self.row_map[at + k])
             if row >= 0:
@@ -179,14 +179,10 @@ struct Terms(Movable):
     """Number of rows."""
 
     @always_inline
-    def __init__(out self, anywhere: Bytes):
-        """Begin without rows.
-
-        Args:
-            anywhere: Some row, never read.
-        """
-        self.row = Array[Bytes, MAX_TERMS](fill=anywhere)
-        self.weight = Array[Float32, MAX_TERMS](fill=0)
+    def __init__(out self):
+        """Begin without rows."""
+        self.row = Array[Bytes, MAX_TERMS](uninitialized=True)
+        self.weight = Array[Float32, MAX_TERMS](uninitialized=True)
         self.biases = 0
         self.n = 0
 
@@ -230,8 +226,8 @@ def row_bytes[dtype: DType, hidden: Int]() -> Int:
 @always_inline
 def begin_token[
     dtype: DType, bias_dtype: DType, ids_dtype: DType, hidden: Int
-](x: CombineOutput[ids_dtype], token: Int) -> Terms:
-    """The first terms of a token's sum: biases, then the shared expert's row.
+](mut terms: Terms, x: CombineOutput[ids_dtype], token: Int):
+    """Add the first terms of a token's sum: biases, then the shared expert's row.
 
     Parameters:
         dtype: Type of the shared expert's rows.
@@ -240,21 +236,17 @@ def begin_token[
         hidden: H.
 
     Args:
+        terms: No terms yet.
         x: The rank's tokens.
         token: Which one.
-
-    Returns:
-        The terms so far.
     """
     comptime bias_bytes = row_bytes[bias_dtype, hidden]()
-    var terms = Terms(x.y.bytes())
     if x.bias0.present():
         terms.add_bias(x.bias0.bytes(token * bias_bytes))
     if x.bias1.present():
         terms.add_bias(x.bias1.bytes(token * bias_bytes))
     if x.shared_rows.present():
         terms.add(x.shared_rows.bytes(token * row_bytes[dtype, hidden]()))
-    return terms^
 
 
 @always_inline
@@ -305,7 +297,8 @@ def sum_terms[
             )
 
     comptime W = T.sum_width
-    comptime S = T.sum_steps
+    comptime S = max(1, T.sum_steps * 2 // size_of[Scalar[dtype]]())
+    comptime few = max(1, S // 4)
     comptime stride = T.lanes * W
     comptime units = hidden // stride
     var unit = part * units // parts
@@ -313,6 +306,9 @@ def sum_terms[
     while unit + S <= end:
         sum[W, S](unit * stride + T.lane() * W)
         unit += S
+    while unit + few <= end:
+        sum[W, few](unit * stride + T.lane() * W)
+        unit += few
     while unit < end:
         sum[W, 1](unit * stride + T.lane() * W)
         unit += 1
@@ -328,7 +324,7 @@ def check_header(
     header: Int,
     T: Int,
     by_row: Bool,
-):
+) -> Bool:
     """Record a failure where a peer sends rows of another dispatch than this rank sums, or in another mode.
 
     Args:
@@ -338,6 +334,9 @@ def check_header(
         header: The value of its header, see `combine_header`.
         T: Tokens of this launch.
         by_row: Whether this launch expects a row for each choice.
+
+    Returns:
+        Whether all is well.
     """
     if header >> 1 != T:
         ep.head.fail(
@@ -348,7 +347,8 @@ def check_header(
             value=header >> 1,
             limit=T,
         )
-    elif header != combine_header(T, by_row):
+        return False
+    if header != combine_header(T, by_row):
         ep.head.fail(
             KIND_SHAPE,
             stage,
@@ -357,3 +357,5 @@ def check_header(
             value=header & 1,
             limit=Int(by_row),
         )
+        return False
+    return True

@@ -9,11 +9,10 @@ head; the record is sticky, and every later wait of that rank returns at once.
 """
 
 from std.atomic import Atomic, Ordering
-from std.ffi import external_call
 from std.sys import CompilationTarget, inlined_assembly
-from std.sys import is_amd_gpu, is_gpu
-from std.time import global_perf_counter_ns, perf_counter_ns
+from std.sys import is_amd_gpu
 from .layout import *
+from .patience import clock_ns, let_others_run
 from .peers import Bytes, typed
 
 comptime VALUE_BITS = 24
@@ -24,8 +23,6 @@ comptime NO_SIGNAL = -1
 """Returned when it gave up."""
 comptime SPINS_BETWEEN_CHECKS = 64
 """Polls between two looks at header, record and clock."""
-comptime SPINS_BEFORE_SLEEP = 4096
-"""Polls after which a waiting CPU thread sleeps 50 us between looks: the peer may need this very core."""
 
 
 @always_inline
@@ -83,6 +80,35 @@ def publish(window: Bytes, offset: Int, w: UInt64):
 
 
 @always_inline
+def device_scope() -> StaticString:
+    """The name of the scope that holds this device's threads.
+
+    Returns:
+        LLVM's name on this target.
+    """
+    comptime if is_amd_gpu():
+        return "agent"
+    else:
+        return "device"
+
+
+@always_inline
+def note(base: Bytes, offset: Int, w: UInt64):
+    """Store a word for other CTAs of the same launch, with release among the device's threads.
+
+    A release at system scope would wait until what this GPU has under way to its peers has arrived there.
+
+    Args:
+        base: The rank's own counters.
+        offset: Byte offset of the word.
+        w: The word.
+    """
+    Atomic[UInt64, scope=device_scope()].store[ordering=Ordering.RELEASE](
+        typed[DType.uint64](base, offset), w
+    )
+
+
+@always_inline
 def poll(window: Bytes, offset: Int) -> UInt64:
     """Load a signal word with acquire at system scope: all later loads of this thread come after.
 
@@ -110,42 +136,14 @@ def arrive(base: Bytes, offset: Int, expected: Int) -> Bool:
     Returns:
         Whether this is the last one.
     """
-    comptime scope = "agent" if is_amd_gpu() else "device"
     var p = typed[DType.int32](base, offset)
-    var before = Atomic[Int32, scope=scope].fetch_add[
+    var before = Atomic[Int32, scope=device_scope()].fetch_add[
         ordering=Ordering.ACQUIRE_RELEASE
     ](p, Int32(1))
     if before != Int32(expected - 1):
         return False
     p.unsafe_store(0, Int32(0))
     return True
-
-
-@always_inline
-def clock_ns() -> Int:
-    """A monotonic clock.
-
-    Returns:
-        Nanoseconds.
-    """
-    comptime if is_gpu():
-        return Int(global_perf_counter_ns())
-    else:
-        return Int(perf_counter_ns())
-
-
-@always_inline
-def let_others_run(spins: Int):
-    """Give this core to other threads, which may be the peers waited for; a GPU thread goes on.
-
-    Args:
-        spins: Polls so far; a long wait sleeps.
-    """
-    comptime if not is_gpu():
-        if spins < SPINS_BEFORE_SLEEP:
-            _ = external_call["sched_yield", Int32]()
-        else:
-            _ = external_call["usleep", Int32](UInt32(50))
 
 
 @always_inline

@@ -2,6 +2,9 @@
 
 from max.gpu import WARP_SIZE, lane_id
 from max.gpu.primitives import warp
+from std.memory import bitcast
+from std.sys import inlined_assembly, is_nvidia_gpu
+
 from .peers import Bytes, View
 
 
@@ -35,12 +38,39 @@ trait Team:
         """The largest value over all lanes.
 
         Args:
-            value: The lane's own.
+            value: The lane's own, neither negative nor NaN.
 
         Returns:
             The same on every lane.
         """
         ...
+
+    @staticmethod
+    def from_lane(value: Float32, lane: Int) -> Float32:
+        """The value of one lane.
+
+        Args:
+            value: The calling lane's own.
+            lane: Which lane.
+
+        Returns:
+            The same on every lane.
+        """
+        ...
+
+    @staticmethod
+    def copy_whole(source: Bytes, target: Bytes, n: Int) -> Bool:
+        """Copy in a way of its own, where the team has one that fits; all lanes call this.
+
+        Args:
+            source: Where from.
+            target: Where to.
+            n: Bytes.
+
+        Returns:
+            Whether it does.
+        """
+        return False
 
 
 struct HostThread[streaming: Bool](Team):
@@ -86,6 +116,20 @@ struct HostThread[streaming: Bool](Team):
         """
         return value
 
+    @staticmethod
+    @always_inline
+    def from_lane(value: Float32, lane: Int) -> Float32:
+        """The value itself.
+
+        Args:
+            value: The lane's own.
+            lane: 0.
+
+        Returns:
+            The same.
+        """
+        return value
+
 
 comptime HostTeam = HostThread[False]
 """A host thread whose copies stay in the caches: for what is read again soon."""
@@ -102,8 +146,8 @@ struct WarpTeam(Team):
     """The widest access of one lane."""
     comptime sum_width = 8
     """16 bytes of bfloat16."""
-    comptime sum_steps = 7
-    """Loads in flight for each row; a quarter of H = 7168."""
+    comptime sum_steps = 14
+    """Loads in flight for each row; half of H = 7168."""
     comptime blocks_ahead = 8
     """Their reductions overlap."""
     comptime streams = False
@@ -125,12 +169,35 @@ struct WarpTeam(Team):
         """The largest value of the warp.
 
         Args:
-            value: The lane's own.
+            value: The lane's own, neither negative nor NaN.
 
         Returns:
             The same on every lane.
         """
-        return warp.max(value)
+        comptime if is_nvidia_gpu():  # such values are ordered as their bits are
+            return bitcast[DType.float32](
+                inlined_assembly[
+                    "redux.sync.max.u32 $0, $1, 0xffffffff;",
+                    UInt32,
+                    constraints="=r,r",
+                ](bitcast[DType.uint32](value))
+            )
+        else:
+            return warp.max(value)
+
+    @staticmethod
+    @always_inline
+    def from_lane(value: Float32, lane: Int) -> Float32:
+        """The value of one lane of the warp.
+
+        Args:
+            value: The calling lane's own.
+            lane: Which lane.
+
+        Returns:
+            The same on every lane.
+        """
+        return warp.shuffle_idx(value, UInt32(lane))
 
 
 @always_inline
@@ -148,6 +215,8 @@ def copy_bytes[T: Team](source: Bytes, target: Bytes, n: Int):
     """
     comptime V = T.vector_bytes
     comptime stride = T.lanes * V
+    if T.copy_whole(source, target, n):
+        return
     var whole = n // stride * stride
     comptime if T.streams:
         if Int(target) % V == 0:

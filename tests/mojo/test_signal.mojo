@@ -24,12 +24,12 @@ from ep_mojo.layout import (
     STAGE_COMBINE_WAIT,
     STAGE_DISPATCH_WAIT,
 )
+from ep_mojo.patience import clock_ns
 from ep_mojo.signal import (
     FAILED,
     NO_SIGNAL,
     Head,
     Waiter,
-    clock_ns,
     epoch_of,
     poll,
     publish,

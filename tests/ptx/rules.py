@@ -23,7 +23,7 @@ PENDING, DIRTY, UNFENCED, READING = 1, 2, 4, 8
 FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
     r"\bld\.(relaxed|volatile|mmio)": "a load that acquires nothing",
-    r"\bst\.release\.(gpu|cta|cluster)": "release at too small a scope",
+    r"\bst\.release\.(cta|cluster)": "release at too small a scope",
     r"\batom\.relaxed\.gpu": "an arrival without acquire and release",
     r"\.(ftz|approx)\b|div\.full": "arithmetic that is not exact",
     r"\bbrx": "a jump that is not followed",
@@ -135,7 +135,7 @@ def _may_be_shared(text: str) -> bool:
 
 def _broken(lines: list[str], i: int, state: int) -> list[str]:
     text, found = lines[i], []
-    if re.search(r"\bst\.release\.sys", text) and state & PENDING:
+    if re.search(r"\bst\.release\.(sys|gpu)", text) and state & PENDING:
         found.append("a signal while bulk stores may be under way")
     if re.search(r"\bst\.(relaxed\.sys|mmio|volatile)", text):
         if state & UNFENCED:
@@ -163,6 +163,11 @@ def _fenced_before(lines: list[str], i: int) -> bool:
 def signals(function: Function) -> int:
     """Stores that publish a 64-bit word with release at system scope."""
     return sum(bool(re.search(r"\bst\.release\.sys(\.global)?\.(b|u)64", text)) for text in function.lines)
+
+
+def notes(function: Function) -> int:
+    """Stores that publish a 64-bit word with release at device scope: to other CTAs, not to peers."""
+    return sum(bool(re.search(r"\bst\.release\.gpu(\.global)?\.(b|u)64", text)) for text in function.lines)
 
 
 def awaits(function: Function) -> int:

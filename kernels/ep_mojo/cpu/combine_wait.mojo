@@ -12,6 +12,7 @@ and rounds once to the output type. Rows past T come back zero. Then the buffer 
 
 from ..combine_tensors import (
     CombineOutput,
+    Terms,
     begin_token,
     check_header,
     row_bytes,
@@ -66,7 +67,7 @@ def combine_wait[
             break
         var header = ep.header_of(waiter, epoch, r)
         if header != NO_SIGNAL:
-            check_header(ep, stage, r, header, T, by_row)
+            _ = check_header(ep, stage, r, header, T, by_row)
     var n_chunks = s.n_signals(T)
     var window = ep.recv[ep.me]
     var workers = n_workers(s, n_chunks, T * out_bytes)
@@ -88,7 +89,8 @@ def combine_wait[
                     if not ep.chunk_of(waiter, epoch, r, chunk):
                         return
                     arrived |= bit
-            var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
+            var terms = Terms()
+            begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
             comptime if by_row:
                 for k in range(K):
                     if ids[k] >= 0:

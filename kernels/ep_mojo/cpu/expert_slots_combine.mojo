@@ -13,6 +13,7 @@ Why the order holds: `expert_launch.mojo`.
 
 from ..combine_tensors import (
     CombineOutput,
+    Terms,
     begin_token,
     row_bytes,
     sum_terms,
@@ -145,7 +146,8 @@ def combine_wait[
     def work(chunk: Int) raises {imm}:
         var first = chunk * s.tokens_per_signal
         for t in range(first, min(first + s.tokens_per_signal, T)):
-            var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
+            var terms = Terms()
+            begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
             var mask = routed[t]
             for k in range(K):
                 if (mask >> UInt32(k)) & 1 == 1:

@@ -9,6 +9,8 @@ All in float32. e4m3 rounds to nearest even and saturates: Inf becomes +-448, Na
 """
 
 from std.memory import bitcast
+from std.sys import inlined_assembly, is_nvidia_gpu
+from std.sys.info import _is_sm_9x_or_newer
 
 from ..layout import align_up
 from ..numeric import row_alignment
@@ -43,6 +45,15 @@ def magnitude[
 
 
 @always_inline
+def _converts_in_pairs() -> Bool:
+    """Whether this target has an instruction that rounds two values to e4m3, to the same bits as `to_e4m3`."""
+    comptime if is_nvidia_gpu():
+        return _is_sm_9x_or_newer()
+    else:
+        return False
+
+
+@always_inline
 def to_e4m3[n: SIMDLength](x: SIMD[DType.float32, n]) -> SIMD[DType.uint8, n]:
     """Round to e4m3fn, nearest even, saturating.
 
@@ -55,6 +66,15 @@ def to_e4m3[n: SIMDLength](x: SIMD[DType.float32, n]) -> SIMD[DType.uint8, n]:
     Returns:
         The e4m3fn bytes.
     """
+    comptime if _converts_in_pairs() and n % 2 == 0:
+        var pairs = SIMD[DType.uint16, n // 2](0)
+        comptime for i in range(n // 2):
+            pairs[i] = inlined_assembly[
+                "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;",
+                UInt16,
+                constraints="=h,f,f",
+            ](x[2 * i + 1], x[2 * i])
+        return rebind[SIMD[DType.uint8, n]](bitcast[DType.uint8, n](pairs))
     var bits = magnitude(x)
     var nan = bits.gt(0x7F800000)
     var a = min(bits, SIMD[DType.uint32, n](0x43E00000))  # 448
@@ -118,6 +138,8 @@ struct BlockwiseFP8[
         Self.hidden + 4 * Self.scales_per_token, 16
     )
     """Channels, then scales."""
+    comptime encode_parts = 4
+    """Blocks do not depend on each other."""
 
     @staticmethod
     def key() -> String:
@@ -142,31 +164,91 @@ struct BlockwiseFP8[
             factor: Multiplies the channels first.
             message: Where to.
         """
+        Self._encode[T](token, factor, message, 0, 1)
+
+    @staticmethod
+    @always_inline
+    def encode_part[
+        T: Team
+    ](token: Bytes, factor: Float32, message: Bytes, part: Int):
+        """Quantise every fourth group of blocks; see `TokenFormat.encode_part`.
+
+        Parameters:
+            T: Who works on it; its lanes divide 128.
+
+        Args:
+            token: H bfloat16 values.
+            factor: Multiplies the channels first.
+            message: Where to.
+            part: Which groups.
+        """
+        Self._encode[T](token, factor, message, part, Self.encode_parts)
+
+    @staticmethod
+    @always_inline
+    def _encode[
+        T: Team
+    ](token: Bytes, factor: Float32, message: Bytes, part: Int, parts: Int):
+        """Quantise groups of blocks: `part`, and every `parts`-th after it."""
         comptime assert (
             Self.hidden % BLOCK == 0
         ), "BlockwiseFP8: hidden must be a multiple of 128"
-        comptime per_lane = BLOCK // T.lanes
-        comptime V = min(per_lane, 32)
-        var first = T.lane() * per_lane
         comptime if Self.packed:
-            if T.lane() == 0:
+            if T.lane() == 0 and part == 0:
                 for i in range(Self.blocks, 4 * Self.scales_per_token):
                     message.unsafe_store(Self.hidden + i, UInt8(0))
         comptime U = T.blocks_ahead
-        for begin in range(0, Self.blocks, U):
-            var amax = Array[Float32, U](fill=0)
-            comptime for u in range(U):  # loads and reductions overlap
-                if begin + u < Self.blocks:
-                    amax[u] = Self._largest[V, per_lane](
-                        token, (begin + u) * BLOCK + first, factor
-                    )
-            comptime for u in range(U):
-                amax[u] = max(MIN_AMAX, T.max(amax[u]))
-            comptime for u in range(U):
-                if begin + u < Self.blocks:
-                    Self._quantise[V, per_lane, T](
-                        token, begin + u, first, factor, amax[u], message
-                    )
+        comptime full = Self.blocks // U
+        for i in range(part, full, parts):
+            Self._encode_blocks[T, U](token, factor, message, i * U)
+        comptime if Self.blocks % U != 0:
+            if full % parts == part:
+                Self._encode_blocks[T, Self.blocks % U](
+                    token, factor, message, full * U
+                )
+
+    @staticmethod
+    @always_inline
+    def _encode_blocks[
+        T: Team, n: Int
+    ](token: Bytes, factor: Float32, message: Bytes, begin: Int):
+        """Quantise n blocks, at most one for each lane: loads and reductions overlap, and lane u works out scale u."""
+        comptime per_lane = BLOCK // T.lanes
+        comptime V = min(per_lane, 32)
+        var first = begin * BLOCK + T.lane() * per_lane
+        var top = Array[Float32, n](fill=0)
+        comptime for u in range(n):
+            top[u] = Self._largest[V, per_lane](
+                token, first + u * BLOCK, factor
+            )
+        var amax: Float32 = 0
+        comptime for u in range(n):
+            var largest = T.max(top[u])
+            amax = largest if T.lane() == u else amax
+        amax = max(MIN_AMAX, amax)
+        var unit = amax / E4M3_MAX
+        var inverse = E4M3_MAX / amax
+        comptime if Self.scale != "float32":
+            unit = bitcast[DType.float32](power_of_two_at_least(unit) << 23)
+            inverse = 1 / unit  # exact; 0 where the block holds an Inf
+        if T.lane() < n:
+            comptime if Self.packed:
+                message.unsafe_store(
+                    Self.hidden + begin + T.lane(),
+                    UInt8(bitcast[DType.uint32](unit) >> 23),
+                )
+            else:
+                typed[DType.float32](message, Self.hidden).unsafe_store(
+                    begin + T.lane(), unit
+                )
+        comptime for u in range(n):
+            Self._quantise[V, per_lane](
+                token,
+                first + u * BLOCK,
+                factor,
+                T.from_lane(inverse, u),
+                message,
+            )
 
     @staticmethod
     @always_inline
@@ -186,38 +268,15 @@ struct BlockwiseFP8[
     @staticmethod
     @always_inline
     def _quantise[
-        V: Int, count: Int, T: Team
-    ](
-        token: Bytes,
-        block: Int,
-        first: Int,
-        factor: Float32,
-        amax: Float32,
-        message: Bytes,
-    ):
-        """Write the lane's channels of a block, and its scale."""
-        var at = block * BLOCK + first
-        var unit = amax / E4M3_MAX
-        var inverse = E4M3_MAX / amax
-        comptime if Self.scale != "float32":
-            unit = bitcast[DType.float32](power_of_two_at_least(unit) << 23)
+        V: Int, count: Int
+    ](token: Bytes, at: Int, factor: Float32, inverse: Float32, message: Bytes):
+        """Write the lane's channels of a block."""
         for i in range(0, count, V):
             var x = Self._load[V](token, at + i, factor)
-            var y = x * inverse if Self.scale == "float32" else x / unit
-            y = magnitude(x).eq(0x7F800000).select(x, y)
+            var y = magnitude(x).eq(0x7F800000).select(x, x * inverse)
             message.unsafe_store[width=V, alignment=row_alignment[1, V]()](
                 at + i, to_e4m3(y)
             )
-        if T.lane() == 0:
-            comptime if Self.packed:
-                message.unsafe_store(
-                    Self.hidden + block,
-                    UInt8(bitcast[DType.uint32](unit) >> 23),
-                )
-            else:
-                typed[DType.float32](message, Self.hidden).unsafe_store(
-                    block, unit
-                )
 
     @staticmethod
     @always_inline

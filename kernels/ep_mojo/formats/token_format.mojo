@@ -35,6 +35,9 @@ trait TokenFormat:
     comptime message_bytes: Int
     """Bytes of one message, a multiple of 16."""
 
+    comptime encode_parts: Int = 1
+    """Parts of a message that several GPU warps may write at the same time, with `encode_part`."""
+
     @staticmethod
     def key() -> String:
         """Name and options as one string, that of the Python format's `key()`; ranks compare its hash.
@@ -57,6 +60,23 @@ trait TokenFormat:
             message: `message_bytes` bytes, aligned to 16.
         """
         ...
+
+    @staticmethod
+    def encode_part[
+        T: Team
+    ](token: Bytes, factor: Float32, message: Bytes, part: Int):
+        """Write one part of one token's message; with all parts written, in any order, it is as `encode` writes it.
+
+        Parameters:
+            T: Who works on it.
+
+        Args:
+            token: H values of `input_dtype`.
+            factor: As for `encode`.
+            message: `message_bytes` bytes, aligned to 16.
+            part: 0 to `encode_parts` - 1.
+        """
+        Self.encode[T](token, factor, message)
 
     @staticmethod
     def pack[T: Team](token: Bytes, scales: Bytes, message: Bytes):

@@ -31,7 +31,6 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
     warp_index,
@@ -40,6 +39,7 @@ from .launch import (
 )
 from .precedence import precedence
 from .routing import ballot
+from .share import Share
 from .shared_rows import (
     SLOT_ALIGNMENT,
     finish_stores,
@@ -49,10 +49,34 @@ from .shared_rows import (
 
 
 @always_inline
+def open_send_back[
+    dtype: DType, hidden: Int
+](ep: Endpoint[False], x: CombineInput, stage: Int32):
+    """Open the sending half; the whole CTA calls this, then `may_go_on`.
+
+    Parameters:
+        dtype: Type of the rows, and on the wire.
+        hidden: H.
+
+    Args:
+        ep: The rank.
+        x: The rows.
+        stage: `STAGE_*`, for the failure record.
+    """
+    if warp_index() == 0:
+        _ = ep.begin_send[WarpTeam](stage)
+        syncwarp()
+    if Int(thread_idx.x) < ep.s.n_ranks and not ep.head.failed():
+        var rows = x.rows.size // row_bytes[dtype, hidden]()
+        _check_tokens(ep, x, Int(thread_idx.x), rows, stage)
+    syncwarp()
+
+
+@always_inline
 def send_back[
     dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
-](ep: Endpoint[False], x: CombineInput, stage: Int32):
-    """Send; the body of the split and the fused kernel.
+](ep: Endpoint[False], x: CombineInput, epoch: UInt64, stage: Int32):
+    """Send, in a launch that may go on.
 
     Parameters:
         dtype: Type of the rows, and on the wire.
@@ -63,32 +87,30 @@ def send_back[
     Args:
         ep: The rank.
         x: The rows.
+        epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
     """
     comptime by_row = reduce == "source" and layout != "rank"
-    var s = ep.s
-    var epoch = ep.last_sent() + 1
-    if warp_index() == 0:
-        _ = ep.begin_send[WarpTeam](stage)
-        syncwarp()
-    if Int(thread_idx.x) < s.n_ranks and not ep.head.failed():
-        var rows = x.rows.size // row_bytes[dtype, hidden]()
-        _check_tokens(ep, x, Int(thread_idx.x), rows, stage)
-    syncwarp()
-    if may_go_on(ep.head):
-        if block_idx.x == 0 and Int(thread_idx.x) < s.n_ranks:
-            var peer = Int(thread_idx.x)
-            publish(
-                ep.count[peer],
-                ep.window.header(ep.buffer(epoch), ep.me),
-                word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
-            )
-        _give_shared[dtype, hidden](x, Int(x.num_tokens[ep.me]))
-        _send_rows[dtype, hidden, layout, by_row](ep, x, epoch, stage)
-    elif x.shared_out.present() and block_idx.x == 0 and warp_index() == 0:
+    if block_idx.x == 0 and Int(thread_idx.x) < ep.s.n_ranks:
+        var peer = Int(thread_idx.x)
+        publish(
+            ep.count[peer],
+            ep.window.header(ep.buffer(epoch), ep.me),
+            word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
+        )
+    _give_shared[dtype, hidden](x, Int(x.num_tokens[ep.me]))
+    _send_rows[dtype, hidden, layout, by_row](ep, x, epoch, stage)
+
+
+@always_inline
+def give_no_shared(x: CombineInput):
+    """Zero the shared expert's rows, in a launch that may not go on.
+
+    Args:
+        x: The rows.
+    """
+    if x.shared_out.present() and block_idx.x == 0 and warp_index() == 0:
         zero_bytes[WarpTeam](x.shared_out.bytes(), x.shared_out.size)
-    if is_last_cta(ep, sending=True) and warp_index() == 0:
-        ep.end_send[WarpTeam](epoch)
 
 
 @always_inline
@@ -194,7 +216,7 @@ def _send_rows[
                     var which = Int(warp.shuffle_idx(row, k))
                     slot.load[size](x.rows.bytes(which * size))
                 else:
-                    var terms = Terms(x.rows.bytes())
+                    var terms = Terms()
                     while left != 0:  # k ascending
                         var k = UInt32(count_trailing_zeros(left))
                         left &= left - 1
@@ -251,10 +273,17 @@ def combine_async_stage[
         input: The rows.
         stage: `STAGE_*`.
     """
-    if peers.value.valid():
-        send_back[dtype, hidden, layout, reduce](
-            peers.value.endpoint[False](), input.value, stage
-        )
+    if not peers.value.valid():
+        return
+    var ep = peers.value.endpoint[False]()
+    var epoch = ep.last_sent() + 1
+    open_send_back[dtype, hidden](ep, input.value, stage)
+    if may_go_on(ep.head):
+        send_back[dtype, hidden, layout, reduce](ep, input.value, epoch, stage)
+    else:
+        give_no_shared(input.value)
+    if is_last_cta(ep, sending=True) and warp_index() == 0:
+        ep.end_send[WarpTeam](epoch)
 
 
 def combine_async[

@@ -11,6 +11,7 @@ from max.gpu.sync import syncwarp
 
 from ..combine_tensors import (
     CombineOutput,
+    Terms,
     begin_token,
     check_header,
     row_bytes,
@@ -25,7 +26,6 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
     warp_index,
@@ -33,9 +33,27 @@ from .launch import (
 )
 from .precedence import precedence
 from .routing import ballot, destination_of_lanes
+from .share import Share
 
 comptime MAX_PARTS = 4
 """Warps that share one row, at most."""
+
+
+@always_inline
+def open_receive_back(
+    ep: Endpoint[False], x: CombineOutput, sent: UInt64, stage: Int32
+):
+    """Open the receiving half; the whole CTA calls this, then `may_go_on`.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        sent: The epoch of the last send, one of this very launch included.
+        stage: `STAGE_*`, for the failure record.
+    """
+    if thread_idx.x == 0:
+        _ = ep.begin_wait(stage, sent)
+        _ = token_count(ep, stage, x.rows, x.num_tokens)
 
 
 @always_inline
@@ -50,10 +68,10 @@ def receive_back[
 ](
     ep: Endpoint[False],
     x: CombineOutput[ids_dtype],
-    sent: UInt64,
+    epoch: UInt64,
     stage: Int32,
 ):
-    """Receive and sum; the body of the split and the fused kernel.
+    """Receive and sum, in a launch that may go on.
 
     Parameters:
         dtype: Type on the wire, and of the shared expert's rows.
@@ -67,37 +85,48 @@ def receive_back[
     Args:
         ep: The rank.
         x: Its tokens.
-        sent: The epoch of the last send, one of this very launch included.
+        epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
     """
     comptime out_bytes = row_bytes[out_dtype, hidden]()
     comptime by_row = reduce == "source" and layout != "rank"
-    var s = ep.s
-    var epoch = ep.next_wait()
-    var waiter = Waiter(ep.head, stage, s.virtual)
-    if thread_idx.x == 0:
-        _ = ep.begin_wait(stage, sent)
-        _ = token_count(ep, stage, x.rows, x.num_tokens)
-    if may_go_on(ep.head):
-        var T = given_tokens(x.rows, x.num_tokens)
-        if Int(thread_idx.x) < s.n_ranks:
-            var peer = Int(thread_idx.x)
-            var header = ep.header_of(waiter, epoch, peer)
-            if header != NO_SIGNAL:
-                check_header(ep, stage, peer, header, T, by_row)
+    var waiter = Waiter(ep.head, stage, ep.s.virtual)
+    var T = given_tokens(x.rows, x.num_tokens)
+    var share = Share()
+    for t in range(T + share.first, x.rows, share.stride):
+        zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
+    var fine = True
+    if Int(lane_id()) < ep.s.n_ranks:
+        var peer = Int(lane_id())
+        var header = ep.header_of(waiter, epoch, peer)
+        fine = header != NO_SIGNAL
+        if fine:
+            fine = check_header(ep, stage, peer, header, T, by_row)
+    if ballot(not fine) == 0:
         syncwarp()
-        if may_go_on(ep.head):
-            _sum_tokens[
-                dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row
-            ](ep, x, T, epoch, waiter)
-        var share = Share()
-        for t in range(T + share.first, x.rows, share.stride):
-            zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
-    if is_last_cta(ep, sending=False):
-        if ep.head.failed():
-            zero_output[out_bytes](x)
-        if warp_index() == 0:
-            ep.end_wait[WarpTeam](epoch)
+        _sum_tokens[dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row](
+            ep, x, T, epoch, waiter
+        )
+
+
+@always_inline
+def close_receive_back[
+    out_bytes: Int
+](ep: Endpoint[False], x: CombineOutput, epoch: UInt64):
+    """Close the receiving half; the last CTA calls this.
+
+    Parameters:
+        out_bytes: Bytes of a row.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        epoch: The launch's epoch.
+    """
+    if ep.head.failed():
+        zero_output[out_bytes](x)
+    if warp_index() == 0:
+        ep.end_wait[WarpTeam](epoch)
 
 
 @always_inline
@@ -159,7 +188,8 @@ def _sum_tokens[
                 return
             syncwarp()
             arrived |= missing
-            var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
+            var terms = Terms()
+            begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
             comptime if by_row:
                 for k in range(K):
                     if (valid >> UInt64(k)) & 1 == 1:
@@ -212,13 +242,19 @@ def combine_wait_stage[
         output: Its tokens.
         stage: `STAGE_*`.
     """
-    if peers.value.valid():
-        var ep = peers.value.endpoint[False]()
+    comptime out_bytes = row_bytes[out_dtype, hidden]()
+    if not peers.value.valid():
+        zero_output[out_bytes](output.value)
+        return
+    var ep = peers.value.endpoint[False]()
+    var epoch = ep.next_wait()
+    open_receive_back(ep, output.value, ep.last_sent(), stage)
+    if may_go_on(ep.head):
         receive_back[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ](ep, output.value, ep.last_sent(), stage)
-    else:
-        zero_output[row_bytes[out_dtype, hidden]()](output.value)
+        ](ep, output.value, epoch, stage)
+    if is_last_cta(ep, sending=False):
+        close_receive_back[out_bytes](ep, output.value, epoch)
 
 
 def combine_wait[

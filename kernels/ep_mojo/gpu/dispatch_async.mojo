@@ -1,11 +1,12 @@
 """The GPU's dispatch_async: routing table and messages leave for every destination rank.
 
     CTA b < R      writes the routing table into rank b's count window, then its header (value T); then messages too
-    every warp     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
+    every crew     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
                    message to every destination rank at once (lane r serves rank r), and when the whole chunk has
-                   arrived publishes its signal, lane r to rank r
+                   arrived publishes its signal, lane r to rank r. A crew is one warp; where there are fewer chunks
+                   than warps and the format can be encoded in parts, several, of which the first loads and stores
 
-No warp waits for anything but its own stores; before the first store the buffer's credits are awaited. The last CTA
+No warp waits for anything but its crew and its own stores; before the first store the buffer's credits are awaited. The last CTA
 counts the epoch. Why the order holds: docs/protocol.md.
 """
 
@@ -25,18 +26,17 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
     warp_index,
-    warp_memory,
-    warp_slot,
 )
 from .precedence import precedence
 from .routing import destination_of_lanes
+from .share import Crew, Share
 from .shared_rows import (
     SLOT_ALIGNMENT,
     finish_stores,
+    moves_in_bulk,
     release_slots,
     store_row,
 )
@@ -53,6 +53,23 @@ def slot_bytes[F: TokenFormat]() -> Int:
         Bytes of one row slot.
     """
     return align_up(max(F.message_bytes, 2 * F.hidden_size), SLOT_ALIGNMENT)
+
+
+@always_inline
+def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
+    """Warps that encode one token together, when there are few tokens.
+
+    Parameters:
+        F: The format.
+        encoded: Whether tokens are in the format already.
+
+    Returns:
+        1 where there is nothing to share, or no barrier for some warps of a CTA.
+    """
+    comptime if moves_in_bulk() and not encoded:
+        return F.encode_parts
+    else:
+        return 1
 
 
 @always_inline
@@ -164,6 +181,7 @@ def send_messages[
         share: The calling warp's chunks.
     """
     comptime size = slot_bytes[F]()
+    comptime parts = crew_warps[F, encoded]()
     var s = ep.s
     var T = given_tokens(x.rows, x.num_tokens)
     var buffer = ep.buffer(epoch)
@@ -171,10 +189,11 @@ def send_messages[
     var peer = min(lane, s.n_ranks - 1)
     var recv = ep.recv[peer]
     var count = ep.count[peer]
-    var token = warp_slot(warp_memory(2 * size), sending=True)
-    var message = warp_memory(2 * size, size)
+    var crew = Crew[parts](share, s.n_signals(T))
+    var token = crew.slot(crew.memory(2 * size))
+    var message = crew.memory(2 * size, size)
     var factor = x.factor[0] if x.factor.present() else Float32(1)
-    for chunk in range(share.first, s.n_signals(T), share.stride):
+    for chunk in range(crew.share.first, s.n_signals(T), crew.share.stride):
         var begin = chunk * s.tokens_per_signal
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var id = NO_EXPERT
@@ -188,20 +207,28 @@ def send_messages[
             if targets == 0:
                 continue
             release_slots()
+            crew.meet()  # the slots are free
             comptime if encoded:
                 x.write[F, True, WarpTeam](t, message)
             else:
                 token.load[2 * F.hidden_size](
                     x.tokens.bytes(t * 2 * F.hidden_size)
                 )
-                F.encode[WarpTeam](token.row, factor, message)
+                comptime if parts == 1:
+                    F.encode[WarpTeam](token.row, factor, message)
+                else:
+                    for part in range(crew.part, parts, crew.size):
+                        F.encode_part[WarpTeam](
+                            token.row, factor, message, part
+                        )
+            crew.meet()  # the message is complete
             store_row[F.message_bytes](
                 message,
-                targets,
+                targets if crew.leads() else UInt32(0),
                 recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
             )
         finish_stores()
-        if lane < s.n_ranks:
+        if lane < s.n_ranks and crew.leads():
             publish(
                 count,
                 ep.window.signal(buffer, ep.me, chunk),

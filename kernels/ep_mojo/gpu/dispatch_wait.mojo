@@ -25,7 +25,6 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
     warp_index,
@@ -35,7 +34,13 @@ from .launch import (
 from .mapping import cta_bytes, in_launch, map_sources, name_groups
 from .precedence import precedence
 from .routing import ballot
-from .shared_rows import SLOT_ALIGNMENT
+from .share import Share
+from .shared_rows import (
+    SLOT_ALIGNMENT,
+    SlotTeam,
+    finish_stores,
+    release_slots,
+)
 
 
 @always_inline
@@ -112,14 +117,14 @@ def copy_rows[
         if T < 0:
             T = in_launch(ep, waiter, epoch, WORK_MAPPED, r)
             if ballot(T == NO_SIGNAL) != 0:
-                return
+                break
             if lane == r:
                 mapped = Int32(T)
         var begin = chunk * s.tokens_per_signal
         if begin >= T:
             continue
         if ballot(not ep.chunk_of(waiter, epoch, r, chunk)) != 0:
-            return
+            break
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var row = NO_ROW
             if lane < s.top_k:
@@ -128,6 +133,7 @@ def copy_rows[
             var shared = s.shared_expert and r == ep.me
             if left == 0 and not shared:
                 continue
+            release_slots()
             slot.load[F.message_bytes](
                 window.unsafe_offset(message_offset(s, buffer, r, t))
             )
@@ -135,14 +141,15 @@ def copy_rows[
                 var from_ = UInt32(count_trailing_zeros(left))
                 var to = Int(warp.shuffle_idx(row, from_))
                 left &= left - 1
-                rows.put[WarpTeam](slot.row, to)
+                rows.put[SlotTeam](slot.row, to)
                 comptime if layout == "rank":
                     localise[WarpTeam](ep, buffer, r, t, to, out_)
             if shared:
-                rows.put[WarpTeam](slot.row, t)
+                rows.put[SlotTeam](slot.row, t)
                 if lane == 0:
                     out_.src_info[2 * t] = Int32(r * s.max_tokens + t)
                     out_.src_info[2 * t + 1] = -1
+    finish_stores()
 
 
 @always_inline

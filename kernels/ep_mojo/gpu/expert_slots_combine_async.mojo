@@ -24,7 +24,6 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
     warp_memory,
@@ -32,6 +31,7 @@ from .launch import (
 )
 from .precedence import precedence
 from .routing import ballot
+from .share import Share
 from .shared_rows import finish_stores, release_slots, store_row
 
 

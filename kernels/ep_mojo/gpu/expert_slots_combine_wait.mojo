@@ -12,6 +12,7 @@ from std.utils import IndexList
 
 from ..combine_tensors import (
     CombineOutput,
+    Terms,
     EPILOGUE_WIDTH,
     Epilogue,
     RouterWeights,
@@ -28,8 +29,9 @@ from ..settings import Settings
 from ..signal import Waiter
 from ..team import WarpTeam, zero_bytes
 from .combine_wait import MAX_PARTS, zero_output
-from .launch import ByValue, Peers, Shape, Share, is_last_cta, may_go_on
+from .launch import ByValue, Peers, Shape, is_last_cta, may_go_on
 from .precedence import precedence
+from .share import Share
 
 
 @always_inline
@@ -112,7 +114,8 @@ def _sum_tokens[
     for i in range(share.first, T * parts, share.stride):
         var part = i // T
         var t = i - part * T
-        var terms = begin_token[dtype, bias_dtype, ids_dtype, hidden](x, t)
+        var terms = Terms()
+        begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
         var left = masks[t]
         while left != 0:
             var k = Int(count_trailing_zeros(left))

@@ -25,17 +25,15 @@ from ..layout import KIND_CAPACITY, expert_rows
 from ..peers import View, window_view
 from ..routing import NO_ROW
 from ..settings import Settings
-from ..signal import NO_SIGNAL, Waiter, publish, word
+from ..signal import NO_SIGNAL, Waiter, note, word
 from ..team import WarpTeam
 from .dispatch_wait import give_nothing, slot_bytes
 from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
-    told,
     warp_index,
     warp_memory,
     warp_slot,
@@ -44,6 +42,7 @@ from .launch import (
 from .mapping import in_launch, name_groups
 from .precedence import precedence
 from .routing import ballot
+from .share import Share
 
 
 struct Blocks(Movable):
@@ -170,7 +169,7 @@ def _count_blocks(
             out_.recv_weights[i] = 0
         syncwarp()
         if lane == 0:
-            publish(
+            note(
                 ep.head.base,
                 4 * expert_rows(ep.s) + 8 * b,
                 word(epoch, Int(extra)),

@@ -1,6 +1,6 @@
 """The fused stages on a GPU: both halves in one launch, for ranks that run at the same time.
 
-In dispatch some warps send while others copy what arrives (`Roles`); in combine every CTA sends its part, then sums.
+In dispatch some warps send while others copy what arrives (`Roles`); in combine every warp sends its part, then sums.
 Nothing of the sending half waits for a peer's receiving half of the same round.
 """
 
@@ -14,9 +14,14 @@ from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
 from ..signal import Waiter
 from ..team import WarpTeam
-from .combine_async import send_back
+from .combine_async import give_no_shared, open_send_back, send_back
 from .combine_async import slot_bytes as row_slot_bytes
-from .combine_wait import receive_back, zero_output
+from .combine_wait import (
+    close_receive_back,
+    open_receive_back,
+    receive_back,
+    zero_output,
+)
 from .dispatch_async import open_send, send_messages, send_tables
 from .dispatch_async import slot_bytes as token_slot_bytes
 from .dispatch_wait import (
@@ -30,7 +35,6 @@ from .launch import (
     ByValue,
     Peers,
     Shape,
-    Share,
     is_last_cta,
     may_go_on,
     warp_index,
@@ -38,6 +42,7 @@ from .launch import (
 )
 from .mapping import cta_bytes, map_sources, name_groups
 from .precedence import precedence
+from .share import Share
 
 
 def dispatch_stage[
@@ -132,7 +137,9 @@ struct Roles(TrivialRegisterPassable):
         if not self.apart:
             self.share = Share()
         elif self.sends:
-            self.share = Share(w * others + cta - n_ranks, senders * others)
+            self.share = Share(
+                w * others + cta - n_ranks, senders * others, others
+            )
         else:
             var copiers = (warps() - senders) * others
             var first = copiers + w * n_ranks + cta
@@ -217,18 +224,30 @@ def combine_stage[
         input: The expert rows.
         output: The rank's tokens.
     """
-    if peers.value.valid():
-        var ep = peers.value.endpoint[False]()
-        var sent = ep.last_sent() + 1
-        send_back[dtype, hidden, layout, reduce](ep, input.value, STAGE_COMBINE)
-        var y = output.value
+    comptime out_bytes = row_bytes[out_dtype, hidden]()
+    if not peers.value.valid():
+        zero_output[out_bytes](output.value)
+        return
+    var ep = peers.value.endpoint[False]()
+    var x = input.value
+    var y = output.value
+    var sent = ep.last_sent() + 1
+    var epoch = ep.next_wait()
+    open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
+    open_receive_back(ep, y, sent, STAGE_COMBINE)
+    if may_go_on(ep.head):
+        send_back[dtype, hidden, layout, reduce](ep, x, sent, STAGE_COMBINE)
         if y.shared_rows.present():
-            y.shared_rows = input.value.rows  # the copy may not be there yet
+            y.shared_rows = x.rows  # the copy may not be there yet
         receive_back[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ](ep, y, sent, STAGE_COMBINE)
+        ](ep, y, epoch, STAGE_COMBINE)
     else:
-        zero_output[row_bytes[out_dtype, hidden]()](output.value)
+        give_no_shared(x)
+    if is_last_cta(ep, sending=False):
+        if warp_index() == 0:
+            ep.end_send[WarpTeam](sent)
+        close_receive_back[out_bytes](ep, y, epoch)
 
 
 def combine[

@@ -180,41 +180,6 @@ def warp_index() -> Int:
     return Int(thread_idx.x) // WARP_SIZE
 
 
-struct Share(TrivialRegisterPassable):
-    """What part of some pieces of work the calling warp does: `for i in range(share.first, n, share.stride)`.
-
-    Neighbouring pieces go to different CTAs, so that little work spreads over many SMs.
-    """
-
-    var first: Int
-    """Its first piece."""
-    var stride: Int
-    """Warps that share the work."""
-
-    @always_inline
-    def __init__(out self, first: Int, stride: Int):
-        """Name the part.
-
-        Args:
-            first: Its first piece.
-            stride: Warps that share the work.
-        """
-        self.first = first
-        self.stride = stride
-
-    @always_inline
-    def __init__(out self, skip: Int = 0):
-        """One part for each warp of the launch.
-
-        Args:
-            skip: CTAs that have something else to do first, and so come last here.
-        """
-        var ctas = Int(grid_dim.x)
-        var turned = (Int(block_idx.x) + ctas - skip % ctas) % ctas
-        self.first = warp_index() * ctas + turned
-        self.stride = ctas * warps()
-
-
 @always_inline
 def told(mine: Int) -> Int:
     """What thread 0 says, for all threads of its CTA; also a barrier.

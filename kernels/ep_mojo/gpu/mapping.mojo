@@ -19,7 +19,7 @@ from ..layout import (
 )
 from ..peers import View, window_view
 from ..routing import group_name
-from ..signal import NO_SIGNAL, Waiter, publish, word
+from ..signal import NO_SIGNAL, Waiter, note, word
 from .launch import MAX_WARPS, Peers, told, warp_index
 from .routing import Histogram, ballot, count_source, map_source, start_rows
 
@@ -78,7 +78,7 @@ def map_sources[
         )
         if thread_idx.x == 0:
             out_.recv_num_tokens[r] = Int32(T)
-            publish(own, 4 * WORK_COUNTED + 8 * r, word(epoch, T))
+            note(own, 4 * WORK_COUNTED + 8 * r, word(epoch, T))
     for r in range(first, s.n_ranks, stride):
         if not _all_counted(ep, waiter, epoch):
             return
@@ -121,7 +121,7 @@ def map_sources[
         )
         barrier()  # all rows are given; and shared memory is free
         if thread_idx.x == 0:
-            publish(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
+            note(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
 
 
 @always_inline

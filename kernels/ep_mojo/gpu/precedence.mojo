@@ -13,7 +13,7 @@ from max.gpu.host.launch_attribute import (
 )
 
 from ..settings import Settings
-from ..signal import clock_ns
+from ..patience import clock_ns
 
 
 def precedence(ctx: DeviceContext, s: Settings) raises -> List[LaunchAttribute]:

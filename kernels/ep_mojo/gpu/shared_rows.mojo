@@ -6,6 +6,7 @@ the same, and so is what the caller must do:
 
     load           global -> slot, complete when it returns
     store_row      slot -> global, to as many places as there are bits
+    SlotTeam       copies slot -> global on the way of a format
     finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
     release        the slot may be written again
 
@@ -24,7 +25,7 @@ from std.sys.info import _is_sm_9x_or_newer
 
 from ..layout import align_up
 from ..peers import Bytes
-from ..team import WarpTeam, copy_bytes
+from ..team import Team, WarpTeam, copy_bytes
 
 comptime SLOT_ALIGNMENT = 128
 """Bytes that slots and what stands in front of them are rounded up to."""
@@ -78,6 +79,22 @@ def _shared_address(p: Bytes) -> UInt32:
     )
 
 
+@always_inline
+def crew_barrier(index: Int, threads: Int):
+    """Let several warps of a CTA meet. Ordinary stores of each before it come before bulk stores of any after it.
+
+    NVIDIA only.
+
+    Args:
+        index: Which barrier, 1 to 15; 0 is the whole CTA's.
+        threads: Threads that meet, whole warps.
+    """
+    inlined_assembly["fence.proxy.async;", NoneType, constraints="~{memory}"]()
+    inlined_assembly["bar.sync $0, $1;", NoneType, constraints="r,r,~{memory}"](
+        Int32(index), Int32(threads)
+    )
+
+
 struct RowSlot(Movable):
     """Room for one row in shared memory, owned by one warp."""
 
@@ -87,19 +104,23 @@ struct RowSlot(Movable):
     """Counts the bytes of bulk loads."""
     var phase: UInt32
     """Parity of the next load."""
+    var mine: Bool
+    """Whether the calling warp loads; one of another warp of its crew waits for that, and meets it before each load."""
 
-    def __init__(out self, row: Bytes, barrier: Bytes):
-        """Take the slot; all lanes of its warp call this at once.
+    def __init__(out self, row: Bytes, barrier: Bytes, mine: Bool = True):
+        """Take the slot; all lanes of a warp call this at once.
 
         Args:
             row: `SLOT_ALIGNMENT`-aligned shared memory.
             barrier: `BARRIER_BYTES` of shared memory.
+            mine: Whether it is the calling warp's.
         """
         self.row = row
         self.barrier = barrier
         self.phase = 0
+        self.mine = mine
         comptime if moves_in_bulk():
-            if lane_id() == 0:
+            if lane_id() == 0 and mine:
                 inlined_assembly[
                     "mbarrier.init.shared::cta.b64 [$0], 1;",
                     NoneType,
@@ -124,7 +145,7 @@ struct RowSlot(Movable):
         """
         syncwarp()  # nobody reads the slot any more
         comptime if moves_in_bulk() and n % 16 == 0:
-            if lane_id() == 0:
+            if lane_id() == 0 and self.mine:
                 var bar = _shared_address(self.barrier)
                 inlined_assembly[
                     "fence.proxy.async;", NoneType, constraints="~{memory}"
@@ -182,16 +203,7 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
         ]()
         syncwarp()
         if (targets >> UInt32(lane_id())) & 1 == 1:
-            inlined_assembly[
-                "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
-                NoneType,
-                constraints="l,r,r,~{memory}",
-            ](UInt64(Int(target)), _shared_address(row), Int32(n))
-            inlined_assembly[
-                "cp.async.bulk.commit_group;",
-                NoneType,
-                constraints="~{memory}",
-            ]()
+            _store_in_bulk(row, target, n)
     else:
         syncwarp()
         var left = targets
@@ -200,6 +212,97 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
             left &= left - 1
             var to = warp.shuffle_idx(UInt64(Int(target)), lane)
             copy_bytes[WarpTeam](row, Bytes(unsafe_from_address=Int(to)), n)
+
+
+struct SlotTeam(Team):
+    """A warp that copies out of its slot: in bulk where it can. `finish_stores` comes before others may rely on that, and
+    `release_slots` before the slot is written again."""
+
+    comptime lanes = WarpTeam.lanes
+    """As `WarpTeam`."""
+    comptime vector_bytes = WarpTeam.vector_bytes
+    """As `WarpTeam`."""
+    comptime sum_width = WarpTeam.sum_width
+    """As `WarpTeam`."""
+    comptime sum_steps = WarpTeam.sum_steps
+    """As `WarpTeam`."""
+    comptime blocks_ahead = WarpTeam.blocks_ahead
+    """As `WarpTeam`."""
+    comptime streams = False
+    """As `WarpTeam`."""
+
+    @staticmethod
+    @always_inline
+    def lane() -> Int:
+        """The calling lane.
+
+        Returns:
+            Lane index.
+        """
+        return WarpTeam.lane()
+
+    @staticmethod
+    @always_inline
+    def max(value: Float32) -> Float32:
+        """The largest value of the warp.
+
+        Args:
+            value: The lane's own, neither negative nor NaN.
+
+        Returns:
+            The same on every lane.
+        """
+        return WarpTeam.max(value)
+
+    @staticmethod
+    @always_inline
+    def from_lane(value: Float32, lane: Int) -> Float32:
+        """The value of one lane of the warp.
+
+        Args:
+            value: The calling lane's own.
+            lane: Which lane.
+
+        Returns:
+            The same on every lane.
+        """
+        return WarpTeam.from_lane(value, lane)
+
+    @staticmethod
+    @always_inline
+    def copy_whole(source: Bytes, target: Bytes, n: Int) -> Bool:
+        """Start a bulk copy.
+
+        Args:
+            source: In the warp's slot, aligned to 16, brought there by `RowSlot.load`.
+            target: Global memory.
+            n: Bytes.
+
+        Returns:
+            Whether there are bulk copies that can do it.
+        """
+        comptime if moves_in_bulk():
+            if n % 16 == 0 and Int(target) % 16 == 0:
+                if lane_id() == 0:
+                    inlined_assembly[
+                        "fence.proxy.async;", NoneType, constraints="~{memory}"
+                    ]()
+                    _store_in_bulk(source, target, n)
+                return True
+        return False
+
+
+@always_inline
+def _store_in_bulk(row: Bytes, target: Bytes, n: Int):
+    """Start a bulk store of the calling lane, a group by itself."""
+    inlined_assembly[
+        "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
+        NoneType,
+        constraints="l,r,r,~{memory}",
+    ](UInt64(Int(target)), _shared_address(row), Int32(n))
+    inlined_assembly[
+        "cp.async.bulk.commit_group;", NoneType, constraints="~{memory}"
+    ]()
 
 
 @always_inline

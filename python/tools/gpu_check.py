@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, by one command: `python python/tools/gpu_check.py [--output FILE.json] [--only STEP]`.
+"""Everything that needs a GPU, by one command: `python python/tools/gpu_check.py [--output FILE.json]`.
 
 Runs the GPU tests on one GPU and on as many as there are (conformance, shapes of models, bad input), many checked
 rounds (`gpu_stress.py`), and NVIDIA's compute-sanitizer over one-GPU tests where it is installed, and prints a table
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", metavar="FILE.json", help="write the table as JSON")
     parser.add_argument("--only", action="append", help="only the steps whose name contains this (may be repeated)")
+    parser.add_argument("--skip", action="append", default=[], help="not the steps whose name contains this")
     args = parser.parse_args(argv)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     count = "from max.driver import accelerator_count; print(accelerator_count())"
@@ -96,16 +97,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     rows = []
     for name, step in steps(gpus).items():
-        if args.only and not any(word in name for word in args.only):
+        if args.only and not any(word in name for word in args.only) or any(word in name for word in args.skip):
             continue
         found = {"ok": None, "seconds": 0.0, "said": f"not run: {step}"} if isinstance(step, str) else run(*step, env)
         rows.append({"step": name} | found)
+        if args.output:  # after every step, so that what cuts the run off does not take all results with it
+            Path(args.output).write_text(json.dumps({"gpus": gpus, "steps": rows}, indent=1) + "\n")
     print(f"{'step':<20} {'result':<8} {'seconds':>8}  said")
     for row in rows:
         result = {True: "ok", False: "FAILED", None: "not run"}[row["ok"]]
         print(f"{row['step']:<20} {result:<8} {row['seconds']:>8}  {row['said']}")
-    if args.output:
-        Path(args.output).write_text(json.dumps({"gpus": gpus, "steps": rows}, indent=1) + "\n")
     return int(any(row["ok"] is False for row in rows))
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_api.mojo"
 APIS = {"sm_90a": "cuda", "sm_100a": "cuda", "gfx942": "hip"}
 TIMEOUT_S = 1800
+MAX_JOBS = 4
+"""Compilations at a time; each takes one core and 2 GiB."""
 SCALES = ("float32", "power_of_two", "ue8m0")
 
 
@@ -127,6 +132,15 @@ def in_a_process(target: str, every: bool) -> dict[str, int]:
     return json.loads(answers[-1])
 
 
+def timed(target: str, what: str, job: Callable[[str, bool], dict[str, int]], every: bool) -> dict | Exception:
+    """What a job gives, with its seconds; or why it failed."""
+    started = time.monotonic()
+    try:
+        return job(target, every) | {"seconds": time.monotonic() - started}
+    except (EPError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a row for each architecture and kind."""
     parser = argparse.ArgumentParser(
@@ -143,22 +157,18 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = [], []
     if not args.json:
         print(f"{'target':<8} {'what':<14} {'number':>7} {'bytes':>10} {'seconds':>8}")
-    for target in dict.fromkeys(args.target or APIS):
-        jobs = {"stage graphs": in_a_process}
-        if target == "sm_90a":
-            jobs["Mojo program"] = compile_program
-        for what, job in jobs.items():
-            started = time.monotonic()
-            try:
-                found = job(target, args.all)
-            except (EPError, RuntimeError, subprocess.TimeoutExpired) as error:
+    jobs = [(target, "stage graphs", in_a_process) for target in dict.fromkeys(args.target or APIS)]
+    jobs += [(target, "Mojo program", compile_program) for target, _, _ in jobs if target == "sm_90a"]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_JOBS)) as pool:
+        for (target, what, _), answer in zip(jobs, pool.map(lambda job: timed(*job, args.all), jobs), strict=True):
+            if isinstance(answer, Exception):
                 failed.append(target)
-                print(f"{error}\n{target}, {what}: FAILED", file=sys.stderr, flush=True)
+                print(f"{answer}\n{target}, {what}: FAILED", file=sys.stderr, flush=True)
                 continue
-            seconds = time.monotonic() - started
-            rows.append({"target": target, "what": what, "seconds": seconds} | found)
+            rows.append({"target": target, "what": what} | answer)
             if not args.json:
-                print(f"{target:<8} {what:<14} {found['graphs']:>7} {found['bytes']:>10} {seconds:>8.1f}", flush=True)
+                sizes = f"{answer['graphs']:>7} {answer['bytes']:>10} {answer['seconds']:>8.1f}"
+                print(f"{target:<8} {what:<14} {sizes}", flush=True)
     if args.json:
         print(json.dumps({"ok": not failed, "rows": rows}, indent=2))
     return 1 if failed else 0

@@ -132,6 +132,6 @@ struct Crew[most: Int](TrivialRegisterPassable):
         """Wait for the others; what each has written to shared memory is then there for all, bulk stores included."""
         comptime if Self.most > 1:
             if self.size > 1:
-                crew_barrier(
-                    1 + self.leader // Self.most, Self.most * WARP_SIZE
+                crew_barrier[Self.most * WARP_SIZE, MAX_WARPS // Self.most](
+                    self.leader // Self.most
                 )

@@ -80,19 +80,25 @@ def _shared_address(p: Bytes) -> UInt32:
 
 
 @always_inline
-def crew_barrier(index: Int, threads: Int):
+def crew_barrier[threads: Int, count: Int](index: Int):
     """Let several warps of a CTA meet. Ordinary stores of each before it come before bulk stores of any after it.
 
-    NVIDIA only.
+    NVIDIA only. Their numbers are constants in the code: compute-sanitizer loses track of barriers whose numbers are
+    computed.
+
+    Parameters:
+        threads: Threads that meet, whole warps.
+        count: How many such barriers the CTA has, at most 15.
 
     Args:
-        index: Which barrier, 1 to 15; 0 is the whole CTA's.
-        threads: Threads that meet, whole warps.
+        index: Which of them, 0 to count - 1.
     """
     inlined_assembly["fence.proxy.async;", NoneType, constraints="~{memory}"]()
-    inlined_assembly["bar.sync $0, $1;", NoneType, constraints="r,r,~{memory}"](
-        Int32(index), Int32(threads)
-    )
+    comptime for i in range(count):
+        if index == i:
+            inlined_assembly[
+                "bar.sync $0, $1;", NoneType, constraints="n,n,~{memory}"
+            ](Int32(i + 1), Int32(threads))
 
 
 struct RowSlot(Movable):

@@ -8,6 +8,7 @@ from graph.ahead import Ahead
 AHEAD = Ahead()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k takes some away: their files have been imported
 def pytest_collection_modifyitems(items):
     AHEAD.order(items)
 

@@ -9,7 +9,7 @@ A small data-flow analysis over the control-flow graph of each function. On some
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
 store at system scope while unfenced; an ordinary store to what may be shared memory, or a bulk load into it, while it
-may be read. And without looking at paths: any non-coherent or relaxed load, a signal with release at a smaller scope, a
+may be read. And without looking at paths: any non-coherent or relaxed load, a release at a scope below the device, a
 bulk load of global memory without a proxy fence in front of it, fewer signals than the kernel has, arithmetic that
 flushes or approximates, and jumps that this analysis does not follow.
 """

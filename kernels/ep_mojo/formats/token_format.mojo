@@ -99,7 +99,7 @@ trait TokenFormat:
         """Copy a message to an output row.
 
         Parameters:
-            T: Who works on it.
+            T: Who works on it; on GPUs its `copy_bytes` takes only parts of the message as a source.
 
         Args:
             message: The message.

@@ -3,8 +3,9 @@
     CTA b < R      writes the routing table into rank b's count window, then its header (value T); then messages too
     every crew     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
                    message to every destination rank at once (lane r serves rank r), and when the whole chunk has
-                   arrived publishes its signal, lane r to rank r. A crew is one warp; where there are fewer chunks
-                   than warps and the format can be encoded in parts, several, of which the first loads and stores
+                   arrived publishes its signal, lane r to rank r. A crew is one warp; where the format can be
+                   encoded in parts and crews of several would have a chunk each at most, it is several, of which the
+                   first loads and stores
 
 No warp waits for anything but its crew and its own stores; before the first store the buffer's credits are awaited. The last CTA
 counts the epoch. Why the order holds: docs/protocol.md.
@@ -66,7 +67,8 @@ def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
     Returns:
         1 where there is nothing to share, or no barrier for some warps of a CTA.
     """
-    comptime if moves_in_bulk() and not encoded:
+    comptime assert F.encode_parts >= 1, "encode_parts: at least 1"
+    comptime if moves_in_bulk() and not encoded and F.hidden_size % 8 == 0:
         return F.encode_parts
     else:
         return 1
@@ -180,6 +182,7 @@ def send_messages[
         epoch: The launch's epoch.
         share: The calling warp's chunks.
     """
+    comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
     comptime size = slot_bytes[F]()
     comptime parts = crew_warps[F, encoded]()
     var s = ep.s

@@ -101,6 +101,7 @@ def copy_rows[
         share: The calling warp's chunks, of all sources in turn.
         rows: The outputs.
     """
+    comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
     var s = ep.s
     var out_ = rows.out
     var buffer = ep.buffer(epoch)

@@ -48,7 +48,7 @@ struct Share(TrivialRegisterPassable):
 
 
 struct Crew[most: Int](TrivialRegisterPassable):
-    """Warps of a CTA that work on the same piece: `most` of them where there are fewer pieces than warps, else one.
+    """Warps of a CTA that work on the same piece: `most` of them where each such crew has at most one piece, else one.
 
     Parameters:
         most: 1, or how many.
@@ -79,7 +79,7 @@ struct Crew[most: Int](TrivialRegisterPassable):
             var crews = 0
             if share.ctas > 0:
                 crews = share.stride // share.ctas // Self.most
-            if crews > 0 and pieces * Self.most <= share.stride:
+            if crews > 0 and pieces <= crews * share.ctas:
                 var mine = self.leader // Self.most
                 self.size = Self.most
                 self.part = self.leader % Self.most

@@ -94,6 +94,7 @@ def crew_barrier[threads: Int, count: Int](index: Int):
         index: Which of them, 0 to count - 1.
     """
     inlined_assembly["fence.proxy.async;", NoneType, constraints="~{memory}"]()
+    syncwarp()  # the barrier wants whole warps
     comptime for i in range(count):
         if index == i:
             inlined_assembly[

@@ -4,8 +4,22 @@ from max.gpu import WARP_SIZE, lane_id
 from max.gpu.primitives import warp
 from std.memory import bitcast
 from std.sys import inlined_assembly, is_nvidia_gpu
+from std.sys.info import _is_sm_9x_or_newer
 
 from .peers import Bytes, View
+
+
+@always_inline
+def is_sm_90_or_newer() -> Bool:
+    """Whether this target is an NVIDIA GPU from Hopper on: it has bulk copies and rounds to e4m3 by itself.
+
+    Returns:
+        False elsewhere, on the host too.
+    """
+    comptime if is_nvidia_gpu():
+        return _is_sm_9x_or_newer()
+    else:
+        return False
 
 
 trait Team:

@@ -9,13 +9,12 @@ All in float32. e4m3 rounds to nearest even and saturates: Inf becomes +-448, Na
 """
 
 from std.memory import bitcast
-from std.sys import inlined_assembly, is_nvidia_gpu
-from std.sys.info import _is_sm_9x_or_newer
+from std.sys import inlined_assembly
 
 from ..layout import align_up
 from ..numeric import row_alignment
 from ..peers import Bytes, typed
-from ..team import Team, copy_bytes
+from ..team import Team, copy_bytes, is_sm_90_or_newer
 from .token_format import TokenFormat, spread_scales
 
 comptime BLOCK = 128
@@ -45,15 +44,6 @@ def magnitude[
 
 
 @always_inline
-def _converts_in_pairs() -> Bool:
-    """Whether this target has an instruction that rounds two values to e4m3, to the same bits as `to_e4m3`."""
-    comptime if is_nvidia_gpu():
-        return _is_sm_9x_or_newer()
-    else:
-        return False
-
-
-@always_inline
 def to_e4m3[n: SIMDLength](x: SIMD[DType.float32, n]) -> SIMD[DType.uint8, n]:
     """Round to e4m3fn, nearest even, saturating.
 
@@ -66,7 +56,7 @@ def to_e4m3[n: SIMDLength](x: SIMD[DType.float32, n]) -> SIMD[DType.uint8, n]:
     Returns:
         The e4m3fn bytes.
     """
-    comptime if _converts_in_pairs() and n % 2 == 0:
+    comptime if is_sm_90_or_newer() and n % 2 == 0:  # to the same bits
         var pairs = SIMD[DType.uint16, n // 2](0)
         comptime for i in range(n // 2):
             pairs[i] = inlined_assembly[

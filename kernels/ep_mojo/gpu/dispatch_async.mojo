@@ -7,8 +7,8 @@
                    encoded in parts and crews of several would have a chunk each at most, it is several, of which the
                    first loads and stores
 
-No warp waits for anything but its crew and its own stores; before the first store the buffer's credits are awaited. The last CTA
-counts the epoch. Why the order holds: docs/protocol.md.
+No warp waits for anything but its crew and its own stores; before the first store the buffer's credits are awaited. The
+last CTA counts the epoch. Why the order holds: docs/protocol.md.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim

@@ -240,22 +240,55 @@ def is_last_cta[
 
 
 @always_inline
-def warp_memory(warp_bytes: Int, offset: Int = 0) -> Bytes:
-    """Shared memory of the calling warp.
+def memory_of(warp: Int, warp_bytes: Int, offset: Int = 0) -> Bytes:
+    """Shared memory of a warp.
 
     Args:
+        warp: Its number in the CTA.
         warp_bytes: What the launch has for each warp, a multiple of `SLOT_ALIGNMENT`: the same in all of its parts.
         offset: Byte offset in it.
 
     Returns:
         A pointer.
     """
-    return shared_memory(SLOTS + warp_index() * warp_bytes + offset)
+    return shared_memory(SLOTS + warp * warp_bytes + offset)
+
+
+@always_inline
+def slot_of(warp: Int, row: Bytes, sending: Bool) -> RowSlot:
+    """A row that a warp loads into. Each half of a launch has an mbarrier of its own for each warp.
+
+    Args:
+        warp: Its number in the CTA; another warp that calls this waits for what that one loads.
+        row: From `memory_of`.
+        sending: Whether this is the sending or the receiving half.
+
+    Returns:
+        The slot.
+    """
+    var i = warp + MAX_WARPS * Int(sending)
+    return RowSlot(
+        row, shared_memory(BARRIERS + i * BARRIER_BYTES), warp == warp_index()
+    )
+
+
+@always_inline
+def warp_memory(warp_bytes: Int, offset: Int = 0) -> Bytes:
+    """Shared memory of the calling warp.
+
+    Args:
+        warp_bytes: As for `memory_of`.
+        offset: Byte offset in it.
+
+    Returns:
+        A pointer.
+    """
+    return memory_of(warp_index(), warp_bytes, offset)
 
 
 @always_inline
 def warp_slot(row: Bytes, sending: Bool) -> RowSlot:
-    """A row that the calling warp loads into. Each half of a launch has an mbarrier of its own for each warp.
+    """A row that the calling warp loads into.
 
     Args:
         row: From `warp_memory`.
@@ -264,8 +297,7 @@ def warp_slot(row: Bytes, sending: Bool) -> RowSlot:
     Returns:
         The slot.
     """
-    var i = warp_index() + MAX_WARPS * Int(sending)
-    return RowSlot(row, shared_memory(BARRIERS + i * BARRIER_BYTES))
+    return slot_of(warp_index(), row, sending)
 
 
 struct Shape(TrivialRegisterPassable):

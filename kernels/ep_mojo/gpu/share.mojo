@@ -3,8 +3,8 @@
 from max.gpu import WARP_SIZE, block_idx, grid_dim
 
 from ..peers import Bytes
-from .launch import BARRIERS, MAX_WARPS, SLOTS, warp_index, warps
-from .shared_rows import BARRIER_BYTES, RowSlot, crew_barrier, shared_memory
+from .launch import MAX_WARPS, memory_of, slot_of, warp_index, warps
+from .shared_rows import RowSlot, crew_barrier
 
 
 struct Share(TrivialRegisterPassable):
@@ -110,7 +110,7 @@ struct Crew[most: Int](TrivialRegisterPassable):
         Returns:
             A pointer.
         """
-        return shared_memory(SLOTS + self.leader * warp_bytes + offset)
+        return memory_of(self.leader, warp_bytes, offset)
 
     @always_inline
     def slot(self, row: Bytes) -> RowSlot:
@@ -122,10 +122,7 @@ struct Crew[most: Int](TrivialRegisterPassable):
         Returns:
             The slot.
         """
-        var i = self.leader + MAX_WARPS
-        return RowSlot(
-            row, shared_memory(BARRIERS + i * BARRIER_BYTES), self.leads()
-        )
+        return slot_of(self.leader, row, sending=True)
 
     @always_inline
     def meet(self):

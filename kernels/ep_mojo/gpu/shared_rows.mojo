@@ -21,11 +21,10 @@ from max.gpu.memory import external_memory
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
 from std.sys import inlined_assembly, is_nvidia_gpu
-from std.sys.info import _is_sm_9x_or_newer
 
 from ..layout import align_up
 from ..peers import Bytes
-from ..team import Team, WarpTeam, copy_bytes
+from ..team import Team, WarpTeam, copy_bytes, is_sm_90_or_newer
 
 comptime SLOT_ALIGNMENT = 128
 """Bytes that slots and what stands in front of them are rounded up to."""
@@ -40,10 +39,7 @@ def moves_in_bulk() -> Bool:
     Returns:
         True on sm_90 and newer.
     """
-    comptime if is_nvidia_gpu():
-        return _is_sm_9x_or_newer()
-    else:
-        return False
+    return is_sm_90_or_newer()
 
 
 @always_inline
@@ -114,7 +110,7 @@ struct RowSlot(Movable):
     var mine: Bool
     """Whether the calling warp loads; one of another warp of its crew waits for that, and meets it before each load."""
 
-    def __init__(out self, row: Bytes, barrier: Bytes, mine: Bool = True):
+    def __init__(out self, row: Bytes, barrier: Bytes, mine: Bool):
         """Take the slot; all lanes of a warp call this at once.
 
         Args:

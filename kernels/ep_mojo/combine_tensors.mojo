@@ -298,7 +298,6 @@ def sum_terms[
 
     comptime W = T.sum_width
     comptime S = max(1, T.sum_steps * 2 // size_of[Scalar[dtype]]())
-    comptime few = max(1, S // 4)
     comptime stride = T.lanes * W
     comptime units = hidden // stride
     var unit = part * units // parts
@@ -306,15 +305,38 @@ def sum_terms[
     while unit + S <= end:
         sum[W, S](unit * stride + T.lane() * W)
         unit += S
-    while unit + few <= end:
-        sum[W, few](unit * stride + T.lane() * W)
-        unit += few
+    comptime for few in [S // 2, S // 4]:
+        comptime if few > 1:
+            while unit + few <= end:
+                sum[W, few](unit * stride + T.lane() * W)
+                unit += few
     while unit < end:
         sum[W, 1](unit * stride + T.lane() * W)
         unit += 1
     if part == parts - 1:
         for i in range(units * stride + T.lane() * 8, hidden, T.lanes * 8):
             sum[8, 1](i)
+
+
+@always_inline
+def part_begin[T: Team, hidden: Int](part: Int, parts: Int) -> Int:
+    """Where a part of a row begins, as `sum_terms` divides it.
+
+    Parameters:
+        T: Who sums.
+        hidden: H.
+
+    Args:
+        part: 0 to parts; the last one is the end of the row.
+        parts: How many parts.
+
+    Returns:
+        Its first channel.
+    """
+    comptime stride = T.lanes * T.sum_width
+    if part == parts:
+        return hidden
+    return part * (hidden // stride) // parts * stride
 
 
 def check_header(

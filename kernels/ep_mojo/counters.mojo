@@ -5,7 +5,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 1
+comptime LAYOUT_VERSION: Int32 = 2
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -111,7 +111,9 @@ comptime WORK_COUNTED = HEAD_WORDS
 """RankSlots on a GPU: (u64 [R]) a dispatch_wait has counted the rows of a source; the value is its T."""
 comptime WORK_MAPPED = HEAD_WORDS + 16
 """(u64 [R]) and has mapped them."""
-comptime WORK_COUNTS = HEAD_WORDS + 32
+comptime WORK_TABLED = HEAD_WORDS + 32
+"""Words that say which peers have the launch's routing table: uint64 [R]."""
+comptime WORK_COUNTS = HEAD_WORDS + 48
 """(i32 [R, groups]) rows of each (source, group)."""
 comptime ROUTED_MASKS = HEAD_WORDS
 """ExpertSlots: first of Tm words behind the head; word t says which choices of this rank's token t were sent."""

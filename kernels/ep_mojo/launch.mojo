@@ -220,7 +220,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             The launch's epoch.
         """
         var epoch = self.next_wait()
-        if not self.head.failed() and epoch > sent:
+        if epoch > sent and not self.head.failed():
             self.head.fail(KIND_ORDER, stage, expected=epoch, seen=epoch - 1)
         return epoch
 
@@ -291,7 +291,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
 
 @always_inline
 def given_tokens(rows: Int, num_tokens: View[DType.int32]) -> Int:
-    """T of a launch as it is given; `token_count` finds out whether it is in range.
+    """T of a launch as it is given; `tokens_fit` finds out whether it is in range.
 
     Args:
         rows: Rows of the tensor.
@@ -301,6 +301,20 @@ def given_tokens(rows: Int, num_tokens: View[DType.int32]) -> Int:
         T.
     """
     return Int(num_tokens[0]) if num_tokens.present() else rows
+
+
+@always_inline
+def readable_tokens(rows: Int, num_tokens: View[DType.int32]) -> Int:
+    """Tokens that may be read before it is known whether T is in range: T where it is.
+
+    Args:
+        rows: Rows of the tensor.
+        num_tokens: [1], or absent.
+
+    Returns:
+        0 to rows.
+    """
+    return max(0, min(rows, given_tokens(rows, num_tokens)))
 
 
 def token_count(
@@ -317,11 +331,14 @@ def token_count(
     Returns:
         T, or 0 after a failure.
     """
-    return check_tokens(ep, stage, rows, given_tokens(rows, num_tokens))
+    var given = given_tokens(rows, num_tokens)
+    if not tokens_fit(ep, stage, rows, given) or ep.head.failed():
+        return 0
+    return given
 
 
-def check_tokens(ep: Endpoint, stage: Int32, rows: Int, given: Int) -> Int:
-    """T of this launch; records a failure where it is out of range.
+def tokens_fit(ep: Endpoint, stage: Int32, rows: Int, given: Int) -> Bool:
+    """Record a failure where T is out of range.
 
     Args:
         ep: The rank.
@@ -330,10 +347,8 @@ def check_tokens(ep: Endpoint, stage: Int32, rows: Int, given: Int) -> Int:
         given: What the launch was told.
 
     Returns:
-        T, or 0 after a failure.
+        Whether it is in range.
     """
-    if ep.head.failed():
-        return 0
     if rows > ep.s.max_tokens:
         ep.head.fail(
             KIND_SHAPE,
@@ -342,10 +357,10 @@ def check_tokens(ep: Endpoint, stage: Int32, rows: Int, given: Int) -> Int:
             value=rows,
             limit=ep.s.max_tokens,
         )
-        return 0
+        return False
     if given < 0 or given > rows:
         ep.head.fail(
             KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows
         )
-        return 0
-    return given
+        return False
+    return True

@@ -1,7 +1,8 @@
 """Shapes of models, bit for bit: eight virtual ranks on one GPU with split stages, a rank on each GPU with fused ones.
 
 The largest messages, the most experts and choices that models have, with 128 tokens a rank: so many rows of such a size
-that every warp has several of them, and shared memory holds fewer than 8 warps' rows.
+that every warp has several of them, and shared memory holds fewer than 8 warps' rows. And small rows of so many tokens
+that some warps only send, and others only sum.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Shape:
     top_k: int
     hidden: int
     fmt: ep.TokenFormat
+    tokens: int = TOKENS
     mode: str = "split"
 
     layout = "expert"
@@ -34,7 +36,7 @@ class Shape:
     def name(self) -> str:
         """Name of its graph."""
         kind = "bf16" if self.fmt == ep.BF16() else "fp8"
-        return f"e{self.experts}_k{self.top_k}_h{self.hidden}_{kind}_{self.mode}"
+        return f"e{self.experts}_k{self.top_k}_h{self.hidden}_t{self.tokens}_{kind}_{self.mode}"
 
     def config(self, n_ranks: int) -> ep.EPConfig:
         """Room for a quarter more rows than there are on average: the worst case would be R times as many."""
@@ -42,11 +44,12 @@ class Shape:
             hidden_size=self.hidden,
             top_k=self.top_k,
             n_experts=-(-self.experts // n_ranks) * n_ranks,
-            max_tokens_per_rank=TOKENS,
+            max_tokens_per_rank=self.tokens,
+            tokens_per_signal=1 if self.tokens > TOKENS else 8,
             n_ranks=n_ranks,
             dispatch_format=self.fmt,
             reduce="expert" if self.fmt == ep.BF16() else "source",
-            max_rows=TOKENS * self.top_k * 5 // 4,
+            max_rows=self.tokens * self.top_k * 5 // 4,
             timeout_s=20,
         )
 
@@ -58,6 +61,7 @@ SIZES = [
     (128, 4, 2880, BF16),  # fp8 has blocks of 128 channels, of which 2880 is no multiple
     (256, 8, 7168, BF16),
     (256, 8, 7168, FP8),
+    (64, 4, 512, BF16, 1500),
 ]
 
 
@@ -67,7 +71,7 @@ def compile_shapes(mode, make):
 
     module, comms, graphs = Module(), {}, {}
     for size in SIZES:
-        shape = Shape(*size, mode)
+        shape = Shape(*size, mode=mode)
         comms[size] = make(shape)
         graphs[size] = add_graph(module, shape, comms[size])
     models = dict(zip(graphs, comms[SIZES[0]].compile_all(list(graphs.values())), strict=True))

@@ -26,7 +26,12 @@ SIGNALS = {
     "expert slots combine_wait": 0,  # no credits: the next signals are those
 }
 """Words that a kernel publishes to ranks, by the beginning of its name."""
-NOTES = {"dispatch_wait": 2, "dispatch fused": 2, "expert slots dispatch_wait": 1}  # counted, mapped; rows of a block
+NOTES = {
+    "dispatch_async": 1,  # tables sent
+    "dispatch_wait": 2,  # counted, mapped
+    "dispatch fused": 3,
+    "expert slots dispatch_wait": 1,  # rows of a block
+}
 """Words that a kernel publishes to its own CTAs."""
 AWAITS_NOTHING = ("expert slots dispatch_async", "expert slots combine_async")
 """Kernels that go by the rank's own epochs alone."""
@@ -126,12 +131,16 @@ def test_a_signal_that_is_a_weaker_store_is_found(kernels, store):
         assert sum(map(rules.notes, rules.functions(weak))) == expected(NOTES, name) + more, name
 
 
-def test_crews_meet_at_barriers_of_their_own(kernels):
-    """Before the load and before the store, for each of the two crews of a CTA; only fp8 is encoded in parts."""
+def test_crews_meet_with_release_and_acquire(kernels):
+    """A phase of a crew's mbarrier: an arrival with release, then a wait, which acquires unless it says otherwise."""
     for name, ptx in kernels.items():
-        found = re.findall(r"bar\.sync\s+([1-9]), 128;", ptx)
-        crews = name.startswith(("dispatch_async", "dispatch fused")) and "fp8" in name
-        assert (found.count("1") >= 2) == (found.count("2") >= 2) == crews, (name, found)
+        arrivals = re.findall(r"mbarrier\.arrive\.(?!expect)\S*", ptx)
+        waits = re.findall(r"mbarrier\.try_wait\S*", ptx)
+        assert all(a == "mbarrier.arrive.release.cta.shared::cta.b64" for a in arrivals), (name, arrivals)
+        assert all(w == "mbarrier.try_wait.parity.shared::cta.b64" for w in waits), (name, waits)
+        sends = name.startswith(("dispatch_async", "combine_async", "dispatch fused", "combine fused"))
+        assert bool(arrivals) == sends, (name, arrivals)  # the gate of every launch that sends
+        assert not re.search(r"bar(rier)?\.sync\s+[1-9%]", ptx), name
 
 
 def test_a_fence_in_front_of_a_relaxed_store_is_allowed():

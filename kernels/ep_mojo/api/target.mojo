@@ -2,7 +2,7 @@
 
 from max.gpu import WARP_SIZE
 
-from ..gpu.launch import MAX_WARPS
+from ..gpu.shared_memory import MAX_WARPS
 from ..layout import MAX_EXPERTS
 from ..ops.checks import require
 from ..peers import MAX_RANKS, View

@@ -28,6 +28,8 @@ struct BF16[hidden: Int](TokenFormat):
     """Not used."""
     comptime message_bytes = 2 * Self.hidden
     """The token alone."""
+    comptime verbatim = True
+    """As it is."""
 
     @staticmethod
     def key() -> String:

@@ -35,6 +35,8 @@ trait TokenFormat:
     comptime message_bytes: Int
     """Bytes of one message, a multiple of 16."""
 
+    comptime verbatim: Bool = False
+    """Whether a message is the token's own bytes and no more, so that nothing need be encoded."""
     comptime encode_parts: Int = 1
     """Parts of a message that several GPU warps may write at the same time, with `encode_part`."""
 

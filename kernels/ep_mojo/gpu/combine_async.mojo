@@ -1,19 +1,28 @@
 """The GPU's combine_async: expert rows go back to the ranks that their tokens came from.
 
-Each warp takes chunks of G tokens of a source. For each token with rows here it sums them in float32, k ascending,
-into a row in shared memory, and stores that to the source's window, slot (my rank, token); with reduce "source" it
-stores every row to slot (token, k), with layout "rank" the token's one row. When the chunk's rows have arrived, its
-signal follows, also where there were none. Headers come from the first CTA. The handle is checked row by row, before a
-row is read. Why the order holds: docs/protocol.md.
+Each crew of warps takes chunks of G tokens of a source. For each token with rows here it sums them in float32, k
+ascending, into a row in shared memory, and stores that to the source's window, slot (my rank, token); with reduce
+"source" it stores every row to slot (token, k), with layout "rank" the token's one row. When the chunk's rows have
+arrived, its signal follows, also where there were none. A crew is one warp, or several where there are few tokens: then
+each sums and stores a part of the channels. The last warp of each CTA awaits the buffer's credits, while the others
+sum (`Gate`); that of the first CTA then sends the headers. The handle is checked row by row, before a row is read. Why
+the order holds: docs/protocol.md.
 """
 
-from max.gpu import block_idx, lane_id, thread_idx
+from max.gpu import block_idx, lane_id
 from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.primitives import warp
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
+from std.sys import size_of
 
-from ..combine_tensors import CombineInput, Terms, row_bytes, sum_terms
+from ..combine_tensors import (
+    CombineInput,
+    Terms,
+    part_begin,
+    row_bytes,
+    sum_terms,
+)
 from ..launch import Endpoint
 from ..layout import (
     FIELD_RECV_NUM_TOKENS,
@@ -27,23 +36,16 @@ from ..layout import (
 from ..routing import NO_ROW
 from ..signal import publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
-from .launch import (
-    ByValue,
-    Peers,
-    Shape,
-    is_last_cta,
-    may_go_on,
-    warp_index,
-    warp_memory,
-    warp_slot,
-)
+from .gate import Gate
+from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .precedence import precedence
 from .routing import ballot
-from .share import Share
+from .share import MAX_CREW, Crew, Share
+from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import (
-    SLOT_ALIGNMENT,
     finish_stores,
     release_slots,
+    store_part,
     store_row,
 )
 
@@ -52,7 +54,7 @@ from .shared_rows import (
 def open_send_back[
     dtype: DType, hidden: Int
 ](ep: Endpoint[False], x: CombineInput, stage: Int32):
-    """Open the sending half; the whole CTA calls this, then `may_go_on`.
+    """Open the sending half; the warp that opens the gate calls this. Afterwards `head.failed()` says whether to.
 
     Parameters:
         dtype: Type of the rows, and on the wire.
@@ -63,20 +65,51 @@ def open_send_back[
         x: The rows.
         stage: `STAGE_*`, for the failure record.
     """
-    if warp_index() == 0:
-        _ = ep.begin_send[WarpTeam](stage)
-        syncwarp()
-    if Int(thread_idx.x) < ep.s.n_ranks and not ep.head.failed():
-        var rows = x.rows.size // row_bytes[dtype, hidden]()
-        _check_tokens(ep, x, Int(thread_idx.x), rows, stage)
+    _ = ep.begin_send[WarpTeam](stage)
     syncwarp()
+    if Int(lane_id()) < ep.s.n_ranks:
+        var rows = x.rows.size // row_bytes[dtype, hidden]()
+        _check_tokens(ep, x, Int(lane_id()), rows, stage)
+    syncwarp()
+
+
+@always_inline
+def announce_rows[
+    layout: StaticString, reduce: StaticString
+](ep: Endpoint[False], x: CombineInput, epoch: UInt64):
+    """Send the headers, in a launch that may go on; the warp that opens the gate calls this.
+
+    Parameters:
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Args:
+        ep: The rank.
+        x: The rows.
+        epoch: The launch's epoch.
+    """
+    comptime by_row = reduce == "source" and layout != "rank"
+    var peer = Int(lane_id())
+    if block_idx.x == 0 and peer < ep.s.n_ranks:
+        publish(
+            ep.count[peer],
+            ep.window.header(ep.buffer(epoch), ep.me),
+            word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
+        )
 
 
 @always_inline
 def send_back[
     dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
-](ep: Endpoint[False], x: CombineInput, epoch: UInt64, stage: Int32):
-    """Send, in a launch that may go on.
+](
+    ep: Endpoint[False],
+    x: CombineInput,
+    epoch: UInt64,
+    stage: Int32,
+    share: Share,
+    mut gate: Gate,
+):
+    """Store the rows of every source's tokens, chunk by chunk, and signal.
 
     Parameters:
         dtype: Type of the rows, and on the wire.
@@ -89,28 +122,114 @@ def send_back[
         x: The rows.
         epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
+        share: The calling warp's chunks, of all sources in turn.
+        gate: What the first store waits for.
     """
+    comptime size = row_bytes[dtype, hidden]()
     comptime by_row = reduce == "source" and layout != "rank"
-    if block_idx.x == 0 and Int(thread_idx.x) < ep.s.n_ranks:
-        var peer = Int(thread_idx.x)
-        publish(
-            ep.count[peer],
-            ep.window.header(ep.buffer(epoch), ep.me),
-            word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
-        )
-    _give_shared[dtype, hidden](x, Int(x.num_tokens[ep.me]))
-    _send_rows[dtype, hidden, layout, by_row](ep, x, epoch, stage)
-
-
-@always_inline
-def give_no_shared(x: CombineInput):
-    """Zero the shared expert's rows, in a launch that may not go on.
-
-    Args:
-        x: The rows.
-    """
-    if x.shared_out.present() and block_idx.x == 0 and warp_index() == 0:
-        zero_bytes[WarpTeam](x.shared_out.bytes(), x.shared_out.size)
+    comptime sums = not by_row and layout != "rank"
+    var s = ep.s
+    var buffer = ep.buffer(epoch)
+    var lane = Int(lane_id())
+    var rows = x.rows.size // size
+    var tokens: Int32 = 0  # lane r: T of source r
+    if lane < s.n_ranks:
+        tokens = x.num_tokens[lane]
+        if tokens < 0 or Int(tokens) > s.max_tokens:
+            tokens = 0  # the gate will not open
+    var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
+    var crew = Crew(share, items, MAX_CREW if sums else 1)
+    var slot = crew.slot(crew.memory(slot_bytes[dtype, hidden]()))
+    var begin_bytes = size_of[Scalar[dtype]]() * part_begin[WarpTeam, hidden](
+        crew.part, crew.size
+    )
+    var part_bytes = (
+        size_of[Scalar[dtype]]()
+        * part_begin[WarpTeam, hidden](crew.part + 1, crew.size)
+        - begin_bytes
+    )
+    for i in range(crew.share.first, items, crew.share.stride):
+        var source = (ep.me + i) % s.n_ranks
+        var chunk = i // s.n_ranks
+        var begin = chunk * s.tokens_per_signal
+        var T = Int(warp.shuffle_idx(tokens, UInt32(source)))
+        if begin >= T:
+            continue
+        var recv = ep.recv[source]
+        var fits = True
+        for t in range(begin, min(begin + s.tokens_per_signal, T)):
+            var at = (source * s.max_tokens + t) * s.top_k
+            var row = NO_ROW
+            var weight: Float32 = 0
+            if lane < s.top_k:
+                row = x.row_map[at + lane]
+                comptime if sums:
+                    weight = x.weights[at + lane]
+            var left = ballot(row >= 0)
+            if left == 0:
+                continue
+            if ballot(Int(row) >= rows) != 0:
+                if Int(row) >= rows:
+                    ep.head.fail(
+                        KIND_SHAPE,
+                        stage,
+                        chunk=FIELD_ROW_MAP,
+                        value=Int(row),
+                        limit=rows - 1,
+                    )
+                fits = False
+                break
+            comptime if by_row:
+                while left != 0:
+                    var k = Int(count_trailing_zeros(left))
+                    left &= left - 1
+                    var which = Int(warp.shuffle_idx(row, UInt32(k)))
+                    release_slots()
+                    slot.load[size](x.rows.bytes(which * size))
+                    if not gate.passed():
+                        break
+                    store_row[size](
+                        slot.row,
+                        1,
+                        recv.unsafe_offset(row_offset(s, buffer, t, k)),
+                    )
+            else:
+                release_slots()
+                comptime if layout == "rank":
+                    var k = UInt32(count_trailing_zeros(left))
+                    var which = Int(warp.shuffle_idx(row, k))
+                    slot.load[size](x.rows.bytes(which * size))
+                else:
+                    var terms = Terms()
+                    while left != 0:  # k ascending
+                        var k = UInt32(count_trailing_zeros(left))
+                        left &= left - 1
+                        terms.add(
+                            x.rows.bytes(Int(warp.shuffle_idx(row, k)) * size),
+                            warp.shuffle_idx(weight, k),
+                        )
+                    sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
+                        terms, slot.row, crew.part, crew.size
+                    )
+                if not gate.passed():
+                    break
+                store_part[size](
+                    slot.row,
+                    1,
+                    recv.unsafe_offset(partial_offset(s, buffer, ep.me, t)),
+                    begin_bytes,
+                    part_bytes,
+                )
+        finish_stores()
+        crew.meet()  # all parts have arrived
+        if not fits or not gate.passed():
+            break  # the source waits, and reads FAILED in the header
+        if lane == 0 and crew.leads():
+            publish(
+                ep.count[source],
+                ep.window.signal(buffer, ep.me, chunk),
+                word(epoch, 0),
+            )
 
 
 @always_inline
@@ -138,8 +257,17 @@ def _check_tokens(
 
 
 @always_inline
-def _give_shared[dtype: DType, hidden: Int](x: CombineInput, tokens: Int):
-    """Copy the shared expert's rows, the first ones, to their output; zero the rest of it."""
+def give_shared[dtype: DType, hidden: Int](x: CombineInput, tokens: Int):
+    """Copy the shared expert's rows, the first ones, to their output; zero the rest of it.
+
+    Parameters:
+        dtype: Type of the rows.
+        hidden: H.
+
+    Args:
+        x: The rows.
+        tokens: How many there are; 0 in a launch that may not go on.
+    """
     comptime size = row_bytes[dtype, hidden]()
     var share = Share()
     for t in range(share.first, x.shared_out.size // size, share.stride):
@@ -148,99 +276,6 @@ def _give_shared[dtype: DType, hidden: Int](x: CombineInput, tokens: Int):
             copy_bytes[WarpTeam](x.rows.bytes(t * size), to, size)
         else:
             zero_bytes[WarpTeam](to, size)
-
-
-@always_inline
-def _send_rows[
-    dtype: DType, hidden: Int, layout: StaticString, by_row: Bool
-](ep: Endpoint[False], x: CombineInput, epoch: UInt64, stage: Int32):
-    """Store the rows of every source's tokens, chunk by chunk, and signal."""
-    comptime size = row_bytes[dtype, hidden]()
-    var s = ep.s
-    var buffer = ep.buffer(epoch)
-    var lane = Int(lane_id())
-    var rows = x.rows.size // size
-    var slot = warp_slot(warp_memory(slot_bytes[dtype, hidden]()), sending=True)
-    var items = s.n_ranks * s.n_signals(s.max_tokens)
-    var share = Share()
-    var tokens: Int32 = 0  # lane r: T of source r
-    if lane < s.n_ranks:
-        tokens = x.num_tokens[lane]
-    for i in range(share.first, items, share.stride):
-        var source = (ep.me + i) % s.n_ranks
-        var chunk = i // s.n_ranks
-        var begin = chunk * s.tokens_per_signal
-        var T = Int(warp.shuffle_idx(tokens, UInt32(source)))
-        if begin >= T:
-            continue
-        var recv = ep.recv[source]
-        var fits = True
-        for t in range(begin, min(begin + s.tokens_per_signal, T)):
-            var at = (source * s.max_tokens + t) * s.top_k
-            var row = NO_ROW
-            var weight: Float32 = 0
-            if lane < s.top_k:
-                row = x.row_map[at + lane]
-                comptime if not by_row and layout != "rank":
-                    weight = x.weights[at + lane]
-            var left = ballot(row >= 0)
-            if left == 0:
-                continue
-            if ballot(Int(row) >= rows) != 0:
-                if Int(row) >= rows:
-                    ep.head.fail(
-                        KIND_SHAPE,
-                        stage,
-                        chunk=FIELD_ROW_MAP,
-                        value=Int(row),
-                        limit=rows - 1,
-                    )
-                fits = False
-                break
-            comptime if by_row:
-                while left != 0:
-                    var k = Int(count_trailing_zeros(left))
-                    left &= left - 1
-                    var which = Int(warp.shuffle_idx(row, UInt32(k)))
-                    release_slots()
-                    slot.load[size](x.rows.bytes(which * size))
-                    store_row[size](
-                        slot.row,
-                        1,
-                        recv.unsafe_offset(row_offset(s, buffer, t, k)),
-                    )
-            else:
-                release_slots()
-                comptime if layout == "rank":
-                    var k = UInt32(count_trailing_zeros(left))
-                    var which = Int(warp.shuffle_idx(row, k))
-                    slot.load[size](x.rows.bytes(which * size))
-                else:
-                    var terms = Terms()
-                    while left != 0:  # k ascending
-                        var k = UInt32(count_trailing_zeros(left))
-                        left &= left - 1
-                        terms.add(
-                            x.rows.bytes(Int(warp.shuffle_idx(row, k)) * size),
-                            warp.shuffle_idx(weight, k),
-                        )
-                    sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
-                        terms, slot.row
-                    )
-                store_row[size](
-                    slot.row,
-                    1,
-                    recv.unsafe_offset(partial_offset(s, buffer, ep.me, t)),
-                )
-        finish_stores()
-        if not fits:
-            break  # the source waits, and reads FAILED in the header
-        if lane == 0:
-            publish(
-                ep.count[source],
-                ep.window.signal(buffer, ep.me, chunk),
-                word(epoch, 0),
-            )
 
 
 @always_inline
@@ -277,11 +312,18 @@ def combine_async_stage[
         return
     var ep = peers.value.endpoint[False]()
     var epoch = ep.last_sent() + 1
-    open_send_back[dtype, hidden](ep, input.value, stage)
-    if may_go_on(ep.head):
-        send_back[dtype, hidden, layout, reduce](ep, input.value, epoch, stage)
-    else:
-        give_no_shared(input.value)
+    var x = input.value
+    var gate = Gate()
+    if gate.opens():
+        open_send_back[dtype, hidden](ep, x, stage)
+        gate.decide(not ep.head.failed())
+        if gate.passed():
+            announce_rows[layout, reduce](ep, x, epoch)
+    gate.settle()
+    send_back[dtype, hidden, layout, reduce](ep, x, epoch, stage, Share(), gate)
+    give_shared[dtype, hidden](
+        x, Int(x.num_tokens[ep.me]) if gate.passed() else 0
+    )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch)
 

@@ -17,7 +17,7 @@ from ..combine_tensors import (
     row_bytes,
     sum_terms,
 )
-from ..launch import Endpoint, given_tokens, token_count
+from ..launch import Endpoint, given_tokens, tokens_fit
 from ..layout import partial_offset, row_offset
 from ..routing import NO_EXPERT, normal_id
 from ..signal import NO_SIGNAL, Waiter
@@ -43,7 +43,7 @@ comptime MAX_PARTS = 4
 def open_receive_back(
     ep: Endpoint[False], x: CombineOutput, sent: UInt64, stage: Int32
 ):
-    """Open the receiving half; the whole CTA calls this, then `may_go_on`.
+    """Open the receiving half; one thread of a CTA calls this. Afterwards `head.failed()` says whether to go on.
 
     Args:
         ep: The rank.
@@ -51,9 +51,8 @@ def open_receive_back(
         sent: The epoch of the last send, one of this very launch included.
         stage: `STAGE_*`, for the failure record.
     """
-    if thread_idx.x == 0:
-        _ = ep.begin_wait(stage, sent)
-        _ = token_count(ep, stage, x.rows, x.num_tokens)
+    _ = ep.begin_wait(stage, sent)
+    _ = tokens_fit(ep, stage, x.rows, given_tokens(x.rows, x.num_tokens))
 
 
 @always_inline
@@ -70,6 +69,7 @@ def receive_back[
     x: CombineOutput[ids_dtype],
     epoch: UInt64,
     stage: Int32,
+    share: Share,
 ):
     """Receive and sum, in a launch that may go on.
 
@@ -87,12 +87,12 @@ def receive_back[
         x: Its tokens.
         epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
+        share: The calling warp's chunks.
     """
     comptime out_bytes = row_bytes[out_dtype, hidden]()
     comptime by_row = reduce == "source" and layout != "rank"
     var waiter = Waiter(ep.head, stage, ep.s.virtual)
     var T = given_tokens(x.rows, x.num_tokens)
-    var share = Share()
     for t in range(T + share.first, x.rows, share.stride):
         zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
     var fine = True
@@ -105,7 +105,7 @@ def receive_back[
     if ballot(not fine) == 0:
         syncwarp()
         _sum_tokens[dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row](
-            ep, x, T, epoch, waiter
+            ep, x, T, epoch, waiter, share
         )
 
 
@@ -157,13 +157,13 @@ def _sum_tokens[
     T: Int,
     epoch: UInt64,
     waiter: Waiter,
+    share: Share,
 ):
     var s = ep.s
     var K = s.top_k
     var buffer = ep.buffer(epoch)
     var window = ep.recv[ep.me]
     var lane = Int(lane_id())
-    var share = Share()
     var chunks = s.n_signals(T)
     # Few tokens: several warps sum one row.
     var parts = max(1, min(MAX_PARTS, share.stride // max(1, chunks)))
@@ -248,11 +248,12 @@ def combine_wait_stage[
         return
     var ep = peers.value.endpoint[False]()
     var epoch = ep.next_wait()
-    open_receive_back(ep, output.value, ep.last_sent(), stage)
+    if thread_idx.x == 0:
+        open_receive_back(ep, output.value, ep.last_sent(), stage)
     if may_go_on(ep.head):
         receive_back[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ](ep, output.value, epoch, stage)
+        ](ep, output.value, epoch, stage, Share())
     if is_last_cta(ep, sending=False):
         close_receive_back[out_bytes](ep, output.value, epoch)
 

@@ -7,8 +7,10 @@
                    encoded in parts and crews of several would have a chunk each at most, it is several, of which the
                    first loads and stores
 
-No warp waits for anything but its crew and its own stores; before the first store the buffer's credits are awaited. The
-last CTA counts the epoch. Why the order holds: docs/protocol.md.
+The last warp of each CTA awaits the buffer's credits, while the others load and encode their first token (`Gate`).
+Then the tables go, and the messages when these have left: a header is released at system scope, which would wait for
+all messages under way, and the peers' row maps with it. Otherwise no warp waits for anything but its crew and its own
+stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim
@@ -17,30 +19,20 @@ from max.gpu.sync import barrier, syncwarp
 
 from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
-from ..launch import Endpoint, given_tokens, token_count
-from ..layout import align_up, message_offset
+from ..launch import Endpoint, given_tokens, readable_tokens, tokens_fit
+from ..layout import WORK_TABLED, align_up, message_offset
 from ..peers import typed
 from ..routing import NO_EXPERT, normal_id
-from ..signal import publish, word
+from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..team import WarpTeam
-from .launch import (
-    ByValue,
-    Peers,
-    Shape,
-    is_last_cta,
-    may_go_on,
-    warp_index,
-)
+from .gate import Gate
+from .mapping import in_launch
+from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .precedence import precedence
-from .routing import destination_of_lanes
-from .share import Crew, Share
-from .shared_rows import (
-    SLOT_ALIGNMENT,
-    finish_stores,
-    moves_in_bulk,
-    release_slots,
-    store_row,
-)
+from .routing import ballot, destination_of_lanes
+from .share import MAX_CREW, Crew, Share
+from .shared_memory import SLOT_ALIGNMENT
+from .shared_rows import finish_stores, release_slots, store_row
 
 
 @always_inline
@@ -65,11 +57,11 @@ def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
         encoded: Whether tokens are in the format already.
 
     Returns:
-        1 where there is nothing to share, or no barrier for some warps of a CTA.
+        1 where there is nothing to share.
     """
     comptime assert F.encode_parts >= 1, "encode_parts: at least 1"
-    comptime if moves_in_bulk() and not encoded and F.hidden_size % 8 == 0:
-        return F.encode_parts
+    comptime if not encoded and F.hidden_size % 8 == 0:
+        return min(F.encode_parts, MAX_CREW)
     else:
         return 1
 
@@ -78,7 +70,7 @@ def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
 def open_send[
     ids_dtype: DType
 ](ep: Endpoint[True], x: DispatchInput[ids_dtype], stage: Int32):
-    """Open the sending half; the whole CTA calls this, then `may_go_on`.
+    """Open the sending half; the warp that opens the gate calls this. Afterwards `head.failed()` says whether to.
 
     Parameters:
         ids_dtype: Type of the ids.
@@ -88,17 +80,22 @@ def open_send[
         x: Its tokens.
         stage: `STAGE_*`, for the failure record.
     """
-    if warp_index() == 0:
-        _ = ep.begin_send[WarpTeam](stage)
-        syncwarp()
-    if thread_idx.x == 0:
-        _ = token_count(ep, stage, x.rows, x.num_tokens)
+    _ = ep.begin_send[WarpTeam](stage)
+    syncwarp()
+    if lane_id() == 0:
+        var given = given_tokens(x.rows, x.num_tokens)
+        _ = tokens_fit(ep, stage, x.rows, given)
 
 
 @always_inline
 def send_tables[
     ids_dtype: DType
-](ep: Endpoint[True], x: DispatchInput[ids_dtype], epoch: UInt64):
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    epoch: UInt64,
+    mut gate: Gate,
+):
     """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
 
     Parameters:
@@ -108,10 +105,11 @@ def send_tables[
         ep: The rank.
         x: Its tokens.
         epoch: The launch's epoch.
+        gate: What the first store waits for.
     """
-    var T = given_tokens(x.rows, x.num_tokens)
+    var T = readable_tokens(x.rows, x.num_tokens)
     for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
-        _send_table(ep, x, T, epoch, peer)
+        _send_table(ep, x, T, epoch, peer, gate)
 
 
 @always_inline
@@ -123,6 +121,7 @@ def _send_table[
     T: Int,
     epoch: UInt64,
     peer: Int,
+    mut gate: Gate,
 ):
     """Write the routing table into a peer's window, and say so in the header; the whole CTA calls this."""
     comptime V = 8
@@ -139,15 +138,19 @@ def _send_table[
         var id = x.ids.ptr.unsafe_load[width=V, alignment=4, invariant=False](
             i
         ).cast[DType.int64]()
-        ids.unsafe_store[width=V, alignment=16](
-            i, normal_id(id, ep.s.n_experts)
-        )
         var w = SIMD[DType.float32, V](1)
         if x.weights.present():
             w = x.weights.ptr.unsafe_load[
                 width=V, alignment=4, invariant=False
             ](i)
+        if not gate.passed():
+            break
+        ids.unsafe_store[width=V, alignment=16](
+            i, normal_id(id, ep.s.n_experts)
+        )
         weights.unsafe_store[width=V, alignment=16](i, w)
+    if not gate.passed():
+        return
     for i in range(whole + Int(thread_idx.x), n, threads):
         ids.unsafe_store(
             i, normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
@@ -158,6 +161,18 @@ def _send_table[
     barrier()
     if thread_idx.x == 0:
         publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
+        note(ep.head.base, 4 * WORK_TABLED + 8 * peer, word(epoch, T))
+
+
+@always_inline
+def _tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
+    """Wait until every peer's table has been sent; a warp calls this."""
+    var left = True
+    if Int(lane_id()) < ep.s.n_ranks:
+        var waiter = Waiter(ep.head, stage, False)
+        var T = in_launch(ep, waiter, epoch, WORK_TABLED, Int(lane_id()))
+        left = T != NO_SIGNAL
+    return ballot(not left) == 0
 
 
 @always_inline
@@ -167,7 +182,9 @@ def send_messages[
     ep: Endpoint[True],
     x: DispatchInput[ids_dtype],
     epoch: UInt64,
+    stage: Int32,
     share: Share,
+    mut gate: Gate,
 ):
     """Store tokens' messages, chunk by chunk, and signal.
 
@@ -180,22 +197,30 @@ def send_messages[
         ep: The rank.
         x: Its tokens.
         epoch: The launch's epoch.
+        stage: `STAGE_*`, for the failure record.
         share: The calling warp's chunks.
+        gate: What the first store waits for.
     """
     comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
     comptime size = slot_bytes[F]()
     comptime parts = crew_warps[F, encoded]()
+    comptime as_it_is = F.verbatim and not encoded and F.hidden_size % 8 == 0
+    comptime assert (
+        not as_it_is or F.message_bytes == 2 * F.hidden_size
+    ), "verbatim: a message of 2 * hidden_size bytes"
     var s = ep.s
-    var T = given_tokens(x.rows, x.num_tokens)
+    var T = readable_tokens(x.rows, x.num_tokens)
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
     var peer = min(lane, s.n_ranks - 1)
     var recv = ep.recv[peer]
     var count = ep.count[peer]
-    var crew = Crew[parts](share, s.n_signals(T))
+    var crew = Crew(share, s.n_signals(T), parts)
     var token = crew.slot(crew.memory(2 * size))
-    var message = crew.memory(2 * size, size)
+    var message = crew.memory(2 * size, 0 if as_it_is else size)
     var factor = x.factor[0] if x.factor.present() else Float32(1)
+    var asked = False
+    var stores = crew.leads()
     for chunk in range(crew.share.first, s.n_signals(T), crew.share.stride):
         var begin = chunk * s.tokens_per_signal
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
@@ -218,20 +243,28 @@ def send_messages[
                     x.tokens.bytes(t * 2 * F.hidden_size)
                 )
                 comptime if parts == 1:
-                    F.encode[WarpTeam](token.row, factor, message)
+                    comptime if not as_it_is:
+                        F.encode[WarpTeam](token.row, factor, message)
                 else:
                     for part in range(crew.part, parts, crew.size):
                         F.encode_part[WarpTeam](
                             token.row, factor, message, part
                         )
             crew.meet()  # the message is complete
+            if not gate.passed():
+                break
+            if stores and not asked:
+                asked = True
+                stores = _tables_have_left(ep, epoch, stage)
             store_row[F.message_bytes](
                 message,
-                targets if crew.leads() else UInt32(0),
+                targets if stores else UInt32(0),  # the crew goes on meeting
                 recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
             )
         finish_stores()
-        if lane < s.n_ranks and crew.leads():
+        if not gate.passed():
+            return
+        if lane < s.n_ranks and stores:
             publish(
                 count,
                 ep.window.signal(buffer, ep.me, chunk),
@@ -262,12 +295,15 @@ def dispatch_async_stage[
         return
     var ep = peers.value.endpoint[True]()
     var epoch = ep.last_sent() + 1
-    open_send(ep, input.value, stage)
-    if may_go_on(ep.head):
-        send_tables(ep, input.value, epoch)
-        send_messages[F, ids_dtype, encoded](
-            ep, input.value, epoch, Share(skip=ep.s.n_ranks)
-        )
+    var gate = Gate()
+    if gate.opens():
+        open_send(ep, input.value, stage)
+        gate.decide(not ep.head.failed())
+    gate.settle()
+    send_tables(ep, input.value, epoch, gate)
+    send_messages[F, ids_dtype, encoded](
+        ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), gate
+    )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch)
 

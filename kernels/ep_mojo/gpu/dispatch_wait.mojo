@@ -35,8 +35,8 @@ from .mapping import cta_bytes, in_launch, map_sources, name_groups
 from .precedence import precedence
 from .routing import ballot
 from .share import Share
+from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import (
-    SLOT_ALIGNMENT,
     SlotTeam,
     finish_stores,
     release_slots,

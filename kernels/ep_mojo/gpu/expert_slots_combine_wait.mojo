@@ -22,7 +22,7 @@ from ..combine_tensors import (
 )
 from ..expert_launch import end_wait, rows_arrived
 from ..expert_messages import routed_masks
-from ..launch import Endpoint, check_tokens, given_tokens
+from ..launch import Endpoint, tokens_fit, given_tokens
 from ..layout import row_offset
 from ..numeric import load_f32
 from ..settings import Settings
@@ -67,7 +67,7 @@ def receive_back[
     var waiter = Waiter(ep.head, stage, s.virtual)
     if thread_idx.x == 0:
         _ = ep.begin_wait(stage, ep.last_sent())
-        _ = check_tokens(ep, stage, x.rows, given)
+        _ = tokens_fit(ep, stage, x.rows, given)
     if may_go_on(ep.head):
         for e in range(Int(thread_idx.x), s.n_experts, Int(block_dim.x)):
             if not rows_arrived(ep, waiter, epoch, e):

@@ -48,7 +48,8 @@ from .launch import (
 )
 from .precedence import precedence
 from .routing import AHEAD, ballot, run_of, same_lanes
-from .shared_rows import SLOT_ALIGNMENT, finish_stores, release_slots, store_row
+from .shared_memory import SLOT_ALIGNMENT
+from .shared_rows import finish_stores, release_slots, store_row
 
 
 @always_inline

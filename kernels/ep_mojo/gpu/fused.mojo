@@ -1,10 +1,11 @@
 """The fused stages on a GPU: both halves in one launch, for ranks that run at the same time.
 
-In dispatch some warps send while others copy what arrives (`Roles`); in combine every warp sends its part, then sums.
-Nothing of the sending half waits for a peer's receiving half of the same round.
+In dispatch some warps send while others copy what arrives (`Roles`). In combine every warp sends its part, then sums;
+where there is more than that, some only sum (`SumRoles`), so that the links do not rest meanwhile. Nothing of the
+sending half waits for a peer's receiving half of the same round.
 """
 
-from max.gpu import block_idx, grid_dim, thread_idx
+from max.gpu import block_idx, grid_dim, lane_id
 from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.sync import barrier
 
@@ -12,9 +13,15 @@ from ..combine_tensors import CombineInput, CombineOutput, row_bytes
 from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
+from ..settings import Settings
 from ..signal import Waiter
 from ..team import WarpTeam
-from .combine_async import give_no_shared, open_send_back, send_back
+from .combine_async import (
+    announce_rows,
+    give_shared,
+    open_send_back,
+    send_back,
+)
 from .combine_async import slot_bytes as row_slot_bytes
 from .combine_wait import (
     close_receive_back,
@@ -31,15 +38,8 @@ from .dispatch_wait import (
     keep_weights,
     mark_rest,
 )
-from .launch import (
-    ByValue,
-    Peers,
-    Shape,
-    is_last_cta,
-    may_go_on,
-    warp_index,
-    warps,
-)
+from .gate import Gate
+from .launch import ByValue, Peers, Shape, is_last_cta, warp_index, warps
 from .mapping import cta_bytes, map_sources, name_groups
 from .precedence import precedence
 from .share import Share
@@ -75,19 +75,29 @@ def dispatch_stage[
     var epoch = ep.next_wait()
     var waiter = Waiter(ep.head, STAGE_DISPATCH, False)
     name_groups(ep, out_)
-    open_send(ep, x, STAGE_DISPATCH)
-    if thread_idx.x == 0:
-        _ = ep.begin_wait(STAGE_DISPATCH, sent)
-    if may_go_on(ep.head):
-        var roles = Roles(ep.s.n_ranks)
-        send_tables(ep, x, sent)
-        if not roles.apart:
-            send_messages[F, ids_dtype, encoded](ep, x, sent, Share())
-            barrier()
+    var gate = Gate()
+    if gate.opens():
+        open_send(ep, x, STAGE_DISPATCH)
+        if lane_id() == 0:
+            _ = ep.begin_wait(STAGE_DISPATCH, sent)
+        gate.decide(not ep.head.failed())
+    gate.settle()
+    var roles = Roles(ep.s)
+    if roles.sends:
+        send_messages[F, ids_dtype, encoded](
+            ep, x, sent, STAGE_DISPATCH, roles.share, gate
+        )
+    else:
+        send_tables(ep, x, sent, gate)
+    if not roles.apart:
+        send_messages[F, ids_dtype, encoded](
+            ep, x, sent, STAGE_DISPATCH, Share(), gate
+        )
+        barrier()
+    if gate.passed():
         if roles.maps:
             map_sources[F, layout](ep, epoch, waiter, out_, STAGE_DISPATCH)
         if roles.sends:
-            send_messages[F, ids_dtype, encoded](ep, x, sent, roles.share)
             mark_rest[F, layout](ep, epoch, waiter, roles.share, Rows[F](out_))
         else:
             keep_weights(ep, epoch, waiter, roles.share, out_)
@@ -103,11 +113,17 @@ def dispatch_stage[
         close_wait(ep, epoch, out_)
 
 
+comptime AT_ONCE = 32 * 1024
+"""Bytes of messages that a CTA has on their way to each destination, where there are many."""
+
+
 struct Roles(TrivialRegisterPassable):
     """Who does what in a fused dispatch.
 
-    The first R CTAs map; of the others half of the warps send, then mark what no row fills, while the rest copies. Where the budget is
-    too small for that, every warp sends first and copies then.
+    The first R CTAs map; of the others some warps send, then mark what no row fills, while the rest copies. Half of them
+    send where each CTA has one token at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more
+    the links are no faster, and the rows come later. Where the budget is too small for all this, every warp sends first
+    and copies then.
     """
 
     var apart: Bool
@@ -120,18 +136,22 @@ struct Roles(TrivialRegisterPassable):
     """The warp's part of its role's work."""
 
     @always_inline
-    def __init__(out self, n_ranks: Int):
+    def __init__(out self, s: Settings):
         """Find out the calling warp's.
 
         Args:
-            n_ranks: R.
+            s: The settings.
         """
+        var n_ranks = s.n_ranks
         var ctas = Int(grid_dim.x)
         var cta = Int(block_idx.x)
         var w = warp_index()
-        var senders = warps() // 2
         var others = ctas - n_ranks
-        self.apart = others >= n_ranks and senders > 0
+        var few = s.n_signals(s.max_tokens) <= others
+        var senders = warps() // 2
+        if not few:
+            senders = max(1, min(senders, AT_ONCE // s.message_bytes))
+        self.apart = others >= n_ranks and warps() > 1
         self.maps = cta < n_ranks
         self.sends = self.apart and not self.maps and w < senders
         if not self.apart:
@@ -146,6 +166,47 @@ struct Roles(TrivialRegisterPassable):
             if not self.maps:
                 first = (w - senders) * others + cta - n_ranks
             self.share = Share(first, copiers + warps() * n_ranks)
+
+
+struct SumRoles(TrivialRegisterPassable):
+    """Who does what in a fused combine: every warp sends, then sums; with more tokens than that takes two turns, the last
+    quarter of each CTA's warps only sums."""
+
+    var sends: Bool
+    """Whether the warp sends."""
+    var sums: Bool
+    """Whether it sums its rank's tokens."""
+    var sending: Share
+    """Its part of what is sent."""
+    var summing: Share
+    """Its part of the tokens."""
+
+    @always_inline
+    def __init__(out self, s: Settings):
+        """Find out the calling warp's.
+
+        Args:
+            s: The settings.
+        """
+        var ctas = Int(grid_dim.x)
+        var cta = Int(block_idx.x)
+        var w = warp_index()
+        var summers = warps() // 4
+        var senders = warps() - summers
+        self.sends = True
+        self.sums = True
+        self.sending = Share()
+        self.summing = Share()
+        if (
+            summers > 0
+            and s.n_ranks * s.n_signals(s.max_tokens) > 2 * ctas * warps()
+        ):
+            self.sends = w < senders
+            self.sums = not self.sends
+            self.sending = Share(w * ctas + cta, senders * ctas, ctas)
+            self.summing = Share(
+                (w - senders) * ctas + cta, summers * ctas, ctas
+            )
 
 
 def dispatch[
@@ -233,17 +294,29 @@ def combine_stage[
     var y = output.value
     var sent = ep.last_sent() + 1
     var epoch = ep.next_wait()
-    open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
-    open_receive_back(ep, y, sent, STAGE_COMBINE)
-    if may_go_on(ep.head):
-        send_back[dtype, hidden, layout, reduce](ep, x, sent, STAGE_COMBINE)
+    var gate = Gate()
+    if gate.opens():
+        open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
+        if lane_id() == 0:
+            open_receive_back(ep, y, sent, STAGE_COMBINE)
+        gate.decide(not ep.head.failed())
+        if gate.passed():
+            announce_rows[layout, reduce](ep, x, sent)
+    gate.settle()
+    var roles = SumRoles(ep.s)
+    if roles.sends:
+        send_back[dtype, hidden, layout, reduce](
+            ep, x, sent, STAGE_COMBINE, roles.sending, gate
+        )
+    give_shared[dtype, hidden](
+        x, Int(x.num_tokens[ep.me]) if gate.passed() else 0
+    )
+    if roles.sums and gate.passed():
         if y.shared_rows.present():
             y.shared_rows = x.rows  # the copy may not be there yet
         receive_back[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ](ep, y, epoch, STAGE_COMBINE)
-    else:
-        give_no_shared(x)
+        ](ep, y, epoch, STAGE_COMBINE, roles.summing)
     if is_last_cta(ep, sending=False):
         if warp_index() == 0:
             ep.end_send[WarpTeam](sent)

@@ -3,7 +3,8 @@
 A kernel gets everything by value: settings, window addresses, tensor addresses. Nothing is read from the host, nothing
 allocated, nothing reset by the host between launches, so that a captured launch can be replayed.
 
-    CTA, first     warp 0 opens the launch (`Endpoint.begin_*`), then all threads learn whether it may go on
+    CTA, first     one warp opens the launch (`Endpoint.begin_*`), then all learn whether it may go on: `may_go_on`, or
+                   `Gate` where there is something to do meanwhile
     body
     CTA, last      counts itself in; whoever is last of the grid closes the launch (`Endpoint.end_*`)
 
@@ -36,16 +37,15 @@ from ..peers import Bytes, PeerTable, View
 from ..settings import Settings
 from ..signal import Head, arrive
 from ..team import WarpTeam
-from .shared_rows import BARRIER_BYTES, SLOT_ALIGNMENT, RowSlot, shared_memory
-
-comptime MAX_WARPS = 8
-"""Warps of a CTA, where their row slots fit into shared memory."""
-comptime VERDICT = 0
-"""Byte offset in shared memory: thread 0's word for all threads of the CTA."""
-comptime BARRIERS = 64
-"""Byte offset in shared memory of the warps' mbarriers."""
-comptime SLOTS = 512
-"""Byte offset in shared memory of the warps' row slots."""
+from .shared_memory import (
+    BARRIERS,
+    BARRIER_BYTES,
+    MAX_WARPS,
+    SLOTS,
+    VERDICT,
+    shared_memory,
+)
+from .shared_rows import RowSlot
 
 
 struct ByValue[T: TrivialRegisterPassable](

@@ -20,8 +20,9 @@ from ..layout import (
 from ..peers import View, window_view
 from ..routing import group_name
 from ..signal import NO_SIGNAL, Waiter, note, word
-from .launch import MAX_WARPS, Peers, told, warp_index
+from .launch import Peers, told, warp_index
 from .routing import Histogram, ballot, count_source, map_source, start_rows
+from .shared_memory import MAX_WARPS
 
 
 @always_inline

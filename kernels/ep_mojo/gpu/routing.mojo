@@ -15,8 +15,8 @@ from std.sys import inlined_assembly, is_amd_gpu, is_nvidia_gpu
 from ..peers import MAX_RANKS, View, window_view
 from ..routing import NO_ROW, destination, local_group
 from ..settings import Settings
-from .launch import SLOTS, warp_index, warps
-from .shared_rows import shared_memory
+from .launch import warp_index, warps
+from .shared_memory import SLOTS, shared_memory
 
 
 comptime AHEAD = 4

@@ -1,10 +1,19 @@
 """Who of a launch does which pieces of work: a warp, or several warps of a CTA together."""
 
-from max.gpu import WARP_SIZE, block_idx, grid_dim
+from max.gpu import block_idx, grid_dim, lane_id
+from max.gpu.sync import syncwarp
 
 from ..peers import Bytes
-from .launch import MAX_WARPS, memory_of, slot_of, warp_index, warps
-from .shared_rows import RowSlot, crew_barrier
+from .launch import memory_of, slot_of, warp_index, warps
+from .shared_memory import (
+    BARRIER_BYTES,
+    CREW_BARRIERS,
+    MAX_WARPS,
+    SharedBarrier,
+    moves_in_bulk,
+    shared_memory,
+)
+from .shared_rows import RowSlot, order_for_bulk
 
 
 struct Share(TrivialRegisterPassable):
@@ -47,43 +56,68 @@ struct Share(TrivialRegisterPassable):
         self.ctas = ctas
 
 
-struct Crew[most: Int](TrivialRegisterPassable):
-    """Warps of a CTA that work on the same piece: `most` of them where each such crew has at most one piece, else one.
+comptime MAX_CREW = 4
+"""Warps of a crew, at most; a power of two."""
 
-    Parameters:
-        most: 1, or how many.
-    """
+
+@always_inline
+def begin_crews():
+    """Set up where crews meet; one thread calls this, and meets the CTA afterwards."""
+    comptime for i in range(MAX_WARPS // 2):
+        _crew_barrier(2 * i).begin(MAX_CREW)
+
+
+@always_inline
+def _crew_barrier(leader: Int) -> SharedBarrier:
+    return SharedBarrier(
+        shared_memory(CREW_BARRIERS + leader // 2 * BARRIER_BYTES)
+    )
+
+
+struct Crew(Movable):
+    """Warps of a CTA that work on the same piece: as many as there are for each piece, so that none does two."""
 
     var size: Int
-    """Warps of the crew."""
+    """Warps of the crew: 1, 2 or 4."""
     var part: Int
     """The calling warp's number in it."""
     var leader: Int
     """The first one's number in the CTA."""
     var share: Share
     """The crew's pieces."""
+    var phase: UInt32
+    """Parity of the next meeting."""
 
     @always_inline
-    def __init__(out self, share: Share, pieces: Int):
-        """Find out the calling warp's.
+    def __init__(out self, share: Share, pieces: Int, most: Int):
+        """Find out the calling warp's. All warps of the CTA that share the work come here with the same arguments, and
+        go on to meet equally often.
 
         Args:
-            share: The warp's pieces if it worked alone.
+            share: The warp's pieces if it worked alone. Those of a CTA begin at an even warp.
             pieces: How many there are for all.
+            most: Warps of a crew, at most `MAX_CREW`; 1 where nothing can be shared.
         """
         self.size = 1
         self.part = 0
         self.leader = warp_index()
         self.share = share
-        comptime if Self.most > 1:
-            var crews = 0
+        self.phase = 0
+        comptime if moves_in_bulk():
+            var sharers = 0  # warps of this CTA
             if share.ctas > 0:
-                crews = share.stride // share.ctas // Self.most
-            if crews > 0 and pieces <= crews * share.ctas:
-                var mine = self.leader // Self.most
-                self.size = Self.most
-                self.part = self.leader % Self.most
+                sharers = share.stride // share.ctas
+            while (
+                2 * self.size <= most
+                and sharers // (2 * self.size) * share.ctas >= pieces
+            ):
+                self.size *= 2
+            if self.size > 1:
+                var mine = share.first // share.ctas
+                var crews = sharers // self.size
+                self.part = mine % self.size
                 self.leader -= self.part
+                mine = mine // self.size
                 self.share = Share(
                     mine * share.ctas + share.first % share.ctas if mine
                     < crews else pieces,
@@ -125,10 +159,15 @@ struct Crew[most: Int](TrivialRegisterPassable):
         return slot_of(self.leader, row, sending=True)
 
     @always_inline
-    def meet(self):
-        """Wait for the others; what each has written to shared memory is then there for all, bulk stores included."""
-        comptime if Self.most > 1:
+    def meet(mut self):
+        """Wait for the others: what each has done is then done for all, and ordinary stores to shared memory come before
+        bulk stores of it."""
+        comptime if moves_in_bulk():
             if self.size > 1:
-                crew_barrier[Self.most * WARP_SIZE, MAX_WARPS // Self.most](
-                    self.leader // Self.most
-                )
+                order_for_bulk()
+                syncwarp()
+                var barrier = _crew_barrier(self.leader)
+                if lane_id() == 0:
+                    barrier.arrive(MAX_CREW // self.size)
+                barrier.wait(self.phase)
+                self.phase ^= 1

@@ -17,85 +17,19 @@ and the signal; a proxy fence comes between an acquire and a bulk load of what i
 
 from max.gpu import lane_id
 from max.gpu.primitives import warp
-from max.gpu.memory import external_memory
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
-from std.sys import inlined_assembly, is_nvidia_gpu
+from std.sys import inlined_assembly
 
-from ..layout import align_up
 from ..peers import Bytes
-from ..team import Team, WarpTeam, copy_bytes, is_sm_90_or_newer
-
-comptime SLOT_ALIGNMENT = 128
-"""Bytes that slots and what stands in front of them are rounded up to."""
-comptime BARRIER_BYTES = 16
-"""Shared memory of one mbarrier, rounded up."""
+from ..team import Team, WarpTeam, copy_bytes
+from .shared_memory import SharedBarrier, moves_in_bulk, shared_address
 
 
 @always_inline
-def moves_in_bulk() -> Bool:
-    """Whether this target has bulk copies between global and shared memory.
-
-    Returns:
-        True on sm_90 and newer.
-    """
-    return is_sm_90_or_newer()
-
-
-@always_inline
-def shared_memory(offset: Int) -> Bytes:
-    """The launch's dynamic shared memory as an ordinary pointer.
-
-    Args:
-        offset: Byte offset in it.
-
-    Returns:
-        The pointer.
-    """
-    var base = external_memory[
-        UInt8, address_space=AddressSpace.SHARED, alignment=SLOT_ALIGNMENT
-    ]()
-    comptime if is_nvidia_gpu():
-        var generic = inlined_assembly[
-            "cvta.shared.u64 $0, $1;", UInt64, constraints="=l,l"
-        ](UInt64(Int(base)))
-        return Bytes(unsafe_from_address=Int(generic) + offset)
-    else:
-        var generic = base.unsafe_address_space_cast[AddressSpace.GENERIC]()
-        return Bytes(unsafe_from_address=Int(generic) + offset)
-
-
-@always_inline
-def _shared_address(p: Bytes) -> UInt32:
-    """The 32-bit address that PTX wants for shared memory."""
-    return UInt32(
-        inlined_assembly[
-            "cvta.to.shared.u64 $0, $1;", UInt64, constraints="=l,l"
-        ](UInt64(Int(p)))
-    )
-
-
-@always_inline
-def crew_barrier[threads: Int, count: Int](index: Int):
-    """Let several warps of a CTA meet. Ordinary stores of each before it come before bulk stores of any after it.
-
-    NVIDIA only. Their numbers are constants in the code: compute-sanitizer loses track of barriers whose numbers are
-    computed.
-
-    Parameters:
-        threads: Threads that meet, whole warps.
-        count: How many such barriers the CTA has, at most 15.
-
-    Args:
-        index: Which of them, 0 to count - 1.
-    """
+def order_for_bulk():
+    """Order what this thread has done or seen before bulk copies that come after it: a fence between the proxies."""
     inlined_assembly["fence.proxy.async;", NoneType, constraints="~{memory}"]()
-    syncwarp()  # the barrier wants whole warps
-    comptime for i in range(count):
-        if index == i:
-            inlined_assembly[
-                "bar.sync $0, $1;", NoneType, constraints="n,n,~{memory}"
-            ](Int32(i + 1), Int32(threads))
 
 
 struct RowSlot(Movable):
@@ -103,7 +37,7 @@ struct RowSlot(Movable):
 
     var row: Bytes
     """Its first byte."""
-    var barrier: Bytes
+    var barrier: SharedBarrier
     """Counts the bytes of bulk loads."""
     var phase: UInt32
     """Parity of the next load."""
@@ -119,21 +53,12 @@ struct RowSlot(Movable):
             mine: Whether it is the calling warp's.
         """
         self.row = row
-        self.barrier = barrier
+        self.barrier = SharedBarrier(barrier)
         self.phase = 0
         self.mine = mine
         comptime if moves_in_bulk():
             if lane_id() == 0 and mine:
-                inlined_assembly[
-                    "mbarrier.init.shared::cta.b64 [$0], 1;",
-                    NoneType,
-                    constraints="r,~{memory}",
-                ](_shared_address(barrier))
-                inlined_assembly[
-                    "fence.mbarrier_init.release.cluster;",
-                    NoneType,
-                    constraints="~{memory}",
-                ]()
+                self.barrier.begin(1)
             syncwarp()
 
     @always_inline
@@ -149,39 +74,22 @@ struct RowSlot(Movable):
         syncwarp()  # nobody reads the slot any more
         comptime if moves_in_bulk() and n % 16 == 0:
             if lane_id() == 0 and self.mine:
-                var bar = _shared_address(self.barrier)
-                inlined_assembly[
-                    "fence.proxy.async;", NoneType, constraints="~{memory}"
-                ]()
-                inlined_assembly[
-                    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
-                    NoneType,
-                    constraints="r,r,~{memory}",
-                ](bar, Int32(n))
+                order_for_bulk()
+                self.barrier.expect(n)
                 inlined_assembly[
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
                     NoneType,
                     constraints="r,l,r,r,~{memory}",
                 ](
-                    _shared_address(self.row),
+                    shared_address(self.row),
                     UInt64(Int(source)),
                     Int32(n),
-                    bar,
+                    shared_address(self.barrier.at),
                 )
-            self._await_load()
+            self.barrier.wait(self.phase)
+            self.phase ^= 1
         else:
             copy_bytes[WarpTeam](source, self.row, n)
-            syncwarp()
-
-    @always_inline
-    def _await_load(mut self):
-        var bar = _shared_address(self.barrier)
-        inlined_assembly[
-            "{\n.reg .pred p;\nWAIT_${:uid}:\nmbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra DONE_${:uid};\nbra WAIT_${:uid};\nDONE_${:uid}:\n}",
-            NoneType,
-            constraints="r,r,~{memory}",
-        ](bar, self.phase)
-        self.phase ^= 1
         syncwarp()
 
 
@@ -200,13 +108,32 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
         targets: Which lanes store.
         target: The calling lane's place, aligned to 16.
     """
+    store_part[n](row, targets, target, 0, n)
+
+
+@always_inline
+def store_part[
+    n: Int
+](row: Bytes, targets: UInt32, target: Bytes, first: Int, size: Int):
+    """Store a part of a row, otherwise as `store_row`.
+
+    Parameters:
+        n: Bytes of the whole row.
+
+    Args:
+        row: Shared memory.
+        targets: Which lanes store.
+        target: The calling lane's place for the whole row, aligned to 16.
+        first: Byte offset of the part, a multiple of 16.
+        size: Its bytes, a multiple of 16 unless it is the last part.
+    """
     comptime if moves_in_bulk() and n % 16 == 0:
-        inlined_assembly[
-            "fence.proxy.async;", NoneType, constraints="~{memory}"
-        ]()
+        order_for_bulk()
         syncwarp()
         if (targets >> UInt32(lane_id())) & 1 == 1:
-            _store_in_bulk(row, target, n)
+            _store_in_bulk(
+                row.unsafe_offset(first), target.unsafe_offset(first), size
+            )
     else:
         syncwarp()
         var left = targets
@@ -214,7 +141,11 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
             var lane = count_trailing_zeros(left)
             left &= left - 1
             var to = warp.shuffle_idx(UInt64(Int(target)), lane)
-            copy_bytes[WarpTeam](row, Bytes(unsafe_from_address=Int(to)), n)
+            copy_bytes[WarpTeam](
+                row.unsafe_offset(first),
+                Bytes(unsafe_from_address=Int(to)).unsafe_offset(first),
+                size,
+            )
 
 
 struct SlotTeam(Team):
@@ -287,9 +218,7 @@ struct SlotTeam(Team):
         comptime if moves_in_bulk():
             if n % 16 == 0 and Int(target) % 16 == 0:
                 if lane_id() == 0:
-                    inlined_assembly[
-                        "fence.proxy.async;", NoneType, constraints="~{memory}"
-                    ]()
+                    order_for_bulk()
                     _store_in_bulk(source, target, n)
                 return True
         return False
@@ -302,7 +231,7 @@ def _store_in_bulk(row: Bytes, target: Bytes, n: Int):
         "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
         NoneType,
         constraints="l,r,r,~{memory}",
-    ](UInt64(Int(target)), _shared_address(row), Int32(n))
+    ](UInt64(Int(target)), shared_address(row), Int32(n))
     inlined_assembly[
         "cp.async.bulk.commit_group;", NoneType, constraints="~{memory}"
     ]()

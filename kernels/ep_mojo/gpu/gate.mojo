@@ -1,0 +1,96 @@
+"""The opening of a launch that sends: one warp opens, while the others load and work out what they will store.
+
+    last warp      awaits the buffer's credits and checks what it was given, then `decide`
+    other warps    loads and sums into shared memory, `passed` in front of the first store to a peer
+
+Where there are no mbarriers the CTA meets at `settle`, and nothing overlaps.
+"""
+
+from max.gpu import lane_id, thread_idx
+from max.gpu.sync import barrier, syncwarp
+
+from ..peers import View
+from .launch import warp_index, warps
+from .share import begin_crews
+from .shared_memory import (
+    GATE_BARRIER,
+    GATE_WORD,
+    SharedBarrier,
+    moves_in_bulk,
+    shared_memory,
+)
+
+
+struct Gate(Movable):
+    """What the opening warp has decided, for all warps of its CTA."""
+
+    var decided: Bool
+    """Whether the calling warp knows."""
+    var open: Bool
+    """What."""
+
+    @always_inline
+    def __init__(out self):
+        """Close it; all threads of the CTA call this first of all. Crews may be formed afterwards."""
+        self.decided = False
+        self.open = False
+        comptime if moves_in_bulk():
+            if thread_idx.x == 0:
+                Self._barrier().begin(1)
+                begin_crews()
+            barrier()
+
+    @always_inline
+    @staticmethod
+    def _barrier() -> SharedBarrier:
+        return SharedBarrier(shared_memory(GATE_BARRIER))
+
+    @always_inline
+    @staticmethod
+    def _word() -> View[DType.int32]:
+        return View[DType.int32](Int(shared_memory(GATE_WORD)), 1)
+
+    @always_inline
+    def opens(self) -> Bool:
+        """Whether the calling warp is the one that opens: the last, which has the least to do.
+
+        Returns:
+            True in one warp of the CTA.
+        """
+        return warp_index() == warps() - 1
+
+    @always_inline
+    def decide(mut self, may_go_on: Bool):
+        """Say whether the launch may go on; the opening warp calls this once.
+
+        Args:
+            may_go_on: The first lane's counts.
+        """
+        syncwarp()
+        if lane_id() == 0:
+            Self._word()[0] = Int32(may_go_on)
+            comptime if moves_in_bulk():
+                Self._barrier().arrive(1)
+        syncwarp()
+
+    @always_inline
+    def settle(mut self):
+        """All threads of the CTA call this, when the opening warp has decided and before the others do anything."""
+        comptime if not moves_in_bulk():
+            barrier()
+            self.open = Self._word()[0] != 0
+            self.decided = True
+
+    @always_inline
+    def passed(mut self) -> Bool:
+        """Wait for the decision; whole warps call this.
+
+        Returns:
+            Whether the launch may go on. What the opening warp has acquired is then acquired by the calling warp too.
+        """
+        if not self.decided:
+            comptime if moves_in_bulk():
+                Self._barrier().wait(0)
+            self.open = Self._word()[0] != 0
+            self.decided = True
+        return self.open

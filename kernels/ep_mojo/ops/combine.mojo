@@ -186,7 +186,7 @@ struct CombineWait:
             raw(shared_rows),
         )
         comptime wire = hidden * size_of[Scalar[shared_rows.dtype]]()
-        check_sums[layout, reduce](
+        check_sums[layout, reduce, slots == "expert"](
             s,
             output,
             wire,
@@ -326,7 +326,7 @@ struct Combine:
         )
         comptime wire = hidden * size_of[Scalar[rows.dtype]]()
         check_rows[layout, reduce](s, input, wire)
-        check_sums[layout, reduce](
+        check_sums[layout, reduce, slots == "expert"](
             s,
             output,
             wire,

@@ -205,7 +205,7 @@ struct DispatchWait:
             view(row_map),
             view(recv_num_tokens),
         )
-        check_output[F, layout](s, output)
+        check_output[F, layout, slots == "expert"](s, output)
         comptime if target == "gpu":
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
@@ -338,7 +338,7 @@ struct Dispatch:
             view(recv_num_tokens),
         )
         check_input[F, encoded, slots == "expert"](s, input)
-        check_output[F, layout](s, output)
+        check_output[F, layout, slots == "expert"](s, output)
         rank_slots_only[slots]()
         comptime if target == "gpu":
             check_aligned("x", input.tokens)

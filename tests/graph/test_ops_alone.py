@@ -5,6 +5,8 @@ tests/gpu runs these on a GPU too.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from graph import together
@@ -21,6 +23,7 @@ TWINS = ep.EPConfig(
     hidden_size=16, top_k=2, n_experts=8, max_tokens_per_rank=26, n_ranks=2, num_buffers=1, reduce="source"
 )
 """With either slot policy a communicator has inputs of the same types."""
+ONE = CFG.replace(n_ranks=1)
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -85,3 +88,40 @@ def test_a_graph_of_combine_alone_on_its_twin(together):
         with pytest.raises(ep.ShapeError, match="settings: slots = 1; allowed: 0"):
             twin.execute(model, *args)
         assert memory_digest(twin) == before
+
+
+def add_fused(module, comm=None):
+    """A rank alone in its graph, where MAX sees no difference between one that is virtual and one that is not."""
+    comm = comm or ep.Communicator.cpu(ONE)
+    kinds = [("bfloat16", ["T", ONE.hidden_size]), ("int32", ["T", ONE.top_k])]
+
+    def add(fused):
+        def body(ranks, values):
+            by_itself = [replace(rank, fused_allowed=True) for rank in ranks]
+            handles = ep.dispatch(by_itself if fused == "dispatch" else ranks, *values)
+            return ep.combine(by_itself if fused == "combine" else ranks, [h.tokens for h in handles], handles)
+
+        return graph_of(comm, f"fused_{fused}_alone", module, kinds, body)
+
+    return comm, {f"fused_{fused}_alone": add(fused) for fused in ("dispatch", "combine")}
+
+
+together.needed(add_fused)
+
+
+@pytest.fixture
+def fused(together):
+    """Communicator and graph by name."""
+    return together
+
+
+@pytest.mark.parametrize("half", ["dispatch", "combine"])
+def test_fused_ops_refuse_virtual_ranks(fused, half):
+    comm, model = fused[f"fused_{half}_alone"]
+    parts = ["combine_recv", "combine_count", *(["counters", "dispatch_recv"] if half == "dispatch" else [])]
+    before = memory_digest(comm, parts)
+    with pytest.raises(ep.OrderError, match="fused stages need ranks that run at the same time.*use dispatch_async"):
+        comm.execute(model, np.zeros((3, ONE.hidden_size), np.uint16), np.zeros((3, ONE.top_k), np.int32))
+    assert memory_digest(comm, parts) == before
+    comm.reset()
+    comm.check()

@@ -4,7 +4,12 @@ from ep_mojo import BF16, View, expert_slots_settings
 from ep_mojo.combine_tensors import CombineInput, CombineOutput
 from ep_mojo.dispatch_tensors import DispatchOutput
 from ep_mojo.layout import EXPERT_SLOTS_HEADER
-from ep_mojo.ops.checks import check_output, check_rows, check_sums
+from ep_mojo.ops.checks import (
+    check_output,
+    check_rows,
+    check_sums,
+    refuse_virtual,
+)
 from ep_mojo.settings import Settings
 from std.testing import TestSuite, assert_raises
 
@@ -104,6 +109,14 @@ def test_combine_wait_compares_slots() raises:
         check_sums["expert", "source", False](other, sums(), ROW, ROW, ROW)
     with assert_raises(contains="ShapeError: settings: slots = 0; allowed: 1"):
         check_sums["expert", "source", True](own, sums(), ROW, ROW, ROW)
+
+
+def test_fused_stages_refuse_virtual_ranks() raises:
+    var s = settings(expert_slots=False)
+    refuse_virtual(s)
+    s.virtual = True
+    with assert_raises(contains="OrderError: fused stages need ranks that run"):
+        refuse_virtual(s)
 
 
 def main() raises:

@@ -88,6 +88,22 @@ def check_same_format[F: TokenFormat](s: Settings) raises:
         require("settings: format_tag", s.format_tag, format_tag[F]())
 
 
+def refuse_virtual(s: Settings) raises:
+    """Virtual ranks cannot run fused stages, on any target.
+
+    Args:
+        s: The settings.
+
+    Raises:
+        OrderError: As text in front of the message.
+    """
+    if s.virtual:
+        raise Error(
+            "ep_mojo.OrderError: fused stages need ranks that run at the same time; with virtual ranks use"
+            " dispatch_async, dispatch_wait, combine_async and combine_wait"
+        )
+
+
 def check_messages[F: TokenFormat, expert_slots: Bool](s: Settings) raises:
     """Compare what a graph's messages are and where they lie with the communicator's.
 

@@ -16,7 +16,12 @@ from ..gpu import expert_slots_dispatch_async, expert_slots_dispatch_wait
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
-from .checks import check_aligned, check_input, check_output
+from .checks import (
+    check_aligned,
+    check_input,
+    check_output,
+    refuse_virtual,
+)
 from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
@@ -309,7 +314,7 @@ struct Dispatch:
             ctx: The device.
 
         Raises:
-            CorruptHeadError, ConfigMismatchError: As text in front of the message.
+            CorruptHeadError, ConfigMismatchError, OrderError: As text in front of the message.
         """
         var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
@@ -340,6 +345,7 @@ struct Dispatch:
         check_input[F, encoded, slots == "expert"](s, input)
         check_output[F, layout, slots == "expert"](s, output)
         rank_slots_only[slots]()
+        refuse_virtual(s)
         comptime if target == "gpu":
             check_aligned("x", input.tokens)
             comptime if encoded and F.scales_per_token % 4 == 0:

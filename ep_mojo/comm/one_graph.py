@@ -57,9 +57,9 @@ class OneGraphCommunicator(Communicator):
     def inputs(self) -> list[Buffer]:
         """See `Communicator.inputs`."""
         self._live()
-        if self._inputs is None:
-            self._inputs = self._make_inputs()
-        return self._inputs
+        if (found := self._inputs) is None:
+            self._inputs = found = self._make_inputs()
+        return found
 
     @property
     def session(self) -> InferenceSession:
@@ -98,13 +98,15 @@ class OneGraphCommunicator(Communicator):
             values = check_args(specs, args, arg_labels(len(args), self.cfg.n_ranks))
             before = self._before_run()
             loaded = model.model if isinstance(model, CompiledGraph) else model
+            memories = self.memories  # first, so that a destroy() meanwhile takes no memory from the ops
             buffers = [*make_buffers(specs, values), *self.inputs()]
-            memories = self.memories  # so that a destroy() meanwhile takes no memory from the ops
             try:
                 outputs = run_model(loaded, buffers)
             except Exception:
                 self._abort(memories, before)
                 raise
+            if self._state.destroyed:
+                self._settle()  # destroy() may have waited before this run came, and `memories` goes with the frame
             self._live()
             if check:
                 self._raise_recorded()

@@ -2,10 +2,14 @@
 
 On one GPU ranks are virtual: they share its queue, so the graph wrappers emit all sends before all waits. On several
 GPUs there is one rank on each; what one rank sends another reads while both run, and the fused ops can be used.
+
+Two runs on the same GPUs must come to all of them in one order: a launch takes a whole GPU and waits for its peers, so
+where one GPU has begun the first run and another the second, each waits for the other. One lock sees to that.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +26,10 @@ from .one_graph import OneGraphCommunicator
 if TYPE_CHECKING:
     from max.driver import Buffer, Device
     from max.graph import DeviceRef
+
+
+_ENQUEUEING = threading.Lock()
+"""Held by the communicator, of all on GPUs, that gives a run to its devices."""
 
 
 def synchronize(devices: Iterable[Device]) -> None:
@@ -85,6 +93,9 @@ class GPUCommunicator(OneGraphCommunicator):
 
     def _settle(self) -> None:
         self.synchronize()
+
+    def _enqueueing(self) -> threading.Lock:
+        return _ENQUEUEING
 
     def _release(self) -> None:
         super()._release()

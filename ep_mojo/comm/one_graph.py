@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..config import EPConfig
@@ -54,6 +55,10 @@ class OneGraphCommunicator(Communicator):
     def _settle(self) -> None:
         """Wait until the ranks' memory shows all that has been run."""
 
+    def _enqueueing(self) -> AbstractContextManager[object]:
+        """Held while a run is given to the devices."""
+        return nullcontext()
+
     def inputs(self) -> list[Buffer]:
         """See `Communicator.inputs`."""
         self._live()
@@ -84,7 +89,10 @@ class OneGraphCommunicator(Communicator):
         check: bool = True,
         as_buffers: bool = False,
     ) -> list[Any]:
-        """See `Communicator.execute`. One run serves all ranks; GPUs are waited for to check or to give arrays."""
+        """See `Communicator.execute`. One run serves all ranks; GPUs are waited for to check or to give arrays.
+
+        Runs of several communicators on GPUs are enqueued one after the other, whichever threads they come from.
+        """
         chosen = chosen_ranks(ranks, self.cfg.n_ranks)
         if len(chosen) != self.cfg.n_ranks:
             raise UnsupportedError(
@@ -101,7 +109,8 @@ class OneGraphCommunicator(Communicator):
             memories = self.memories  # first, so that a destroy() meanwhile takes no memory from the ops
             buffers = [*make_buffers(specs, values), *self.inputs()]
             try:
-                outputs = run_model(loaded, buffers)
+                with self._enqueueing():
+                    outputs = run_model(loaded, buffers)
             except Exception:
                 self._abort(memories, before)
                 raise

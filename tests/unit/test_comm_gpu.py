@@ -1,8 +1,9 @@
-"""When `Communicator.gpus` waits for its devices. No GPU is needed."""
+"""When `Communicator.gpus` waits for its devices, and when it keeps other communicators waiting. No GPU is needed."""
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -131,3 +132,50 @@ def test_destroy_right_after_the_addresses_were_taken(machine, monkeypatch):
     assert held == [True]
     gc.collect()
     assert machine.all_went_idle
+
+
+def test_runs_of_two_communicators_are_enqueued_one_after_the_other(machine):
+    """However they meet, all devices get them in one order."""
+    comms = [Communicator.gpus(CFG) for _ in range(2)]
+    inside, most = [], []
+    together = threading.Barrier(2)
+
+    def enqueue():
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.01)
+        inside.pop()
+
+    def use(comm):
+        together.wait()
+        for _ in range(5):
+            run(comm, machine, enqueue)
+
+    threads = [threading.Thread(target=use, args=[comm]) for comm in comms]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 10
+
+
+def test_a_run_that_raises_lets_others_go_on(machine, monkeypatch):
+    comms = [Communicator.gpus(CFG) for _ in range(2)]
+    monkeypatch.setattr(gpu_module.GPUCommunicator, "_abort", lambda self, memories, before: None)
+
+    def fail():
+        raise ValueError("no such op")
+
+    with pytest.raises(ValueError, match="no such op"):
+        run(comms[0], machine, fail)
+    finished = threading.Thread(target=run, args=[comms[1], machine])
+    finished.start()
+    finished.join(10)
+    assert not finished.is_alive()
+    assert "take turns" in _refusal(comms[0])
+
+
+def _refusal(comm):
+    with comm._exclusive(), pytest.raises(OrderError) as caught:
+        comm.check()
+    return str(caught.value)

@@ -89,7 +89,9 @@ class _State:
 class Communicator(ABC):
     """The ranks of one expert-parallel group, and their windows. Made by one of the class methods.
 
-    One thread at a time may use a communicator. Use it as a context manager, or call `destroy`.
+    One thread at a time may use a communicator. Use it as a context manager, or call `destroy`. On GPUs `execute`
+    enqueues the runs of all communicators of this process one after the other, so that all GPUs get them in one order;
+    a program that runs or replays models past it must keep such an order itself.
 
     Attributes:
         cfg: The config.
@@ -352,7 +354,7 @@ class Communicator(ABC):
             raise OrderError(
                 "another thread is using this communicator",
                 allowed="one thread at a time",
-                remedy="use a lock, or a communicator for each thread",
+                remedy="use a lock, or a communicator for each thread; on GPUs their runs take turns",
             )
         try:
             yield

@@ -2,11 +2,16 @@
 
 On one GPU ranks are virtual: they share its queue, so the graph wrappers emit all sends before all waits. On several
 GPUs there is one rank on each; what one rank sends another reads while both run, and the fused ops can be used.
+
+Two runs on the same GPUs must come to all of them in one order: a launch takes a whole GPU and waits for its peers, so
+where one GPU has begun the first run and another the second, each waits for the other. One lock sees to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +26,16 @@ from .one_graph import OneGraphCommunicator
 if TYPE_CHECKING:
     from max.driver import Buffer, Device
     from max.graph import DeviceRef
+
+
+_ENQUEUEING = threading.Lock()
+"""Held by the communicator, of all on GPUs, that gives a run to its devices."""
+
+
+def synchronize(devices: Iterable[Device]) -> None:
+    """Wait until devices have done what they were given."""
+    for device in devices:
+        device.synchronize()
 
 
 class GPUCommunicator(OneGraphCommunicator):
@@ -39,6 +54,8 @@ class GPUCommunicator(OneGraphCommunicator):
         self.places = accelerators(devices, 1 if virtual else cfg.n_ranks)
         self.devices: list[Device] = self.places * cfg.n_ranks if virtual else self.places
         self.memories = [DeviceMemory(cfg, r, d) for r, d in enumerate(self.devices)]
+        # Without destroy(), too, no window goes while a kernel of any rank may write it.
+        self._before_windows_go = weakref.finalize(self, synchronize, self.places)
 
     def device_refs(self) -> list[DeviceRef]:
         """See `Communicator.device_refs`."""
@@ -48,8 +65,7 @@ class GPUCommunicator(OneGraphCommunicator):
 
     def synchronize(self) -> None:
         """Wait until all devices have done what they were given."""
-        for device in self.places:
-            device.synchronize()
+        synchronize(self.places)
 
     def _make_inputs(self) -> list[Buffer]:
         tables = [windows.settings_array(self.cfg, self.virtual), *windows.pointer_tables(self.memories)]
@@ -77,3 +93,10 @@ class GPUCommunicator(OneGraphCommunicator):
 
     def _settle(self) -> None:
         self.synchronize()
+
+    def _enqueueing(self) -> threading.Lock:
+        return _ENQUEUEING
+
+    def _release(self) -> None:
+        super()._release()
+        self._before_windows_go.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..config import EPConfig
@@ -54,12 +55,16 @@ class OneGraphCommunicator(Communicator):
     def _settle(self) -> None:
         """Wait until the ranks' memory shows all that has been run."""
 
+    def _enqueueing(self) -> AbstractContextManager[object]:
+        """Held while a run is given to the devices."""
+        return nullcontext()
+
     def inputs(self) -> list[Buffer]:
         """See `Communicator.inputs`."""
         self._live()
-        if self._inputs is None:
-            self._inputs = self._make_inputs()
-        return self._inputs
+        if (found := self._inputs) is None:
+            self._inputs = found = self._make_inputs()
+        return found
 
     @property
     def session(self) -> InferenceSession:
@@ -84,7 +89,10 @@ class OneGraphCommunicator(Communicator):
         check: bool = True,
         as_buffers: bool = False,
     ) -> list[Any]:
-        """See `Communicator.execute`. One run serves all ranks; GPUs are waited for to check or to give arrays."""
+        """See `Communicator.execute`. One run serves all ranks; GPUs are waited for to check or to give arrays.
+
+        Runs of several communicators on GPUs are enqueued one after the other, whichever threads they come from.
+        """
         chosen = chosen_ranks(ranks, self.cfg.n_ranks)
         if len(chosen) != self.cfg.n_ranks:
             raise UnsupportedError(
@@ -98,13 +106,16 @@ class OneGraphCommunicator(Communicator):
             values = check_args(specs, args, arg_labels(len(args), self.cfg.n_ranks))
             before = self._before_run()
             loaded = model.model if isinstance(model, CompiledGraph) else model
+            memories = self.memories  # first, so that a destroy() meanwhile takes no memory from the ops
             buffers = [*make_buffers(specs, values), *self.inputs()]
-            memories = self.memories  # so that a destroy() meanwhile takes no memory from the ops
             try:
-                outputs = run_model(loaded, buffers)
+                with self._enqueueing():
+                    outputs = run_model(loaded, buffers)
             except Exception:
                 self._abort(memories, before)
                 raise
+            if self._state.destroyed:
+                self._settle()  # destroy() may have waited before this run came, and `memories` goes with the frame
             self._live()
             if check:
                 self._raise_recorded()

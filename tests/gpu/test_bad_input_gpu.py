@@ -30,6 +30,7 @@ from graph.test_bad_input import (  # noqa: F401
     test_ops_refuse_another_reduce_mode,
     test_sizes_that_only_the_op_sees,
 )
+from graph.test_ops_alone import ONE, add_fused, test_fused_ops_refuse_virtual_ranks  # noqa: F401
 from graph.virtual import Play, Round, random_round
 from unit.cases import make_case
 
@@ -68,6 +69,14 @@ def stages():
         sizes += [stages_module.SendBack(8, "expert", reduce), stages_module.ReceiveBack(8, "expert", reduce)]
     sizes += [stages_module.ReceiveBack(8, ids="int64"), stages_module.ReceiveBack(8, reduce="source", ids="int64")]
     return stages_module.compile_all(sizes, gpu=True)
+
+
+@pytest.fixture(scope="module")
+def fused(make):
+    """A fused dispatch and a fused combine, compiled for a rank that has a GPU to itself."""
+    with make(ONE) as comm:
+        graphs = add_fused(None, comm)[1]
+        yield {name: (comm, model) for name, model in zip(graphs, comm.compile_all([*graphs.values()]), strict=True)}
 
 
 ARGUMENTS = {name: row for name, row in host.RUNNING.items() if name != "x-elsewhere"}

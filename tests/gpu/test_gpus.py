@@ -15,6 +15,7 @@ from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits, t
 FUSED = Variant("bf16", "expert", "expert", "fused")
 SPLIT = Variant("bf16", "expert", "expert", "split")
 BESIDE = Variant("bf16", "expert", "expert", "beside")
+EXPERT_SLOTS = Variant("bf16", "expert", "source", "split", "expert")
 MODES = pytest.mark.parametrize("variant", [FUSED, SPLIT, BESIDE], ids=["fused", "split", "beside"])
 
 
@@ -37,13 +38,13 @@ def machine(request):
         pytest.skip(f"needs {R} GPUs, here are {gpu_count()}")
     chosen = VARIANTS if R in (2, 8) else [v for v in VARIANTS if v.fmt == "bf16" or v.layout == "expert"][::3]
     chosen = [*chosen, *(v for v in VARIANTS if v.slots == "expert" and v.fmt == "bf16")]
-    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, *chosen])]
+    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, EXPERT_SLOTS, *chosen])]
     module, made = Module(), Machine(R)
     graphs = {}
     for v in chosen:
         made.comms[v.name] = comm = ep.Communicator.gpus(v.config(R))
         graphs[v.name] = add_graph(module, v, comm)
-    for v in (FUSED, SPLIT, BESIDE):
+    for v in (FUSED, SPLIT, BESIDE, EXPERT_SLOTS):
         comm = made.comms[v.name]
         graphs[f"{v.name}_60"] = add_graph(module, v, comm, f"{v.name}_60", rounds=60)
         graphs[f"{v.name}_first"] = add_graph(module, v, comm, f"{v.name}_first", ranks_in_it=[0])
@@ -133,7 +134,9 @@ def test_a_captured_round_replays_with_other_tokens(machine, variant):
     model.release_captured_graph(7)
 
 
-@MODES
+@pytest.mark.parametrize(
+    "variant", [FUSED, SPLIT, BESIDE, EXPERT_SLOTS], ids=["fused", "split", "beside", "expert_slots"]
+)
 def test_a_rank_that_never_comes(machine, variant):
     """Rank 0 alone: PeerTimeoutError within the deadline, and after a reset the next round is right."""
     base = machine.comms[variant.name]

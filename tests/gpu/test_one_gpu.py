@@ -8,6 +8,7 @@ from graph.test_conformance import (  # noqa: F401
     test_round,
     test_tokens_that_are_quantised_already,
 )
+from graph.test_ops_alone import test_ops_refuse_windows_of_the_other_slot_policy  # noqa: F401
 from graph.test_order import (  # noqa: F401
     engine,
     test_a_buffer_that_a_peer_still_reads,

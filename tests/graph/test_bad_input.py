@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from graph import together
-from graph.building import CFG, IDS, ROWS, WEIGHTS, Building, x
+from graph.building import CFG, IDS, ROWS, WEIGHTS, Building, memory_digest, x
 from graph.stages import Engine
 from graph.virtual import Play, random_round
 
@@ -224,17 +223,6 @@ def good():
         "weights": [np.ones((4, 2), np.float32)] * 2,
         "num_tokens": [np.array([4], np.int32)] * 2,
     }
-
-
-def memory_digest(comm, parts=("counters", "dispatch_count", "combine_count", "dispatch_recv", "combine_recv")):
-    """A hash of all windows and counters."""
-    sha = hashlib.sha256()
-    for memory in comm.memories:
-        for part in parts:
-            on_device = part != "counters" and hasattr(memory, "window")
-            array = memory.window(part) if on_device else getattr(memory, part)
-            sha.update(np.ascontiguousarray(array).tobytes())
-    return sha.hexdigest()
 
 
 def with_rank1(name, value):

@@ -328,6 +328,38 @@ def play_failures(ctx: DeviceContext) raises:
         assert_equal(Int(offset), 0)
 
 
+def give_ids_of[top_k: Int](mut world: GPUWorld[BF16[H]], given: Round) raises:
+    """Send as rank 0 with `topk_ids` of another K."""
+    var ids = zeros[DType.int32](world.ctx, 2 * top_k)
+    var x = to_device[DType.bfloat16](world.ctx, given.x[0])
+    ep_dispatch_async_kernel_api[BF16[H], E, TM, R, 1, "gpu"](
+        TileTensor(world.counters[0], row_major(world.words)),
+        TileTensor(x, row_major(Coord(2, Idx[H]))),
+        TileTensor(ids, row_major(Coord(2, Idx[top_k]))),
+        TileTensor(world.none, row_major[R]()),
+        TileTensor(world.recv, row_major[R]()),
+        TileTensor(world.count, row_major[R]()),
+        world.ctx,
+    )
+    world.ctx.synchronize()
+    _ = x^
+    _ = ids^
+
+
+def play_other_top_k(ctx: DeviceContext) raises:
+    """A K that is not the head's is left alone, one that no rank has is refused; the next round is right."""
+    var world = GPUWorld[BF16[H]](ctx)
+    var given = Round([2, 2, 2], H, 5)
+    var before = to_host[DType.int32](world.counters[0], world.words)
+    give_ids_of[K - 1](world, given)
+    give_ids_of[K + 1](world, given)
+    give_ids_of[32](world, given)
+    with assert_raises(contains="choices of a token = 33; allowed: 1 to 32"):
+        give_ids_of[33](world, given)
+    assert_equal(to_host[DType.int32](world.counters[0], world.words), before)
+    play_bf16[True](world, [2, 2, 2], 5)
+
+
 def main() raises:
     var ctx = DeviceContext()
     var world = GPUWorld[BF16[H]](ctx)
@@ -338,4 +370,5 @@ def main() raises:
         play_bf16[True](world, [seed % 6, seed * 5 % 6, seed * 3 % 6], seed)
     play_fp8(ctx)
     play_failures(ctx)
-    print("12 rounds of bf16, one of fp8, two failures: all right")
+    play_other_top_k(ctx)
+    print("13 rounds of bf16, one of fp8, two failures, other K: all right")

@@ -15,6 +15,13 @@ from ep_mojo import (
     ep_dispatch_async_kernel_api,
     expert_slots_settings,
 )
+from ep_mojo.api.counters import ANY_RANK, is_mine
+from ep_mojo.api.settings import dispatch_hash, dispatch_settings
+from ep_mojo.api.target import check_top_k
+from ep_mojo.gpu.launch import Peers
+from ep_mojo.layout import HEAD_DISPATCH_HASH, HEAD_TOP_K
+from ep_mojo.peers import PeerTable
+from ep_mojo.signal import Head
 from virtual_world import (
     E,
     H,
@@ -240,6 +247,49 @@ def test_refusals() raises:
         )
     for i in range(len(world.count[0])):
         assert_equal(world.count[0][i], 0)
+
+
+def test_another_top_k_is_not_mine() raises:
+    """What a kernel of dispatch finds in the head: no hash covers K, and a wrong one would misread topk_ids."""
+    var world = World[BF16[H]]()
+    var counters = View[DType.int32](
+        Int(world.counters[1].unsafe_ptr()), len(world.counters[1])
+    )
+    var table = View[DType.uint64](Int(world.recv_ptrs.unsafe_ptr()), R)
+    for top_k in [K, 0, 1, K - 1, K + 1, 32, 33, 64]:
+        var peers = Peers(
+            dispatch_settings[BF16[H], E, TM, R](top_k),
+            dispatch_hash[BF16[H], E, TM, R](),
+            counters,
+            PeerTable(table),
+            PeerTable(table),
+            HEAD_DISPATCH_HASH,
+        )
+        assert_true(is_mine(peers, 1))
+        assert_equal(is_mine(peers, ANY_RANK, top_k), top_k == K)
+        assert_equal(is_mine(peers, 1, top_k), top_k == K)
+        assert_true(not is_mine(peers, 0, top_k))
+    Head(counters.bytes()).set_i32(HEAD_TOP_K, 33)
+    var peers = Peers(
+        dispatch_settings[BF16[H], E, TM, R](33),
+        dispatch_hash[BF16[H], E, TM, R](),
+        counters,
+        PeerTable(table),
+        PeerTable(table),
+        HEAD_DISPATCH_HASH,
+    )
+    assert_true(not is_mine(peers, 1, 33))
+    _ = world^
+
+
+def test_choices_that_no_rank_has() raises:
+    for top_k in [1, 32]:
+        check_top_k(top_k)
+    for top_k in [0, 33, 64]:
+        with assert_raises(contains="topk_ids: choices of a token = "):
+            check_top_k(top_k)
+        with assert_raises(contains="; allowed: 1 to 32; pass topk_ids"):
+            check_top_k(top_k)
 
 
 def main() raises:

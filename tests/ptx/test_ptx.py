@@ -143,6 +143,15 @@ def test_crews_meet_with_release_and_acquire(kernels):
         assert not re.search(r"bar(rier)?\.sync\s+[1-9%]", ptx), name
 
 
+@pytest.mark.parametrize("name", ["expert slots dispatch_wait", "expert slots combine_wait"])
+def test_a_cta_meets_before_it_asks_whether_its_threads_have_failed(kernels, name):
+    """All threads await words there, and thread 0 may be done first; it reads the record behind a barrier."""
+    behind = re.split(r"ld\.acquire\.sys\S*\.b64", kernels[name])[-1]
+    steps = re.findall(r"(bar)\.sync\s+0;|ld\.acquire\.sys\S*\.b32", behind)
+    text = "".join("m" if step else "r" for step in steps)  # meets, reads; at first within the wait
+    assert re.match(r"r*mrmm", text), text
+
+
 def test_a_fence_in_front_of_a_relaxed_store_is_allowed():
     body = ["st.global.b32 [%rd1], %r1;", "fence.acq_rel.sys;", "st.relaxed.sys.b64 [%rd2], %rd3;", "ret;"]
     ptx = "\n\t".join([".visible .entry k(\n)\n{", *body]) + "\n}\n"

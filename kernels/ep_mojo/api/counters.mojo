@@ -4,12 +4,15 @@ from layout import TileTensor
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 
 from ..gpu.launch import Peers
+from ..layout import HEAD_TOP_K, MAX_TOP_K
 from ..peers import View
 from ..setup import tile_view
 from ..signal import Head
 
 comptime ANY_RANK: Int32 = -1
 """`my_rank` where the head of the counters alone says which rank it is."""
+comptime ANY_TOP_K = -1
+"""`top_k` where a launch does not know K, or its hash covers it."""
 
 
 struct EPLocalSyncCounters[n_experts: Int](
@@ -61,17 +64,22 @@ struct EPLocalSyncCounters[n_experts: Int](
 
 
 @always_inline
-def is_mine(peers: Peers, my_rank: Int32) -> Bool:
-    """Whether the counters are those of a launch's parameters and rank.
+def is_mine(peers: Peers, my_rank: Int32, top_k: Int = ANY_TOP_K) -> Bool:
+    """Whether the counters are those of a launch's parameters, rank and K.
 
     Args:
         peers: The launch's side.
         my_rank: The rank that was given, or `ANY_RANK`.
+        top_k: K of the tensor that was given, or `ANY_TOP_K`.
 
     Returns:
         False for counters that must not be touched.
     """
     if not peers.valid():
         return False
-    var rank = Head(peers.counters.bytes()).my_rank()
-    return my_rank == ANY_RANK or Int(my_rank) == rank
+    var head = Head(peers.counters.bytes())
+    if my_rank != ANY_RANK and Int(my_rank) != head.my_rank():
+        return False
+    if top_k == ANY_TOP_K:
+        return True
+    return 1 <= top_k <= MAX_TOP_K and top_k == Int(head.i32(HEAD_TOP_K))

@@ -28,7 +28,13 @@ from .dispatch_kernels import (
     dispatch_wait_shape,
 )
 from .settings import dispatch_hash, dispatch_settings
-from .target import MAX_SMS, MAX_THREADS, check_ranks, check_target
+from .target import (
+    MAX_SMS,
+    MAX_THREADS,
+    check_ranks,
+    check_target,
+    check_top_k,
+)
 from .token_handler import TokenHandler
 
 
@@ -93,9 +99,11 @@ def ep_dispatch_async_kernel_api[
     var count = tile_view(recv_count_ptrs)
     comptime if target == "gpu":
         check_ranks[n_experts, n_gpus_per_node](recv, count)
+        var top_k = Int(topk_ids.dim(1))
+        check_top_k(top_k)
         var s = dispatch_settings[
             F, n_experts, max_token_per_rank, n_gpus_per_node
-        ](Int(topk_ids.dim(1)))
+        ](top_k)
         check_input[F, False, True](s, input)
         check_aligned("input_tokens", input.tokens)
         var shape = dispatch_async_shape[F](context, s, input.rows)

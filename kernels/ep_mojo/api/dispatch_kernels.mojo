@@ -1,7 +1,7 @@
 """The seed-named device functions of dispatch: stages of ExpertSlots as GPU kernels, for programs that launch them themselves.
 
 Launch them with a `Shape` from `dispatch_async_shape` or `dispatch_wait_shape`: at most `n_sms` CTAs, all resident, with that much dynamic shared memory. A
-launch whose counters were not made for these parameters and this rank does nothing, but for empty outputs. The host
+launch whose counters were not made for these parameters, this rank and this K does nothing, but for empty outputs. The host
 functions `ep_dispatch_*_kernel_api` with target "gpu" launch these.
 """
 
@@ -82,17 +82,16 @@ def dispatch_async_kernel[
     comptime hash = dispatch_hash[F, n_experts, max_tokens_per_rank, n_ranks]()
     var T = Int(input_tokens.dim(0))
     var ids = tile_view(topk_ids)
+    var top_k = Int(topk_ids.dim(1))
     var peers = Peers(
-        dispatch_settings[F, n_experts, max_tokens_per_rank, n_ranks](
-            Int(topk_ids.dim(1))
-        ),
+        dispatch_settings[F, n_experts, max_tokens_per_rank, n_ranks](top_k),
         hash,
         ep_counters.counters,
         PeerTable(recv_buf_ptrs),
         PeerTable(recv_count_ptrs),
         HEAD_DISPATCH_HASH,
     )
-    if not is_mine(peers, my_rank):
+    if not is_mine(peers, my_rank, top_k):  # no hash covers K
         return
     var x = DispatchInput[DType.int32](
         tile_bytes(input_tokens),

@@ -1,9 +1,9 @@
-"""What all seed-named functions refuse: at compile time what is missing, and tables that are not for R ranks."""
+"""What seed-named functions refuse: at compile time what is missing, tables that are not for R ranks, and too many choices."""
 
 from max.gpu import WARP_SIZE
 
 from ..gpu.shared_memory import MAX_WARPS
-from ..layout import MAX_EXPERTS
+from ..layout import MAX_EXPERTS, MAX_TOP_K
 from ..ops.checks import require
 from ..peers import MAX_RANKS, View
 
@@ -57,3 +57,22 @@ def check_ranks[
     comptime assert 1 <= n_experts <= MAX_EXPERTS, "n_experts: 1 to 2048"
     require("recv_ptrs: elements", recv_ptrs.size, n_ranks)
     require("recv_count_ptrs: elements", recv_count_ptrs.size, n_ranks)
+
+
+def check_top_k(top_k: Int) raises:
+    """Refuse a number of choices that no rank has.
+
+    Args:
+        top_k: K of `topk_ids`.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise Error(
+            "ep_mojo.ShapeError: topk_ids: choices of a token = ",
+            top_k,
+            "; allowed: 1 to ",
+            MAX_TOP_K,
+            "; pass topk_ids [T, K] with the K of the counters",
+        )

@@ -6,7 +6,7 @@ k ascending. Why the order holds: `expert_launch.mojo`.
 
 from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
 from max.gpu.host import DeviceContext, FuncAttribute
-from max.gpu.sync import syncwarp
+from max.gpu.sync import barrier, syncwarp
 from std.bit import count_trailing_zeros
 from std.utils import IndexList
 
@@ -72,6 +72,7 @@ def receive_back[
         for e in range(Int(thread_idx.x), s.n_experts, Int(block_dim.x)):
             if not rows_arrived(ep, waiter, epoch, e):
                 break
+        barrier()  # any thread may have failed; thread 0 must not look before
         if may_go_on(ep.head):
             _sum_tokens[
                 dtype,

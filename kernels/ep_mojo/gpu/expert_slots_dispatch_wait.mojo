@@ -183,16 +183,17 @@ def _gather_blocks(
     """Await all blocks; the whole CTA calls this. False when the rank has failed."""
     var R = ep.s.n_ranks
     for b in range(Int(thread_idx.x), blocks.n, Int(block_dim.x)):
-        var messages = message_count(
-            ep, waiter, epoch, expert=b // R, source=b % R
-        )
+        var r = b % R  # b is (expert, source); a record names the source
+        var messages = message_count(ep, waiter, epoch, expert=b // R, source=r)
         if messages == NO_SIGNAL:
             break
-        var extra = in_launch(ep, waiter, epoch, expert_rows(ep.s), b)
+        var words = expert_rows(ep.s) + 2 * (b - r)  # of the expert
+        var extra = in_launch(ep, waiter, epoch, words, r)
         if extra == NO_SIGNAL:
             break
         blocks.messages[b] = Int32(messages)
         blocks.extra[b] = Int32(extra)
+    barrier()  # any thread may have failed; thread 0 must not look before
     return may_go_on(ep.head)
 
 

@@ -88,6 +88,44 @@ def check_same_format[F: TokenFormat](s: Settings) raises:
         require("settings: format_tag", s.format_tag, format_tag[F]())
 
 
+def refuse_virtual(s: Settings) raises:
+    """Virtual ranks cannot run fused stages, on any target.
+
+    Args:
+        s: The settings.
+
+    Raises:
+        OrderError: As text in front of the message.
+    """
+    if s.virtual:
+        raise Error(
+            "ep_mojo.OrderError: fused stages need ranks that run at the same time; with virtual ranks use"
+            " dispatch_async, dispatch_wait, combine_async and combine_wait"
+        )
+
+
+def check_messages[F: TokenFormat, expert_slots: Bool](s: Settings) raises:
+    """Compare what a graph's messages are and where they lie with the communicator's.
+
+    Parameters:
+        F: The graph's format.
+        expert_slots: The graph's slot policy.
+
+    Args:
+        s: The settings.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    comptime header = EXPERT_SLOTS_HEADER if expert_slots else 0
+    require("settings: hidden_size", s.hidden_size, F.hidden_size)
+    require("settings: slots", Int(s.expert_slots), Int(expert_slots))
+    require(
+        "settings: message_bytes", s.message_bytes, F.message_bytes + header
+    )
+    check_same_format[F](s)
+
+
 def check_input[
     F: TokenFormat, encoded: Bool, expert_slots: Bool
 ](s: Settings, x: DispatchInput) raises:
@@ -106,13 +144,7 @@ def check_input[
         ShapeError: As text in front of the message.
     """
     comptime row = F.token_bytes if encoded else 2 * F.hidden_size
-    comptime header = EXPERT_SLOTS_HEADER if expert_slots else 0
-    require("settings: hidden_size", s.hidden_size, F.hidden_size)
-    require(
-        "settings: message_bytes", s.message_bytes, F.message_bytes + header
-    )
-    require("settings: slots", Int(s.expert_slots), Int(expert_slots))
-    check_same_format[F](s)
+    check_messages[F, expert_slots](s)
     require("x: bytes", x.tokens.size, x.rows * row)
     comptime if encoded:
         require(
@@ -125,13 +157,14 @@ def check_input[
 
 
 def check_output[
-    F: TokenFormat, layout: StaticString
+    F: TokenFormat, layout: StaticString, expert_slots: Bool
 ](s: Settings, out_: DispatchOutput) raises:
-    """What dispatch_wait writes.
+    """What dispatch_wait writes, and the window that it reads.
 
     Parameters:
         F: The format.
         layout: Output layout.
+        expert_slots: Slot policy.
 
     Args:
         s: The settings.
@@ -144,8 +177,7 @@ def check_output[
     var rows = out_.tokens.size // F.token_bytes
     var groups = s.n_ranks if by_rank else s.n_groups()
     var choices = s.n_ranks * s.max_tokens * s.top_k
-    require("settings: hidden_size", s.hidden_size, F.hidden_size)
-    check_same_format[F](s)
+    check_messages[F, expert_slots](s)
     require("tokens: bytes", out_.tokens.size, rows * F.token_bytes)
     comptime if layout == "expert_padded":
         require("tokens: rows", rows, groups * s.n_ranks * s.max_tokens)
@@ -189,7 +221,7 @@ def check_slots[layout: StaticString, reduce: StaticString](s: Settings) raises:
 def check_rows[
     layout: StaticString, reduce: StaticString
 ](s: Settings, x: CombineInput, row_bytes: Int) raises:
-    """What combine_async reads, and whether there is room for what it sends.
+    """What combine_async reads with RankSlots, and whether there is room for what it sends.
 
     Parameters:
         layout: Output layout of the dispatch.
@@ -204,6 +236,7 @@ def check_rows[
         ShapeError: As text in front of the message.
     """
     var choices = s.n_ranks * s.max_tokens * s.top_k
+    require("settings: slots", Int(s.expert_slots), 0)
     check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)
     require("rows: bytes", x.rows.size % row_bytes, 0)
@@ -236,7 +269,7 @@ def check_expert_rows(
 
 
 def check_sums[
-    layout: StaticString, reduce: StaticString
+    layout: StaticString, reduce: StaticString, expert_slots: Bool
 ](
     s: Settings,
     x: CombineOutput,
@@ -249,6 +282,7 @@ def check_sums[
     Parameters:
         layout: Output layout of the dispatch.
         reduce: Reduce mode.
+        expert_slots: Slot policy.
 
     Args:
         s: The settings.
@@ -260,6 +294,7 @@ def check_sums[
     Raises:
         ShapeError: As text in front of the message.
     """
+    require("settings: slots", Int(s.expert_slots), Int(expert_slots))
     check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)
     require("y: bytes", x.y.size, x.rows * out_bytes)

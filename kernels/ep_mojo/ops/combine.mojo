@@ -16,7 +16,13 @@ from ..gpu import expert_slots_combine_async, expert_slots_combine_wait
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_COMBINE_ASYNC, STAGE_COMBINE_WAIT
-from .checks import check_aligned, check_expert_rows, check_rows, check_sums
+from .checks import (
+    check_aligned,
+    check_expert_rows,
+    check_rows,
+    check_sums,
+    refuse_virtual,
+)
 from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
@@ -186,7 +192,7 @@ struct CombineWait:
             raw(shared_rows),
         )
         comptime wire = hidden * size_of[Scalar[shared_rows.dtype]]()
-        check_sums[layout, reduce](
+        check_sums[layout, reduce, slots == "expert"](
             s,
             output,
             wire,
@@ -304,7 +310,7 @@ struct Combine:
             ctx: The device.
 
         Raises:
-            CorruptHeadError, ConfigMismatchError: As text in front of the message.
+            CorruptHeadError, ConfigMismatchError, OrderError: As text in front of the message.
         """
         var s = read_settings[target, n_sms](settings, counters)
         var input = CombineInput(
@@ -326,7 +332,7 @@ struct Combine:
         )
         comptime wire = hidden * size_of[Scalar[rows.dtype]]()
         check_rows[layout, reduce](s, input, wire)
-        check_sums[layout, reduce](
+        check_sums[layout, reduce, slots == "expert"](
             s,
             output,
             wire,
@@ -334,6 +340,7 @@ struct Combine:
             hidden * size_of[Scalar[bias0.dtype]](),
         )
         rank_slots_only[slots]()
+        refuse_virtual(s)
         comptime if target == "gpu":
             check_aligned("rows", input.rows)
             var peers = gpu_peers(

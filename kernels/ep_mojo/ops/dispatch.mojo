@@ -16,7 +16,12 @@ from ..gpu import expert_slots_dispatch_async, expert_slots_dispatch_wait
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
-from .checks import check_aligned, check_input, check_output
+from .checks import (
+    check_aligned,
+    check_input,
+    check_output,
+    refuse_virtual,
+)
 from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
@@ -205,7 +210,7 @@ struct DispatchWait:
             view(row_map),
             view(recv_num_tokens),
         )
-        check_output[F, layout](s, output)
+        check_output[F, layout, slots == "expert"](s, output)
         comptime if target == "gpu":
             var peers = gpu_peers(
                 s, settings, counters, recv_ptrs, recv_count_ptrs
@@ -309,7 +314,7 @@ struct Dispatch:
             ctx: The device.
 
         Raises:
-            CorruptHeadError, ConfigMismatchError: As text in front of the message.
+            CorruptHeadError, ConfigMismatchError, OrderError: As text in front of the message.
         """
         var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
@@ -338,8 +343,9 @@ struct Dispatch:
             view(recv_num_tokens),
         )
         check_input[F, encoded, slots == "expert"](s, input)
-        check_output[F, layout](s, output)
+        check_output[F, layout, slots == "expert"](s, output)
         rank_slots_only[slots]()
+        refuse_virtual(s)
         comptime if target == "gpu":
             check_aligned("x", input.tokens)
             comptime if encoded and F.scales_per_token % 4 == 0:

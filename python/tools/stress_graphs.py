@@ -63,7 +63,9 @@ CASES = (
     ),
     Case("fp8 fused", True, 32, sizes(7168, 8, 64, dispatch_format=FP8, tokens_per_signal=1, alignment=16)),
     Case("bf16 fused, 7 SMs", True, 32, sizes(7168, 8, 32, num_buffers=1, reduce="expert", n_sms=7)),
-    Case("bf16 fused, many tokens", True, 8, sizes(512, 4, 1500, reduce="expert", tokens_per_signal=1, num_buffers=1), 2),
+    Case(
+        "bf16 fused, many tokens", True, 8, sizes(512, 4, 1500, reduce="expert", tokens_per_signal=1, num_buffers=1), 2
+    ),
     Case("bf16 split, 16 SMs", False, 3, sizes(2880, 2, 64, n_sms=16, tokens_per_signal=3), 8),
 )
 FAULTY = Case("self-test", False, 4, sizes(256, 2, 16, dispatch_format=FP8, n_sms=8), 1)

@@ -10,8 +10,8 @@ A small data-flow analysis over the control-flow graph of each function. On some
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
 store at system scope while unfenced; an ordinary store to what may be shared memory, or a bulk load into it, while it
 may be read. And without looking at paths: any non-coherent or relaxed load, a release at a scope below the device, a
-bulk load of global memory without a proxy fence in front of it, fewer signals than the kernel has, arithmetic that
-flushes or approximates, and jumps that this analysis does not follow.
+bulk load of global memory without a proxy fence in front of it, an mbarrier at which threads meet without order, fewer
+signals than the kernel has, arithmetic that flushes or approximates, and jumps that this analysis does not follow.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ FORBIDDEN = {
     r"\bst\.release\.(cta|cluster)": "release at too small a scope",
     r"\batom\.relaxed\.gpu": "an arrival without acquire and release",
     r"\.(ftz|approx)\b|div\.full": "arithmetic that is not exact",
+    r"\bmbarrier\.\S*\.(relaxed|cluster\.shared)": "an mbarrier that orders nothing, or of other CTAs",
+    r"\bbar(rier)?\.sync\s+[1-9%]": "a barrier of some threads other than an mbarrier",
     r"\bbrx": "a jump that is not followed",
 }
 LABEL = re.compile(r"^([$\w]+):$")

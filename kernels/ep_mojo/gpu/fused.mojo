@@ -120,10 +120,10 @@ comptime AT_ONCE = 32 * 1024
 struct Roles(TrivialRegisterPassable):
     """Who does what in a fused dispatch.
 
-    The first R CTAs map; of the others some warps send, then mark what no row fills, while the rest copies. Half of them
-    send where each CTA has one token at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more
-    the links are no faster, and the rows come later. Where the budget is too small for all this, every warp sends first
-    and copies then.
+    The first R CTAs map; of the others some warps send, then mark what no row fills, while the rest copies. Half of
+    them send where each CTA has one token at most, otherwise as many as have `AT_ONCE` bytes of messages under way:
+    with more the links are no faster, and the rows come later. Where the budget is too small for all this, every warp
+    sends first and copies then.
     """
 
     var apart: Bool
@@ -169,8 +169,8 @@ struct Roles(TrivialRegisterPassable):
 
 
 struct SumRoles(TrivialRegisterPassable):
-    """Who does what in a fused combine: every warp sends, then sums; with more tokens than that takes two turns, the last
-    quarter of each CTA's warps only sums."""
+    """Who does what in a fused combine: every warp sends, then sums; with more tokens than two turns of that take, the
+    last quarter of each CTA's warps only sums."""
 
     var sends: Bool
     """Whether the warp sends."""

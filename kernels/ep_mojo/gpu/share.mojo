@@ -160,8 +160,8 @@ struct Crew(Movable):
 
     @always_inline
     def meet(mut self):
-        """Wait for the others: what each has done is then done for all, and ordinary stores to shared memory come before
-        bulk stores of it."""
+        """Wait for the others: what each has done is then done for all, and ordinary stores to shared memory come
+        before bulk stores of it."""
         comptime if moves_in_bulk():
             if self.size > 1:
                 order_for_bulk()

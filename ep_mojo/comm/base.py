@@ -156,7 +156,6 @@ class Communicator(ABC):
         Raises:
             DeviceError: MAX sees no such GPU.
             DeviceMemoryError: There is not enough memory on it for the windows.
-            UnsupportedError: slots="expert".
         """
         from .gpu import GPUCommunicator
 
@@ -173,7 +172,6 @@ class Communicator(ABC):
         Raises:
             DeviceError: Too few GPUs, or two that cannot reach each other's memory.
             DeviceMemoryError: There is not enough memory for the windows.
-            UnsupportedError: slots="expert".
         """
         from .gpu import GPUCommunicator
 

@@ -174,7 +174,7 @@ def _check_enough(count: int, there: int) -> None:
         return
     virtual, fewer = ("one_gpu", f"choose n_ranks up to {there}, ") if there else ("cpu", "")
     raise DeviceError(
-        f"needs {count} GPUs; MAX sees {there} here",
+        f"needs {count} GPU{'s' * (count > 1)}; MAX sees {there} here",
         field="n_ranks",
         value=count,
         allowed=f"up to {there}, a rank on each GPU" if there else "a machine with GPUs",

@@ -202,7 +202,9 @@ def check_gpus() -> Check:
         return Check("gpus", "note", "none; the CPU is used")
     tried = next((words for start, words in TRIED.items() if architecture.startswith(start)), "")
     detail = f"{count} x {architecture} ({api}), {tried or 'an architecture that was never tried'}"
-    remedy = "" if tried else "see whether it compiles and runs: python python/tools/gpu_check.py in the checkout"
+    remedy = (
+        "" if tried else "see whether it compiles and runs: .venv/bin/python python/tools/gpu_check.py in the checkout"
+    )
     if apart != "-":
         detail += f"; no peer access: {_first(apart.split(','))}"
         remedy = "Communicator.gpus needs GPUs that reach one another: nvidia-smi topo -p2p r shows which do"

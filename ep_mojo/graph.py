@@ -199,7 +199,8 @@ def combine_async(
 
     Args:
         ranks: From `comm.bind`.
-        ys: Expert rows, of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`.
+        ys: Expert rows, of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`; quantised rows of a
+            handle multiplied by their scales first.
         handles: From `dispatch` or `dispatch_wait`; any earlier handle of these ranks will do.
         reduce: "expert" or "source"; None: the config's, or "expert".
         n_sms: See `dispatch_async`.

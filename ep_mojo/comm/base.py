@@ -202,10 +202,10 @@ class Communicator(ABC):
             driver.set_virtual_device_api("cuda")
             driver.set_virtual_device_target_arch("sm_90a")
             comm = ep.Communicator.planned(cfg)
-            session = InferenceSession(devices=[CPU(), *(Accelerator(r) for r in range(R))])
-            session.compile(graph_for(comm)).export_mef("layer.mef")
+            session = InferenceSession(devices=[CPU(), *map(Accelerator, range(R))], export_mefs="mefs")
+            session.load(my_graph(comm))
 
-        docs/gpus.md, "Compiling ahead", shows how to run the file on a machine with GPUs.
+        docs/gpus.md, "Compiling ahead", shows how to run what is then in the folder "mefs", where there are GPUs.
 
         Args:
             cfg: The config.

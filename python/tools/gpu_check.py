@@ -41,6 +41,7 @@ def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
         "one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600),
         "Mojo program": (pytest("tests/gpu/test_mojo_program.py"), 600),
         "shapes, one GPU": (pytest(shapes, "-k", "virtual_ranks"), 900),
+        "program of docs/gpus.md": (pytest("tests/gpu/test_page_program.py"), 900),
         "bad input, one GPU": (pytest(f"{bad}.py"), 600),
     }
     several = {

@@ -120,6 +120,7 @@ def _with_options(program: str, error: EPError) -> str:
         return text
     if error.field in SAME_NAME:
         text = re.sub(rf"^(?={error.field} = )|(?<=choose )(?={error.field} in )", "--", text)
+    text = re.sub(r", or None for the default\b", ", or leave it out", text)
     text = re.sub(r" or use BF16\(\)", "" if program == "bench" else " or use --format bf16", text)
     names = FILE_SIZES if program == "run" else OPTIONS
     return re.sub(rf"(?<![\w/.-])({'|'.join(names)})(?![\w/-]|\.\w)", lambda found: names[found[1]], text)
@@ -208,7 +209,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _counts(text: str) -> list[int]:
     """Numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}. Allowed: one number, or on GPUs several with commas, as in 128,4096"
+        ) from None
 
 
 def fill_bench_defaults(args: argparse.Namespace) -> None:

@@ -34,8 +34,17 @@ LOW_DISK = 1 * GIB
 GPU_PROBE = """
 from max import driver
 count = driver.accelerator_count()
-print(count, driver.accelerator_api() if count else "-", driver.accelerator_architecture_name() if count else "-")
+gpus = [driver.Accelerator(i) for i in range(count)]
+apart = [f"{a.id}-{b.id}" for a in gpus for b in gpus if a.id != b.id and not a.can_access(b)]
+names = (driver.accelerator_api(), driver.accelerator_architecture_name()) if count else ("-", "-")
+print(count, *names, ",".join(apart) or "-")
 """
+TRIED = {
+    "sm_90": "tested on H100 and H200",
+    "sm_100": "only compiled for this architecture, not tested on one",
+    "gfx942": "only compiled for this architecture, not tested on one",
+}
+"""By the beginning of an architecture's name: what README.md, "Support", says of it."""
 
 
 @dataclass
@@ -182,16 +191,26 @@ def check_memory() -> Check:
 
 
 def check_gpus() -> Check:
-    """GPUs that MAX sees. Having none is no fault: everything runs on the CPU."""
+    """GPUs that MAX sees, whether they reach one another, and whether their kind was tested. None is no fault."""
     if importlib.util.find_spec("max") is None:
         return Check("gpus", "note", "not looked for: MAX is missing")
     text, problem = _run_python(GPU_PROBE)
     if problem:
         return Check("gpus", "note", f"MAX could not look for them: {problem}", "only needed to run on GPUs")
-    count, api, architecture = text.split()[-3:]
+    count, api, architecture, apart = text.split()[-4:]
     if count == "0":
         return Check("gpus", "note", "none; the CPU is used")
-    return Check("gpus", "ok", f"{count} x {architecture} ({api})")
+    tried = next((words for start, words in TRIED.items() if architecture.startswith(start)), "")
+    detail = f"{count} x {architecture} ({api}), {tried or 'an architecture that was never tried'}"
+    remedy = (
+        "" if tried else "see whether it compiles and runs: .venv/bin/python python/tools/gpu_check.py in the checkout"
+    )
+    if apart != "-":
+        detail += f"; no peer access: {_first(apart.split(','))}"
+        remedy = "Communicator.gpus needs GPUs that reach one another: nvidia-smi topo -p2p r shows which do"
+    elif count != "1":
+        detail += "; all pairs reach each other"
+    return Check("gpus", "ok" if tried and apart == "-" else "note", detail, remedy)
 
 
 def optional_checks() -> list[Check]:
@@ -306,6 +325,12 @@ def _run_python(code: str) -> tuple[str, str]:
     if done.returncode == 0:
         return done.stdout, ""
     return done.stdout, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
+def _first(names: list[str], most: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _memory() -> tuple[int | None, int]:

@@ -66,7 +66,13 @@ class DeviceError(EPError, RuntimeError):
 
 
 class CapacityError(EPError, RuntimeError):
-    """More rows arrived than the output holds. Raise `max_rows` (None = worst case), then call `comm.reset()`."""
+    """More rows arrived than the output holds. Raise `max_rows` (None = worst case), then call `comm.reset()`.
+
+    Attributes:
+        rows: How many arrived at the rank, 0 where it is not known.
+    """
+
+    rows: int = 0
 
 
 class OrderError(EPError, RuntimeError):

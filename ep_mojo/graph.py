@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 from .config import EPConfig
 from .errors import DeviceError
 from .formats import BF16, BlockwiseFP8, CustomFormat, check_int
-from .graph_checks import check_budget, check_combine, check_dispatch, check_length, check_lists, check_wait
+from .graph_checks import (
+    check_budget,
+    check_combine,
+    check_dispatch,
+    check_graph_values,
+    check_list,
+    check_lists,
+    check_pending,
+    check_ranks,
+    check_results,
+    check_wait,
+)
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
@@ -94,7 +105,8 @@ def dispatch_async(
         One `PendingDispatch` a rank.
 
     Raises:
-        ShapeError, DTypeError, UnsupportedError: An argument does not fit the config; nothing is added to the graph.
+        ShapeError, DTypeError, UnsupportedError: An argument does not fit the config, or is no list of graph values;
+            nothing is added to the graph.
         DeviceError: An argument is not on its rank's device; nothing is added to the graph.
         ConfigError: n_sms is out of range.
     """
@@ -121,7 +133,7 @@ def dispatch_wait(
     Raises:
         ShapeError, ConfigError: An argument does not fit.
     """
-    check_length(ranks, pending=pending)
+    check_pending(ranks, pending, PendingDispatch)
     budget = check_budget(n_sms)
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
@@ -153,6 +165,7 @@ def dispatch(
     Raises:
         ShapeError, DTypeError, UnsupportedError, DeviceError, ConfigError: See `dispatch_async`.
     """
+    check_ranks(ranks)
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
         pending = dispatch_async(
             ranks,
@@ -186,7 +199,8 @@ def combine_async(
 
     Args:
         ranks: From `comm.bind`.
-        ys: Expert rows, of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`.
+        ys: Expert rows, of the shape of `handle.tokens` with H channels, in `cfg.combine_dtype`; quantised rows of a
+            handle multiplied by their scales first.
         handles: From `dispatch` or `dispatch_wait`; any earlier handle of these ranks will do.
         reduce: "expert" or "source"; None: the config's, or "expert".
         n_sms: See `dispatch_async`.
@@ -231,7 +245,7 @@ def combine_wait(
     Raises:
         ShapeError, DTypeError, UnsupportedError, DeviceError, ConfigError: An argument does not fit.
     """
-    check_length(ranks, pending=pending)
+    check_pending(ranks, pending, PendingCombine)
     check_lists(ranks, weights=weights, bias0=bias0, bias1=bias1)
     ys, budget = [], check_budget(n_sms)
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
@@ -265,6 +279,7 @@ def combine(
     Raises:
         ShapeError, DTypeError, ConfigError, UnsupportedError, DeviceError: See the two halves.
     """
+    check_ranks(ranks)
     if not all(rank.fused_allowed for rank in ranks) or any(rank.cfg.slots == "expert" for rank in ranks):
         pending = combine_async(ranks, ys, handles, reduce=reduce, n_sms=n_sms)
         return combine_wait(ranks, pending, weights=weights, bias0=bias0, bias1=bias1, n_sms=n_sms)
@@ -299,7 +314,7 @@ def beside(
         inputs: What the work takes, all ranks' in any order, some on each rank's device. Where the ops beside it wait
             for something that comes later (`topk_ids`), pass that too; else the work begins long before them.
         body: Called with the same number of values; returns the results.
-        result_types: Their types.
+        result_types: Their types, a list.
         head_start_us: Microseconds, 0 to 10,000. A replayed device graph starts both queues at once, and a kernel that
             comes first may take all SMs; 0 = none.
 
@@ -307,13 +322,17 @@ def beside(
         The results.
 
     Raises:
-        ShapeError, DeviceError: No ranks, or no input on a rank's device.
+        ShapeError, DTypeError, DeviceError: No ranks, no input on a rank's device, an input that is no graph value, or
+            results that are not as many as result_types, or not of these types.
         ConfigError: head_start_us is out of range.
     """
     from max.dtype import DType
     from max.graph import BufferType, ops
 
-    check_length(ranks)
+    check_ranks(ranks)
+    check_list("inputs", inputs, "a list of graph values", "pass what the work of every rank takes, as a list")
+    check_graph_values("inputs", inputs, optional=False)
+    check_list("result_types", result_types, "a list of TensorType", "pass [v.type for v in ...]")
     us = check_int("head_start_us", head_start_us, 0, 10_000)
     places = list(dict.fromkeys(rank.device for rank in ranks))
     missing = [str(place) for place in places if place not in [v.device for v in inputs]]
@@ -325,14 +344,14 @@ def beside(
             remedy="pass what the work of every rank takes",
         )
     if all(place.is_cpu() for place in places):
-        return list(body(*inputs))
+        return check_results(body(*inputs), result_types)
 
     def with_head_start(*values: TensorValue) -> Sequence[TensorValue]:
         for place in places if us else []:
             after = next(v for v in values if v.device == place)
             scratch = ops.buffer_create(BufferType(DType.int32, [1], place))
             ops.inplace_custom("ep_mojo_head_start", place, [scratch, after], parameters={"microseconds": us})
-        return body(*values)
+        return check_results(body(*values), result_types)
 
     return ops.side_stream(inputs, with_head_start, result_types=result_types)
 
@@ -446,6 +465,7 @@ def _dispatch_calls(
 ) -> list[tuple[list[TensorValue], PendingDispatch]]:
     check_lists(
         ranks,
+        ("xs", "topk_ids"),
         xs=xs,
         topk_ids=topk_ids,
         weights=weights,

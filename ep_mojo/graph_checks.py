@@ -5,7 +5,7 @@ A symbolic dimension may be anything until the graph runs; what it turns out to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import MAX_SMS, EPConfig
@@ -14,23 +14,65 @@ from .formats import BF16, BlockwiseFP8, check_int
 from .handle import Handle, graph_dtype
 
 if TYPE_CHECKING:
-    from max.graph import TensorValue
+    from max.graph import TensorType, TensorValue
 
     from .comm.base import Rank
 
 
-def check_length(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
-    """Raise `ShapeError` unless there are ranks, and every list that is given has one value for each."""
-    if not ranks:
-        raise ShapeError(field="ranks", value=0, allowed="at least one rank", remedy="pass comm.bind(...)")
+def check_length(ranks: Sequence[Rank], needed: Sequence[str] = (), **lists: Sequence | None) -> None:
+    """Raise unless `ranks` are ranks, and every list that is given or `needed` is one, with an entry for each rank.
+
+    Raises:
+        ShapeError: No ranks, or a list of another length.
+        DTypeError: Not a list.
+    """
+    check_ranks(ranks)
+    allowed = f"{len(ranks)}: one for each rank of the graph"
     for name, values in lists.items():
-        if values is not None and len(values) != len(ranks):
+        if values is None and name not in needed:
+            continue
+        check_list(name, values, f"a list of {allowed}", "pass a list with one value a rank")
+        if len(values) != len(ranks):
             raise ShapeError(
                 field=name,
                 value=f"{len(values)} values",
-                allowed=f"{len(ranks)}: one for each rank of the graph",
+                allowed=allowed,
                 remedy="pass a list with one value a rank",
             )
+
+
+def check_list(name: str, values: Any, allowed: str, remedy: str) -> None:
+    """Raise `DTypeError` unless `values` is a list or a tuple: one graph value is none, nor is a communicator."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise DTypeError(field=name, value=_named(values), allowed=allowed, remedy=remedy)
+
+
+def check_ranks(ranks: Any) -> None:
+    """Raise `DTypeError` unless `ranks` is a list of ranks, `ShapeError` where it is empty."""
+    from .comm.base import Rank
+
+    allowed, remedy = "the list that comm.bind(...) gives", "pass comm.bind(graph.inputs[-comm.num_inputs:])"
+    check_list("ranks", ranks, allowed, remedy)
+    if not ranks:
+        raise ShapeError(field="ranks", value=0, allowed="at least one rank", remedy="pass comm.bind(...)")
+    for rank in ranks:
+        if not isinstance(rank, Rank):
+            raise DTypeError(field="ranks", value=[_named(r) for r in ranks], allowed=allowed, remedy=remedy)
+
+
+def check_graph_values(name: str, values: Sequence | None, optional: bool = True) -> None:
+    """Raise `DTypeError` unless all of a list are tensors of the graph, or None where they are optional."""
+    from max.graph import TensorValue
+
+    for i, value in enumerate(values or []):
+        if not isinstance(value, TensorValue) and not (optional and value is None):
+            remedy = f"give the graph an input for {name}, or make one of ops.constant(...)"
+            raise DTypeError(field=f"{name}[{i}]", value=_named(value), allowed="a tensor of the graph", remedy=remedy)
+
+
+def _named(value: Any) -> Any:
+    """What to show of a wrong argument: a number as it is, an object by its class."""
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
 
 
 def check_budget(n_sms: int | None) -> int:
@@ -61,9 +103,17 @@ def check_value(name: str, value: TensorValue, shape: list, dtypes: list[str]) -
         )
 
 
-def check_lists(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
-    """`check_length`, then `check_places`: lists with one graph value for each rank, where the rank is."""
-    check_length(ranks, **lists)
+def check_lists(ranks: Sequence[Rank], needed: Sequence[str] = (), **lists: Sequence | None) -> None:
+    """`check_length`, then that all are graph values, then `check_places`.
+
+    Args:
+        ranks: From `comm.bind`.
+        needed: Names of lists that may not be None, nor have None in them.
+        lists: By name, a graph value for each rank, where the rank is; None: not given.
+    """
+    check_length(ranks, needed, **lists)
+    for name, values in lists.items():
+        check_graph_values(name, values, optional=name not in needed)
     check_places(ranks, **lists)
 
 
@@ -84,6 +134,50 @@ def check_places(ranks: Sequence[Rank], **lists: Sequence | None) -> None:
                     allowed=f"{rank.device}, where the rank is",
                     remedy=f"move it there: {name}[{rank.index}].to(...), or give the graph's input that device",
                 )
+
+
+def check_pending(ranks: Sequence[Rank], pending: Any, kind: type) -> None:
+    """Raise unless `pending` is what the `_async` half gave: one of this kind for each rank."""
+    check_length(ranks, ("pending",), pending=pending)
+    for p in pending:
+        if not isinstance(p, kind):
+            call = "dispatch_async" if kind.__name__ == "PendingDispatch" else "combine_async"
+            raise OrderError(
+                field="pending", value=type(p).__name__, allowed=f"what {call} gave", remedy=f"call {call} first"
+            )
+
+
+def check_results(found: Any, types: Sequence[TensorType]) -> list[TensorValue]:
+    """What the body of `beside` returned as a list, if these are its types.
+
+    Raises:
+        ShapeError: Not as many values as types, or one of another shape.
+        DTypeError: One is no graph value, or of another dtype.
+        DeviceError: One is on another device.
+    """
+    from max.graph import TensorValue
+
+    values = [found] if isinstance(found, TensorValue) or not isinstance(found, Iterable) else list(found)
+    remedy = "let body return one value for each of result_types, in that order"
+    if len(values) != len(types):
+        raise ShapeError(
+            field="results of body",
+            value=f"{len(values)} values",
+            allowed=f"{len(types)}: one for each of result_types",
+            remedy=remedy,
+        )
+    check_graph_values("results of body", values, optional=False)
+    for i, (value, wanted) in enumerate(zip(values, types, strict=True)):
+        for error, part in ((DTypeError, "dtype"), (ShapeError, "shape"), (DeviceError, "device")):
+            if getattr(value.type, part) != getattr(wanted, part):
+                raise error(
+                    f"another {part} than result_types[{i}]",
+                    field=f"results of body[{i}]",
+                    value=str(value.type),
+                    allowed=str(wanted),
+                    remedy=remedy,
+                )
+    return values
 
 
 def _may_be_equal(got: Any, want: Any) -> bool:
@@ -162,12 +256,13 @@ def check_combine(
         reduce: As given; None: the config's, or "expert".
 
     Raises:
-        ShapeError, DTypeError: A list is too short, or rows do not fit their handle.
+        ShapeError, DTypeError: No list or one that is too short, or rows do not fit their handle.
         OrderError: Not a handle.
         ConfigError: A handle of another config, or a reduce mode that the config does not have.
         DeviceError: Rows or a handle are not where their rank is.
     """
-    check_length(ranks, ys=ys, handles=handles)
+    check_length(ranks, ("ys", "handles"), ys=ys, handles=handles)
+    check_graph_values("ys", ys, optional=False)
     modes = []
     for rank, y, h in zip(ranks, ys, handles, strict=True):
         cfg = rank.cfg
@@ -186,6 +281,19 @@ def check_combine(
                 value=reduce,
                 allowed=repr(cfg.reduce) if cfg.reduce else '"expert" or "source"',
                 remedy="set EPConfig.reduce accordingly, or to None",
+            )
+        if (
+            y.dtype == h.tokens.dtype
+            and y.dtype.name != cfg.combine_dtype
+            and not isinstance(cfg.dispatch_format, BF16)
+        ):
+            raise DTypeError(
+                "rows as dispatch gave them, quantised",
+                field="ys",
+                value=y.dtype.name,
+                allowed=cfg.combine_dtype,
+                remedy="multiply them by h.scales, block by block, or decode a format of your own, then cast to "
+                f"{cfg.combine_dtype}: docs/gpus.md shows it. A cast alone gives wrong sums",
             )
         check_value("ys", y, [*h.tokens.shape[:-1], cfg.hidden_size], [cfg.combine_dtype])
         modes.append(mode)

@@ -38,7 +38,8 @@ class Handle:
     Attributes:
         cfg: The config.
         tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype, but on
-            the host float8 as uint8 bit patterns, because MAX has no float8 tensors there.
+            the host float8 as uint8 bit patterns, because MAX has no float8 tensors there. Quantised rows are to be
+            multiplied by their scales (docs/gpus.md): a cast alone makes combine's sums wrong.
         scales: [N, S] or, column-major, [S, N]; [0, 0] where the format has none.
         row_offsets: uint32. "expert" [G + 1], the aligned first row of each group; "expert_padded" [G + 1];
             "rank" [R + 1], the first row of each source rank.

@@ -30,13 +30,15 @@ def record_to_error(record: layout.Record, cfg: EPConfig) -> EPError:
         )
     if record.kind == layout.KIND_CAPACITY:
         name, allowed, fix = _capacity_words(cfg)
-        return CapacityError(
+        error = CapacityError(
             f"{where}: {record.value} rows arrived",
             field=name,
             value=record.limit,
             allowed=allowed.format(record.value),
             remedy=f"{fix}; then {RESET}",
         )
+        error.rows = record.value
+        return error
     if record.kind == layout.KIND_ORDER:
         return OrderError(_order_words(record, where, cfg), remedy=f"{_order_remedy(record, cfg)}; then {RESET}")
     if record.kind == layout.KIND_ABORTED:

@@ -20,7 +20,7 @@ import numpy as np
 from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_buffer
-from ..errors import ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError
+from ..errors import CapacityError, ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError, UnsupportedError
 from . import windows
 from .arguments import InputSpec, graph_specs, model_specs, place
 
@@ -97,6 +97,9 @@ class Communicator(ABC):
         cfg: The config.
         graph_ranks: Ranks that one graph holds.
         fused_allowed: Whether the fused ops can be used.
+
+    `one_gpu` and `gpus` also have `devices`, the `max.driver.Device` of each rank, for buffers that stay there, and
+    `synchronize()`, which waits for them without looking at the error records.
     """
 
     graph_ranks: int
@@ -111,6 +114,16 @@ class Communicator(ABC):
             )
         self.cfg = cfg
         self._state = _State()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Communicator:
+        """Refuse `Communicator(...)` by name; Python's own error names the abstract methods."""
+        if cls is Communicator:
+            raise UnsupportedError(
+                "a Communicator says where its ranks are, and so has no constructor",
+                allowed="Communicator.cpu, processes, one_gpu, gpus or planned",
+                remedy="call one of these with the config: Communicator.gpus(cfg)",
+            )
+        return super().__new__(cls)
 
     @staticmethod
     def cpu(cfg: EPConfig) -> Communicator:
@@ -156,7 +169,6 @@ class Communicator(ABC):
         Raises:
             DeviceError: MAX sees no such GPU.
             DeviceMemoryError: There is not enough memory on it for the windows.
-            UnsupportedError: slots="expert".
         """
         from .gpu import GPUCommunicator
 
@@ -171,17 +183,29 @@ class Communicator(ABC):
             devices: cfg.n_ranks GPUs, or their numbers; None: the first ones.
 
         Raises:
+            ConfigError, DTypeError: Not a config, or `devices` is no list.
             DeviceError: Too few GPUs, or two that cannot reach each other's memory.
             DeviceMemoryError: There is not enough memory for the windows.
-            UnsupportedError: slots="expert".
         """
         from .gpu import GPUCommunicator
 
-        return GPUCommunicator(cfg, range(cfg.n_ranks) if devices is None else devices, virtual=False)
+        return GPUCommunicator(cfg, devices, virtual=False)
 
     @staticmethod
     def planned(cfg: EPConfig, *, virtual: bool = False) -> Communicator:
         """Ranks on GPUs that are not there: to build graphs that are compiled here and run elsewhere.
+
+        It has no memory and no session: `device_refs`, `input_types` and `bind` work, `compile` and `execute` raise
+        `DeviceError`. Name the GPUs first, then compile with a session of your own:
+
+            driver.set_virtual_device_count(R)                     # max.driver, before anything else of MAX
+            driver.set_virtual_device_api("cuda")
+            driver.set_virtual_device_target_arch("sm_90a")
+            comm = ep.Communicator.planned(cfg)
+            session = InferenceSession(devices=[CPU(), *map(Accelerator, range(R))], export_mefs="mefs")
+            session.load(my_graph(comm))
+
+        docs/gpus.md, "Compiling ahead", shows how to run what is then in the folder "mefs", where there are GPUs.
 
         Args:
             cfg: The config.
@@ -291,10 +315,12 @@ class Communicator(ABC):
         Args:
             model: From `compile`; `Communicator.cpu` also takes a loaded MAX model.
             args: The graph's own inputs, kind by kind over all R ranks (x of rank 0, x of rank 1, ..., ids of rank 0,
-                ...), as NumPy arrays or host MAX buffers. bfloat16 and float8 as uint16 and uint8 bits, or ml_dtypes.
+                ...), as NumPy arrays or MAX buffers on their rank's device (`comm.devices`). bfloat16 and float8 as
+                uint16 and uint8 bits, or ml_dtypes.
             ranks: Run these ranks only (`Communicator.processes`); outputs of the others are None.
             check: Whether to raise the error that a rank recorded; False returns the outputs whatever happened.
-            as_buffers: Return MAX buffers (`Communicator.cpu`), not NumPy arrays.
+            as_buffers: Return MAX buffers, not NumPy arrays: `Communicator.cpu`, `one_gpu` and `gpus`, where they stay
+                on their GPU. With check=False nothing is waited for then.
 
         Returns:
             The outputs in the same order, as NumPy arrays; bfloat16 as uint16 bits, float8 as uint8 bits. In host
@@ -311,8 +337,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise the error that a rank recorded: of several the cause rather than its consequences, of the lowest rank.
+        """Wait for the ranks' devices, then raise the error that a rank recorded.
 
+        Of several the cause rather than its consequences, of the lowest rank; of `CapacityError`s that of the rank with
+        the most rows.
         The error's `by_rank` maps every rank that recorded one to its error.
         """
 
@@ -431,7 +459,7 @@ def raise_first(errors: dict[int, Exception]) -> None:
     """Raise the error that explains most; it carries all of them as `by_rank`. Nothing to raise: return."""
     if not errors:
         return
-    rank = min(errors, key=lambda r: (_weight(errors[r]), r))
+    rank = min(errors, key=lambda r: (_weight(errors[r]), -_rows(errors[r]), r))
     error = errors[rank]
     error.by_rank = dict(errors)  # type: ignore[attr-defined]
     raise error
@@ -442,3 +470,8 @@ def _weight(error: Exception) -> int:
     if not isinstance(error, PeerTimeoutError):
         return 0
     return 2 if getattr(error, "peer_failed", False) else 1
+
+
+def _rows(error: Exception) -> int:
+    """Rows that a `CapacityError` asks for: who has raised `max_rows` for one rank need not come back for the next."""
+    return error.rows if isinstance(error, CapacityError) else 0

@@ -6,6 +6,7 @@ is asked for, behind everything that the device's queue holds.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from .. import layout
 from ..config import EPConfig
-from ..errors import DeviceError, DeviceMemoryError
+from ..errors import DeviceError, DeviceMemoryError, DTypeError
+from .planned import COMPILING_AHEAD
 from .windows import PARTS, RankMemory, part_bytes, restart_counters
 
 if TYPE_CHECKING:
@@ -100,22 +102,42 @@ class DeviceMemory(RankMemory):
             self.device.synchronize()
 
 
-def accelerators(devices: Sequence[Device | int], count: int) -> list[Device]:
+def accelerators(devices: Sequence[Device | int] | None, count: int) -> list[Device]:
     """`count` different GPUs that can reach one another.
 
     Args:
-        devices: GPUs, or their numbers.
+        devices: GPUs, or their numbers; None: the first ones.
         count: How many there must be.
 
     Raises:
-        DeviceError: Too few or too many, one twice, none of that number, a host device, or no peer access.
+        DTypeError: Not a list of GPUs or numbers.
+        DeviceError: Too few or too many, one twice, none of that number, a host device, or no peer access; or GPUs that
+            are only virtual.
     """
-    from max.driver import Accelerator, accelerator_count, enable_all_peer_access
+    from max.driver import Accelerator, accelerator_count, enable_all_peer_access, is_virtual_device_mode
 
     there = accelerator_count()
+    if devices is None:
+        _check_enough(count, there)
+        devices = range(count)
+    if not isinstance(devices, Sequence) or isinstance(devices, (str, bytes)):
+        raise DTypeError(
+            field="devices",
+            value=devices if isinstance(devices, (int, str)) else type(devices).__name__,
+            allowed="a list of GPUs or of their numbers, one for each rank",
+            remedy=f"pass {list(range(count))}, or leave it out for the first {count}",
+        )
+    if is_virtual_device_mode():
+        raise DeviceError(
+            "these GPUs are virtual (set_virtual_device_count): graphs are compiled for them, nothing runs there",
+            field="devices",
+            value=[str(d) for d in devices],
+            allowed="GPUs of this machine",
+            remedy=f"use Communicator.planned to compile: {COMPILING_AHEAD}",
+        )
     found = []
     for d in devices:
-        index = d if isinstance(d, int) else getattr(d, "id", None)
+        index = operator.index(d) if hasattr(d, "__index__") else getattr(d, "id", None)
         if getattr(d, "is_host", False) or not isinstance(index, int) or not 0 <= index < there:
             raise DeviceError(
                 field="devices",
@@ -144,3 +166,18 @@ def accelerators(devices: Sequence[Device | int], count: int) -> list[Device]:
     if count > 1:
         enable_all_peer_access()
     return found
+
+
+def _check_enough(count: int, there: int) -> None:
+    """Raise `DeviceError` where there are fewer GPUs than ranks."""
+    if count <= there:
+        return
+    virtual, fewer = ("one_gpu", f"choose n_ranks up to {there}, ") if there else ("cpu", "")
+    raise DeviceError(
+        f"needs {count} GPU{'s' * (count > 1)}; MAX sees {there} here",
+        field="n_ranks",
+        value=count,
+        allowed=f"up to {there}, a rank on each GPU" if there else "a machine with GPUs",
+        remedy=f"see `python -m ep_mojo.doctor`; {fewer}use Communicator.{virtual} for virtual ranks, "
+        f"or compile ahead: {COMPILING_AHEAD}",
+    )

@@ -46,7 +46,7 @@ class GPUCommunicator(OneGraphCommunicator):
         places: The devices, each once.
     """
 
-    def __init__(self, cfg: EPConfig, devices: Sequence[Device | int], virtual: bool):
+    def __init__(self, cfg: EPConfig, devices: Sequence[Device | int] | None, virtual: bool):
         """See `Communicator.one_gpu` and `Communicator.gpus`."""
         super().__init__(cfg)
         self.fused_allowed = not virtual

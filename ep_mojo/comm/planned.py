@@ -12,6 +12,9 @@ from .base import Communicator
 if TYPE_CHECKING:
     from max.graph import DeviceRef
 
+COMPILING_AHEAD = 'docs/gpus.md, "Compiling ahead"'
+"""Where it is written how."""
+
 
 class PlannedCommunicator(Communicator):
     """R ranks on one GPU, or on one GPU each, without memory."""
@@ -35,7 +38,8 @@ class PlannedCommunicator(Communicator):
             field="devices",
             value="none",
             allowed="GPUs of this machine",
-            remedy="use Communicator.one_gpu or Communicator.gpus where there are GPUs",
+            remedy="compile with a session of your own for virtual devices, run with Communicator.gpus or one_gpu: "
+            + COMPILING_AHEAD,
         )
 
     def inputs(self) -> NoReturn:
@@ -43,7 +47,7 @@ class PlannedCommunicator(Communicator):
         self._refuse()
 
     def compile_all(self, graphs: Sequence[Any]) -> NoReturn:
-        """Not here: compile with a session of your own, and export what it gives."""
+        """Not here: compile with a session of your own, and export what it gives. See docs/gpus.md."""
         self._refuse()
 
     def execute(self, *args: Any, **kwargs: Any) -> NoReturn:

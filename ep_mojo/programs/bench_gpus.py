@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import __version__
 from ..comm import Communicator
-from ..config import EPConfig
+from ..config import MAX_SMS, EPConfig
 from ..errors import ConfigError, DeviceError
 from ..formats import check_int
 from . import files, measures, report
@@ -53,14 +53,15 @@ def main(args: argparse.Namespace) -> int:
     link = LINK_GB_S if args.link is None else args.link
     if not 0 < link < float("inf"):
         raise ConfigError(field="--link", value=link, allowed="GB/s above 0", remedy=f"leave it out for {LINK_GB_S:g}")
-    ranks = gpus_for(args.ranks)
-    cases = [
-        Round(ranks, tokens, fmt, args.mode != "split", args.hidden, args.experts, args.top_k)
-        for fmt in chosen_formats(args.formats)
-        for tokens in args.tokens
-    ]
-    configs = [case.config(args.sms or 0) for case in cases]  # raises before anything is compiled
+    if args.ranks is not None:
+        check_int("n_ranks", args.ranks, 2, 8, "a link needs two GPUs: choose --ranks from 2 to 8")
+    if args.sms is not None:
+        check_int("n_sms", args.sms, 1, MAX_SMS, "choose --sms in that range, or leave it out for all")
     check_int("top_k", args.top_k, 1, args.experts, "the benchmark gives a token K different experts: use K up to E")
+    formats = chosen_formats(args.formats)
+    chosen_cases(args, args.ranks or 1, formats)  # what is wrong with any number of GPUs comes before the look for them
+    ranks = gpus_for(args.ranks)
+    cases, configs = chosen_cases(args, ranks, formats)
     progress, rows = Progress(), []
     for case, cfg in zip(cases, configs, strict=True):
         with progress.step(case.name, f"{case.name}: compiling, checking, timing"):
@@ -82,6 +83,20 @@ def main(args: argparse.Namespace) -> int:
     return int(any(row["wrong"] for row in rows))
 
 
+def chosen_cases(args: argparse.Namespace, ranks: int, formats: Sequence[str]) -> tuple[list[Round], list[EPConfig]]:
+    """The rounds to time, and their configs.
+
+    Raises:
+        ConfigError: A size does not fit.
+    """
+    cases = [
+        Round(ranks, tokens, fmt, args.mode != "split", args.hidden, args.experts, args.top_k)
+        for fmt in formats
+        for tokens in args.tokens
+    ]
+    return cases, [case.config(args.sms or 0) for case in cases]
+
+
 def gpus_for(asked: int | None) -> int:
     """How many GPUs to use.
 
@@ -91,8 +106,6 @@ def gpus_for(asked: int | None) -> int:
     from max.driver import accelerator_count
 
     there = accelerator_count()
-    if asked is not None:
-        check_int("n_ranks", asked, 2, 8, "a link needs two GPUs: choose --ranks from 2 to 8")
     if there < (asked or 2):
         raise DeviceError(
             f"MAX sees {report.number_of(there, 'GPU')} here",

@@ -18,10 +18,12 @@ from ..dtypes import (
     to_buffer,
     to_numpy,
 )
-from ..formats import BF16, BlockwiseFP8
+from ..errors import DeviceError
+from ..formats import BF16, BlockwiseFP8, check_int
 from ..graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
 from ..kernels import kernel_library
 from ..reference.fp8 import quantize
+from .report import number_of
 
 REPLAYS = 50
 WARM_UP = 10
@@ -66,6 +68,28 @@ class Round:
             tokens_per_signal=1,
             n_sms=sms or None,
         )
+
+
+def gpus_to_use(asked: int = 0) -> int:
+    """How many GPUs a program uses: as many as asked for, or with 0 all that there are, 8 at most.
+
+    Raises:
+        DeviceError: There are fewer, or none.
+        ConfigError: Fewer than 0, or more than 8, are asked for.
+    """
+    from max.driver import accelerator_count
+
+    there = accelerator_count()
+    check_int("--ranks", asked, 0, 8, "choose --ranks from 1 to 8, or leave it out for all")
+    if there < max(asked, 1):
+        raise DeviceError(
+            f"MAX sees {number_of(there, 'GPU')} here",
+            field="--ranks",
+            value=asked or "all",
+            allowed=f"up to {there}" if there else "a machine with GPUs",
+            remedy="see `python -m ep_mojo.doctor`" + ("; ask for fewer --ranks" if there else ""),
+        )
+    return asked or min(there, 8)
 
 
 def add_round(case: Round, comm: Communicator, *, part: str = "round", module: Any = None) -> Any:

@@ -18,13 +18,13 @@ BARS = (
 )
 
 
-def require_matplotlib() -> None:
-    """Raise `MissingDependencyError` unless matplotlib is installed."""
+def require_matplotlib(what: str = "--plot") -> None:
+    """Raise `MissingDependencyError` unless matplotlib is installed. `what` needs it."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "--plot needs matplotlib, which this Python does not have", remedy=f"{PIP} matplotlib"
+            f"{what} needs matplotlib, which this Python does not have", remedy=f"{PIP} matplotlib"
         ) from error
 
 

@@ -17,13 +17,24 @@ import collections
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ep_mojo.programs.gpu_round import ERROR_LIMIT, Round, add_round, draw, error_of, on_devices, replay_times
+from ep_mojo.errors import EPError
+from ep_mojo.programs.gpu_round import (
+    ERROR_LIMIT,
+    Round,
+    add_round,
+    draw,
+    error_of,
+    gpus_to_use,
+    on_devices,
+    replay_times,
+)
 
 
 @dataclass(frozen=True)
@@ -38,22 +49,51 @@ class Case(Round):
         return f"{self.system}_{super().name}"
 
 
-def arguments() -> argparse.Namespace:
+def words(*allowed: str) -> Callable[[str], list[str]]:
+    """Reads some of these words, with commas between them."""
+
+    def read(text: str) -> list[str]:
+        given = text.split(",")
+        if not set(given) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"{text!r}. Allowed: {', '.join(allowed)}, or several with commas")
+        return given
+
+    return read
+
+
+def numbers(text: str) -> list[int]:
+    """Reads whole numbers with commas between them."""
+    given = text.split(",")
+    if not all(n.isdecimal() and int(n) for n in given):
+        raise argparse.ArgumentTypeError(f"{text!r}. Allowed: whole numbers from 1 with commas, as in 128,4096")
+    return [int(n) for n in given]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=["run", "compile"])
     parser.add_argument("--mefs", help="folder of compiled graphs; what it lacks is compiled")
     parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all; compile: 8)")
-    parser.add_argument("--tokens", default="128,4096", help="tokens a rank (default: %(default)s)")
-    parser.add_argument("--formats", default="bf16,fp8", help="of bf16, fp8 (default: %(default)s)")
-    parser.add_argument("--modes", default="fused", help="of fused, split (default: %(default)s)")
-    parser.add_argument("--systems", default="ours,max", help="of ours, max (default: %(default)s)")
+    parser.add_argument("--tokens", type=numbers, default="128,4096", help="tokens a rank (default: %(default)s)")
+    parser.add_argument(
+        "--formats", type=words("bf16", "fp8"), default="bf16,fp8", help="of bf16, fp8 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--modes", type=words("fused", "split"), default="fused", help="of fused, split (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--systems", type=words("ours", "max"), default="ours,max", help="of ours, max (default: %(default)s)"
+    )
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--sms", type=int, default=0, help="SM budget of our ops (default: all)")
     parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
     parser.add_argument("--output", help="write the JSON here")
-    return parser.parse_args()
+    opts = parser.parse_args(argv)
+    if opts.phase == "compile" and not opts.mefs:
+        parser.error("compile writes its graphs to a folder and needs --mefs DIR; run --mefs DIR takes them from there")
+    return opts
 
 
 def builtin_config(case: Case) -> Any:
@@ -193,11 +233,19 @@ def measure(case: Case, session: Any, devices: list[Any], opts: argparse.Namespa
     return result
 
 
-def main() -> int:
-    opts = arguments()
+def main(argv: list[str] | None = None) -> int:
+    opts = arguments(argv)
+    try:
+        return run(opts, planned=opts.phase == "compile")
+    except EPError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def run(opts: argparse.Namespace, planned: bool) -> int:
+    """Compile all cases for GPUs that are planned, or measure them and print the table."""
     from max import driver
 
-    planned = opts.phase == "compile"
     if planned:
         driver.set_virtual_device_count(opts.ranks or 8)
         driver.set_virtual_device_api("cuda")
@@ -207,14 +255,14 @@ def main() -> int:
 
     import ep_mojo as ep
 
-    ranks = opts.ranks or (8 if planned else driver.accelerator_count())
+    ranks = (opts.ranks or 8) if planned else gpus_to_use(opts.ranks)
     devices = [Accelerator(i) for i in range(ranks)]
     cases = [
-        Case(ranks, int(tokens), fmt, mode == "fused", opts.hidden, opts.experts, opts.top_k, system)
-        for fmt in opts.formats.split(",")
-        for tokens in opts.tokens.split(",")
-        for mode in opts.modes.split(",")
-        for system in opts.systems.split(",")
+        Case(ranks, tokens, fmt, mode == "fused", opts.hidden, opts.experts, opts.top_k, system)
+        for fmt in opts.formats
+        for tokens in opts.tokens
+        for mode in opts.modes
+        for system in opts.systems
     ]
     results = []
     for case in cases:

@@ -32,8 +32,10 @@ from typing import Any
 
 import numpy as np
 
-from ep_mojo.programs.gpu_round import Round, draw, error_of, on_devices, replay_times
+from ep_mojo.errors import EPError
+from ep_mojo.programs.gpu_round import Round, draw, error_of, gpus_to_use, on_devices, replay_times
 from ep_mojo.programs.measures import git_commit
+from ep_mojo.programs.plot import require_matplotlib
 
 TIMELINE = Path(__file__).resolve().parent / "timeline"
 """A Mojo package with two ops that note the time."""
@@ -90,7 +92,7 @@ class Layer:
 ROUND, EXPERT, SEQUENCE = (Layer("fused"), Layer("", "after"), Layer("fused", "after"))
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=["run", "compile"])
     parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all; compile: 2)")
@@ -108,7 +110,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeline-sms", type=int, default=24, help="budget in the timeline (default: %(default)s)")
     parser.add_argument("--gpu", type=int, default=0, help="whose timeline (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE.json", help="write the figures here")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def layers(opts: argparse.Namespace) -> list[Layer]:
@@ -420,20 +422,30 @@ def show(times: dict[Layer, dict[str, float]], checks: dict[str, Any], title: st
     return {"layer": best.name, "how": how, "us": us, "faster": bool(us < after and us < both)}
 
 
-def main() -> int:
-    opts = arguments()
+def main(argv: list[str] | None = None) -> int:
+    opts = arguments(argv)
+    try:
+        return measure_all(opts) if opts.phase == "run" else plan(opts)
+    except EPError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def plan(opts: argparse.Namespace) -> int:
+    """Name the GPUs that are not there, then compile."""
     from max import driver
 
-    from ep_mojo.programs.plot import require_matplotlib
+    opts.ranks = opts.ranks or 2
+    driver.set_virtual_device_count(opts.ranks)
+    driver.set_virtual_device_api("cuda")
+    driver.set_virtual_device_target_arch("sm_90a")
+    return compile_only(opts)
 
-    if opts.phase == "compile":
-        opts.ranks = opts.ranks or 2
-        driver.set_virtual_device_count(opts.ranks)
-        driver.set_virtual_device_api("cuda")
-        driver.set_virtual_device_target_arch("sm_90a")
-        return compile_only(opts)
-    require_matplotlib()
-    opts.ranks = opts.ranks or driver.accelerator_count()
+
+def measure_all(opts: argparse.Namespace) -> int:
+    """Check, time and draw; 1 where a result is wrong."""
+    opts.ranks = gpus_to_use(opts.ranks)
+    require_matplotlib("the time line")
     machine = Machine(opts)
     model_name = machine.devices[0].model_name
     title = (

@@ -3,7 +3,7 @@
 Runs the GPU tests on one GPU and on as many as there are (conformance, shapes of models, bad input), many checked
 rounds (`gpu_stress.py`), and NVIDIA's compute-sanitizer over one-GPU tests where it is installed, and prints a table
 last. Needs MAX, NumPy, pytest, hypothesis and ml_dtypes; the checkout itself need not be installed. Exit status 1 where
-a step failed; a step that could not be run is named as such.
+a step failed, 2 where there is no GPU or no step of that name; a step that could not be run is named as such.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
         "one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600),
         "Mojo program": (pytest("tests/gpu/test_mojo_program.py"), 600),
         "shapes, one GPU": (pytest(shapes, "-k", "virtual_ranks"), 900),
+        "program of docs/gpus.md": (pytest("tests/gpu/test_page_program.py"), 900),
         "bad input, one GPU": (pytest(f"{bad}.py"), 600),
     }
     several = {
@@ -92,13 +93,20 @@ def main(argv: list[str] | None = None) -> int:
     count = "from max.driver import accelerator_count; print(accelerator_count())"
     asked = subprocess.run([sys.executable, "-c", count], env=env, capture_output=True, text=True, check=False)
     gpus = int(asked.stdout.split()[-1]) if asked.returncode == 0 and asked.stdout.split() else 0
+    names = list(steps(gpus))
+    for word in args.only or []:
+        if not any(word in name for name in names):
+            parser.error(f"--only = {word!r}: no step has that in its name. Steps: {'; '.join(names)}")
+    chosen = [name for name in names if not args.only or any(word in name for word in args.only)]
+    chosen = [name for name in chosen if not any(word in name for word in args.skip)]
+    if not chosen:
+        parser.error(f"--only and --skip leave no step. Steps: {'; '.join(names)}")
     if gpus == 0:
-        print("MAX sees no GPU here", asked.stderr[-2000:], file=sys.stderr)
-        return 1
+        print("MAX sees no GPU here: nothing to check.", asked.stderr[-2000:], file=sys.stderr)
+        return 2
     rows = []
-    for name, step in steps(gpus).items():
-        if args.only and not any(word in name for word in args.only) or any(word in name for word in args.skip):
-            continue
+    for name in chosen:
+        step = steps(gpus)[name]
         found = {"ok": None, "seconds": 0.0, "said": f"not run: {step}"} if isinstance(step, str) else run(*step, env)
         rows.append({"step": name} | found)
         if args.output:  # after every step, so that what cuts the run off does not take all results with it

@@ -1,16 +1,18 @@
 """Compile the GPU's stages without a GPU: `./task gpu-compile [--all] [--target ARCH]`.
 
 For each architecture MAX graphs for virtual devices, split and fused: one case of each stage, format and slot policy,
-or with --all every variant. And for sm_90a the program tests/mojo/gpu_api.mojo, which calls the seed-named functions.
-Exit status 0 only if everything compiled.
+or with --all every variant. For sm_90a also the graph of docs/gpus.md, and the program tests/mojo/gpu_api.mojo, which
+calls the seed-named functions. Exit status 0 only if everything compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,8 @@ from ep_mojo.errors import EPError
 from ep_mojo.kernels import compiler_report, find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "gpus.md"
+PAGE_TARGET = "sm_90a"
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_api.mojo"
 APIS = {"sm_90a": "cuda", "sm_100a": "cuda", "gfx942": "hip"}
 TIMEOUT_S = 1800
@@ -83,6 +87,16 @@ def add_round(module: Any, fmt: Any, layout: str, reduce: str, slots: str, split
     return graph
 
 
+def add_page(module: Any) -> Any:
+    """Add the graph of docs/gpus.md, for two GPUs."""
+    import ep_mojo as ep
+
+    names: dict[str, Any] = {"__name__": "layer"}
+    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
+    names["Graph"] = functools.partial(names["Graph"], module=module)
+    return names["graph"](ep.Communicator.planned(names["config"](2)))
+
+
 def compile_graphs(target: str, every: bool) -> dict[str, int]:
     """Compile in this process, which must not have used MAX before. Returns the bytes of the artefact, and graphs."""
     from max import driver
@@ -97,6 +111,9 @@ def compile_graphs(target: str, every: bool) -> dict[str, int]:
     import ep_mojo as ep
 
     module, n = Module(), 0
+    if every or target == PAGE_TARGET:
+        add_page(module)
+        n += 1
     for fmt, layout, reduce, slots in variants(every):
         for split in (True,) if slots == "expert" else (True, False):
             add_round(module, fmt, layout, reduce, slots, split, f"round_{n}")

@@ -264,6 +264,10 @@ def arguments() -> argparse.Namespace:
         args.replayed = 0 if args.on == "cpu" else args.rounds // 5
     if not 0 <= args.replayed <= args.rounds or (args.on == "cpu" and args.replayed):
         parser.error(f"--replayed = {args.replayed}; allowed: up to --rounds, and none on the host")
+    names = [c.name for c in CASES]
+    for word in args.only or []:
+        if not any(word in name for name in names):
+            parser.error(f"--only = {word!r}: no case has that in its name. Cases: {'; '.join(names)}")
     return args
 
 

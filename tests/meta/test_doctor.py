@@ -125,8 +125,14 @@ def test_wrong_things_are_named_with_a_remedy(monkeypatch, function, module, nam
 @pytest.mark.parametrize(
     ("output", "status", "words"),
     [
-        (("0 - -\n", ""), "note", "none; the CPU is used"),
-        (("8 cuda sm_90a\n", ""), "ok", "8 x sm_90a (cuda)"),
+        (("0 - - -\n", ""), "note", "none; the CPU is used"),
+        (("1 cuda sm_90a -\n", ""), "ok", "1 x sm_90a (cuda), tested on H100 and H200"),
+        (("8 cuda sm_90a -\n", ""), "ok", "8 x sm_90a (cuda), tested on H100 and H200; all pairs reach each other"),
+        (("2 cuda sm_100a -\n", ""), "ok", "only compiled for this architecture, not tested on one; all pairs"),
+        (("2 hip gfx942 -\n", ""), "ok", "(hip), only compiled"),
+        (("1 cuda sm_80 -\n", ""), "note", "1 x sm_80 (cuda), an architecture that was never tried"),
+        (("4 cuda sm_90a 0-2,2-0\n", ""), "note", "no peer access: 0-2, 2-0"),
+        (("8 cuda sm_90a " + ",".join(f"0-{i}" for i in range(1, 8)) + "\n", ""), "note", "0-5, 0-6 and 1 more"),
         (("", "driver too old"), "note", "driver too old"),
     ],
 )
@@ -134,6 +140,19 @@ def test_gpus_are_information(monkeypatch, output, status, words):
     monkeypatch.setattr(doctor, "_run_python", lambda code: output)
     check = doctor.check_gpus()
     assert (check.status, words in check.detail) == (status, True)
+    assert bool(check.remedy) == (status == "note" and "none" not in check.detail)
+
+
+def test_the_probe_of_gpus_runs():
+    """It asks for every pair; where there are no GPUs, for none."""
+    text, problem = doctor._run_python(doctor.GPU_PROBE)
+    assert (problem, len(text.split())) == ("", 4)
+
+
+def test_the_readme_names_the_architectures_that_doctor_knows():
+    readme = (ROOT / "README.md").read_text()
+    for start, words in doctor.TRIED.items():
+        assert start in readme or all(name in readme for name in words.split()[2::2])
 
 
 def test_small_shared_memory_and_memory_are_notes(monkeypatch):

@@ -247,3 +247,16 @@ def test_ci_runs_the_two_tasks():
     ]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     assert (ROOT / "task").stat().st_mode & 0o111
+
+
+def test_gpu_tests_skip_where_there_is_no_gpu():
+    import sys
+
+    from max.driver import accelerator_count
+
+    if accelerator_count():
+        pytest.skip("there are GPUs here")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"^\d+ skipped in ", done.stdout, re.MULTILINE), done.stdout[-400:]

@@ -67,6 +67,21 @@ def test_one_number_of_tokens_on_the_host():
         (4, ["--hidden", "200"], "--hidden = 200"),
         (4, ["--top-k", "9", "--experts", "8"], "--top-k = 9"),
         (4, ["--sms", "-1"], "--sms = -1"),
+        (
+            4,
+            ["--sms", "0"],
+            "--sms = 0. Allowed: an integer from 1 to 1024. Remedy: choose --sms in that range, or leave",
+        ),
+        (
+            4,
+            ["--sms", "5000"],
+            "--sms = 5000. Allowed: an integer from 1 to 1024. Remedy: choose --sms in that range, or",
+        ),
+        (0, ["--sms", "0"], "ConfigError: --sms = 0"),
+        (0, ["--hidden", "200"], "ConfigError: --hidden = 200"),
+        (0, ["--ranks", "1"], "ConfigError: --ranks = 1"),
+        (0, ["--formats", "int8"], "ConfigError: --formats = 'int8'"),
+        (0, ["--ranks", "3"], "--experts = 256. Allowed: a multiple of --ranks = 3"),
         (4, ["--repeats", "0"], "--repeats = 0"),
         (4, ["--plot", "a.png"], "--plot = 'a.png'. Allowed: --plot with --backend cpu"),
         (4, ["--output", "/nowhere/at/all.json"], "--output = '/nowhere/at/all.json'"),
@@ -80,6 +95,21 @@ def test_errors_are_one_message_and_status_2(gpus, capsys, there, argv, message)
     assert message in err
     assert "Remedy: " in err
     assert "Traceback" not in err
+
+
+def test_remedies_can_be_typed(gpus, capsys):
+    gpus(4)
+    cli.main(["bench", "--backend", "gpus", "--sms", "5000"])
+    assert "None" not in capsys.readouterr().err
+
+
+def test_tokens_that_are_no_numbers(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed("--tokens", "12,abc")
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert "argument --tokens: '12,abc'. Allowed: one number, or on GPUs several with commas, as in 128,4096" in err
+    assert "_counts" not in err
 
 
 def test_all_gpus_up_to_eight(gpus):

@@ -271,6 +271,12 @@ def test_check_names_the_cause_not_its_consequences(compiled):
     fail(comm.memories[2], layout.KIND_CAPACITY)
     with pytest.raises(CapacityError, match="rank 2"):
         comm.check()
+    fail(comm.memories[0], layout.KIND_CAPACITY)
+    for rank, rows in ((0, 40), (2, 50)):
+        comm.memories[rank].counters[layout.REC_VALUE] = rows
+    with pytest.raises(CapacityError, match="rank 2.*at least 50") as caught:  # not rank 0's: 40 would not do
+        comm.check()
+    assert caught.value.rows == 50
     assert len(comm.execute(model, *xs, *zs, check=False)) == 6
     comm.reset()
     comm.check()

@@ -14,7 +14,7 @@ import ep_mojo as ep
 
 def test_the_program(tmp_path):
     (tmp_path / "layer.py").write_text(LAYER)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, tmp_path / "layer.py"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

@@ -172,8 +172,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "plain memory copy of the bytes that a round must move; and fp8 encoding against NumPy with ml_dtypes. Results "
         "are compared with the reference before anything is timed. Exit status 1: a result is wrong. Goals are "
         "for the default shape; a missed one is only reported. For steady figures let nothing else run. With --backend "
-        "gpus: a round on the GPUs of this machine, a rank on each, by graph replay, and the bytes that it moves over "
-        "the links against their limit."
+        "gpus: a round on the GPUs of this machine, a rank on each, by graph replay, beside what the links "
+        "need for the same bytes alone."
     )
     parser.add_argument("--backend", choices=("cpu", "gpus"), default="cpu", help="where (default: cpu)")
     helps = (
@@ -199,12 +199,6 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     gpus.add_argument("--formats", metavar="F", help="bf16, fp8, or bf16,fp8 (default: bf16,fp8)")
     gpus.add_argument("--mode", choices=("fused", "split"), help="one launch for each half, or two (default: fused)")
     gpus.add_argument("--sms", type=int, metavar="N", help="the most SMs that a launch may use (default: all)")
-    gpus.add_argument(
-        "--link",
-        type=float,
-        metavar="GB/S",
-        help="what a GPU can send, in 10^9 bytes/s (default: 450, NVLink of an H200)",
-    )
 
 
 def _counts(text: str) -> list[int]:
@@ -231,7 +225,7 @@ def fill_bench_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     if on_gpus:
         return
-    for name in ("formats", "mode", "sms", "link"):
+    for name in ("formats", "mode", "sms"):
         if getattr(args, name) is not None:
             raise ConfigError(
                 field=f"--{name}",

@@ -1,4 +1,4 @@
-"""`ep-mojo bench --backend gpus`: one round on the GPUs of this machine, and its share of the link's limit.
+"""`ep-mojo bench --backend gpus`: one round on the GPUs of this machine, beside what their links need for its bytes.
 
 A round is dispatch and combine, replayed from a captured graph. The experts are the identity; where tokens travel as
 fp8, the rows that combine gets are cast to bfloat16 before, not in the timed graph. Every result is checked first.
@@ -19,17 +19,16 @@ from ..comm import Communicator
 from ..config import MAX_SMS, EPConfig
 from ..errors import ConfigError, DeviceError
 from ..formats import check_int
-from . import files, measures, report
+from . import files, link, measures, report
 from .gpu_round import ERROR_LIMIT, REPLAYS, Round, add_round, draw, error_of, on_devices, replay_times
 from .progress import Progress
 
 FORMATS = ("bf16", "fp8")
-LINK_GB_S = 450.0
-"""What one H200 can send over NVLink: its data sheet has 900 GB/s, the sum of both directions."""
 FORMULA = """\
 Bytes over the links in a round: P (token, other rank that owns an expert of it) pairs, M = message, Y = row of combine
   bytes = P M + R (R - 1) T K (2 + 4) + P Y     messages, routing tables (ids and weights), partial sums back
-Signals, 8 bytes a token and rank, are left out. GB/s a GPU = bytes / R / median; the limit is what a GPU can send."""
+Signals, 8 bytes a token and rank, are left out. GB/s a GPU = bytes / R / median. "links" is a replay of two launches
+that only push rows, as many as the busiest rank sends or receives, shared evenly between its peers."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -50,9 +49,6 @@ def main(args: argparse.Namespace) -> int:
     check_int("seed", args.seed, 0, 2**32 - 1)
     if args.output:
         files.check_writable(Path(args.output))
-    link = LINK_GB_S if args.link is None else args.link
-    if not 0 < link < float("inf"):
-        raise ConfigError(field="--link", value=link, allowed="GB/s above 0", remedy=f"leave it out for {LINK_GB_S:g}")
     if args.ranks is not None:
         check_int("n_ranks", args.ranks, 2, 8, "a link needs two GPUs: choose --ranks from 2 to 8")
     if args.sms is not None:
@@ -65,12 +61,11 @@ def main(args: argparse.Namespace) -> int:
     progress, rows = Progress(), []
     for case, cfg in zip(cases, configs, strict=True):
         with progress.step(case.name, f"{case.name}: compiling, checking, timing"):
-            rows.append(measure(case, cfg, args.seed, replays, link))
+            rows.append(measure(case, cfg, args.seed, replays))
     result = {
         "version": __version__,
         "commit": measures.git_commit(),
         "machine": measures.machine() | {"gpu": gpu_name(), "gpus": ranks},
-        "link_gb_s": link,
         "sms": args.sms,
         "seed": args.seed,
         "replays": replays,
@@ -138,15 +133,19 @@ def chosen_formats(text: str | None) -> list[str]:
     return names
 
 
-def measure(case: Round, cfg: EPConfig, seed: int, replays: int, link: float) -> dict[str, Any]:
+def measure(case: Round, cfg: EPConfig, seed: int, replays: int) -> dict[str, Any]:
     """Compile, check and time a case."""
     from max.graph import Module
 
     module, fp8 = Module(), case.fmt == "fp8"
     with Communicator.gpus(cfg) as comm:
         parts = ("rows", "given rows") if fp8 else ("round",)
-        *prepared, timed = comm.compile_all([add_round(case, comm, part=part, module=module) for part in parts])
         given = draw(case, seed)
+        topk_ids = given[case.ranks : 2 * case.ranks]
+        graphs = [add_round(case, comm, part=part, module=module) for part in parts]
+        rows = link.round_rows(cfg, topk_ids)
+        graphs.append(link.add_pushes(comm, f"{case.name}_links", rows, module))
+        *prepared, timed, pushes = comm.compile_all(graphs)
         args = on_devices(given, comm.devices)
         for graph in prepared:
             args += graph.model.execute(*args, *comm.inputs())
@@ -159,37 +158,35 @@ def measure(case: Round, cfg: EPConfig, seed: int, replays: int, link: float) ->
             return row | {"wrong": f"relative error {error:.1e}, allowed: below {ERROR_LIMIT:.0e}"}
         row |= replay_times(timed.model, args, comm.devices, replays)
         comm.check()
-        row |= on_link(cfg, given[case.ranks : 2 * case.ranks], row["median_us"], link)
+        link_us = link.push_times(comm, pushes.model, rows, replays)["median_us"]
+        comm.check()
+        row |= on_link(cfg, topk_ids, row["median_us"], link_us)
         del outputs, args
     return row
 
 
-def on_link(cfg: EPConfig, topk_ids: Sequence[np.ndarray], median_us: float, link: float) -> dict[str, Any]:
-    """Bytes over the links by `FORMULA`, and the rate that they come to.
+def on_link(cfg: EPConfig, topk_ids: Sequence[np.ndarray], median_us: float, link_us: float) -> dict[str, Any]:
+    """Bytes over the links by `FORMULA`, the rate that they come to, and the links' share of a round.
 
     Args:
         cfg: The config.
         topk_ids: int32 [T, K] of each rank.
         median_us: Microseconds of a round.
-        link: GB/s that a GPU can send.
+        link_us: Microseconds of the same bytes alone.
 
     Returns:
         "bytes": {"dispatch", "combine", "total"} of all ranks; "busiest": the most that one rank sends or receives;
-        "gb_s": of a GPU on average; "share": of the limit.
+        "gb_s": of a GPU on average; "link_us"; "share": link_us / median_us.
     """
     moved = report.bytes_moved(cfg, topk_ids)["ours"]
     rate = moved["total"] / cfg.n_ranks / median_us / 1e3
-    return {"bytes": moved, "busiest": busiest(cfg, topk_ids), "gb_s": rate, "share": rate / link}
+    found = {"bytes": moved, "busiest": busiest(cfg, topk_ids), "gb_s": rate}
+    return found | {"link_us": link_us, "share": link_us / median_us}
 
 
 def busiest(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
     """The most bytes that one rank sends, or receives, in a round."""
-    R = cfg.n_ranks
-    pairs = np.zeros((R, R), np.int64)
-    for source, ids in enumerate(topk_ids):
-        owner = np.where((ids >= 0) & (ids < cfg.n_experts), ids // cfg.n_local_experts, -1)
-        pairs[source] = [(owner == r).any(axis=1).sum() for r in range(R)]
-    np.fill_diagonal(pairs, 0)
+    R, pairs = cfg.n_ranks, link.pairs(cfg, topk_ids)
     tables = np.array([[6 * ids.size] * R for ids in topk_ids])
     np.fill_diagonal(tables, 0)
     payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
@@ -202,7 +199,7 @@ def report_text(result: dict[str, Any]) -> str:
     machine, rows = result["machine"], []
     for row in result["cases"]:
         if row["wrong"]:
-            rows.append([row["case"]["name"], *["-"] * 6, f"WRONG: {row['wrong']}"])
+            rows.append([row["case"]["name"], *["-"] * 7, f"WRONG: {row['wrong']}"])
             continue
         figures = [f"{row['median_us']:.1f}", f"{row['p99_us']:.1f}", f"{row['wall_us']:.1f}", f"{row['eager_us']:.1f}"]
         rows.append(
@@ -211,10 +208,11 @@ def report_text(result: dict[str, Any]) -> str:
                 *figures,
                 report.size(row["bytes"]["total"]),
                 f"{row['gb_s']:.0f}",
+                f"{row['link_us']:.1f}",
                 f"{row['share']:.0%}",
             ]
         )
-    header = ["us a round", "median", "p99", "wall", "eager", "bytes", "GB/s a GPU", f"of {result['link_gb_s']:g}"]
+    header = ["us a round", "median", "p99", "wall", "eager", "bytes", "GB/s a GPU", "links", "share"]
     budget = f", at most {result['sms']} SMs a launch" if result["sms"] else ""
     lines = [
         f"{machine['gpus']} x {machine['gpu']}, MAX {machine['max']}{budget}: dispatch and combine, identity experts",

@@ -38,6 +38,10 @@ comptime HEAD_COMBINE_HASH = 18
 """(u64) FNV-1a of the settings that the seed-named combine functions know."""
 comptime HEAD_TOP_K = 20
 """K."""
+comptime HEAD_TIMELINE = 22
+"""(u64) Where launches on this GPU note when their parts happen; 0 = nowhere."""
+comptime HEAD_TIMELINE_CHECK = 28
+"""(u64) Its complement, without which it counts as 0."""
 comptime ARRIVED = 24
 """Four words, 0 between launches: CTAs of a GPU launch that are done. See `arrival`."""
 comptime REC_STATE = 32

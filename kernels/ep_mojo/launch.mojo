@@ -40,6 +40,8 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
     """Offsets in a count window."""
     var me: Int
     """My rank."""
+    var timeline: UInt64
+    """Address for the times of a launch on a GPU, 0 = none. See `gpu/timeline.mojo`."""
 
     def __init__(
         out self,
@@ -99,6 +101,9 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         self.count = count
         self.window = CountWindow[Self.has_table](self.s)
         self.me = self.head.my_rank()
+        var times = self.head.u64(HEAD_TIMELINE)
+        var good = times == ~self.head.u64(HEAD_TIMELINE_CHECK)
+        self.timeline = times if good else UInt64(0)
 
     @always_inline
     def buffer(self, epoch: UInt64) -> Int:

@@ -17,7 +17,6 @@ import collections
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from ep_mojo.programs.gpu_round import (
     on_devices,
     replay_times,
 )
+from ep_mojo.programs.listed import numbers, words
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,6 @@ class Case(Round):
     def name(self) -> str:
         """Name of its graph."""
         return f"{self.system}_{super().name}"
-
-
-def words(*allowed: str) -> Callable[[str], list[str]]:
-    """Reads some of these words, with commas between them."""
-
-    def read(text: str) -> list[str]:
-        given = text.split(",")
-        if not set(given) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"{text!r}. Allowed: {', '.join(allowed)}, or several with commas")
-        return given
-
-    return read
-
-
-def numbers(text: str) -> list[int]:
-    """Reads whole numbers with commas between them."""
-    given = text.split(",")
-    if not all(n.isdecimal() and int(n) for n in given):
-        raise argparse.ArgumentTypeError(f"{text!r}. Allowed: whole numbers from 1 with commas, as in 128,4096")
-    return [int(n) for n in given]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -49,6 +49,7 @@ def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
         "shapes, ": (pytest(shapes, "-k", "each_gpu"), 900),
         "bad input, ": (pytest(f"{bad}s.py"), 900),
         "stress, ": ([*stress, "--limit-s", "800"], 900),
+        "benchmarks, ": (pytest("tests/gpu/test_gpu_programs.py"), 900),
         "MoE layer, ": (pytest("tests/gpu/test_moe_layer.py"), 1600),
     }
     for name, step in several.items():

@@ -18,6 +18,7 @@ from ep_mojo.gpu.expert_slots_dispatch_wait import (
     expert_slots_dispatch_wait_stage,
 )
 from ep_mojo.gpu.fused import combine_stage, dispatch_stage
+from ep_mojo.gpu.push import push_stage
 from max.gpu.host import get_gpu_target
 from std.compile import compile_info
 from std.sys.defines import get_defined_string
@@ -175,5 +176,11 @@ def main():
             expert_slots_combine_wait_stage[BF, BF, BF, DType.int32, 7168],
             emission_kind="asm",
             target=TARGET,
+        ]().asm
+    )
+    print("//// push")
+    print(
+        compile_info[
+            push_stage[14336, True], emission_kind="asm", target=TARGET
         ]().asm
     )

@@ -7,7 +7,7 @@ import pytest
 
 from ep_mojo import cli
 from ep_mojo.errors import ConfigError, DeviceError
-from ep_mojo.programs import bench_gpus
+from ep_mojo.programs import bench_gpus, link
 from ep_mojo.programs.gpu_round import ERROR_LIMIT, Round, draw, error_of
 
 CASE = Round(ranks=3, tokens=7, fmt="fp8", fused=True, hidden=256, experts=6, top_k=2)
@@ -36,7 +36,7 @@ def test_each_backend_has_its_defaults():
     assert parsed("--tokens", "64").tokens == 64
 
 
-@pytest.mark.parametrize("option", [["--sms", "8"], ["--link", "300"], ["--mode", "split"], ["--formats", "fp8"]])
+@pytest.mark.parametrize("option", [["--sms", "8"], ["--mode", "split"], ["--formats", "fp8"]])
 def test_options_of_gpus_are_refused_on_the_host(option):
     with pytest.raises(ConfigError, match=f"{option[0]} = .*with --backend gpus.*Remedy: leave it out"):
         parsed(*option)
@@ -61,8 +61,6 @@ def test_one_number_of_tokens_on_the_host():
         (4, ["--ranks", "1"], "ConfigError: --ranks = 1. Allowed: an integer from 2 to 8"),
         (3, [], "--experts = 256. Allowed: a multiple of --ranks = 3"),
         (4, ["--formats", "fp8,int8"], "--formats = 'fp8,int8'. Allowed: bf16, fp8, or bf16,fp8"),
-        (4, ["--link", "0"], "--link = 0.0. Allowed: GB/s above 0"),
-        (4, ["--link", "nan"], "--link = nan"),
         (4, ["--tokens", "128,0"], "--tokens = 0"),
         (4, ["--hidden", "200"], "--hidden = 200"),
         (4, ["--top-k", "9", "--experts", "8"], "--top-k = 9"),
@@ -135,12 +133,24 @@ def test_bytes_over_the_links_counted_one_by_one():
             received[other] += table + pairs * message
             sent[other] += pairs * row
             received[source] += pairs * row
-    found = bench_gpus.on_link(cfg, ids, median_us=10.0, link=450.0)
+    found = bench_gpus.on_link(cfg, ids, median_us=10.0, link_us=4.0)
     assert found["bytes"]["total"] == sent.sum() == received.sum()
     assert found["bytes"]["dispatch"] + found["bytes"]["combine"] == found["bytes"]["total"]
     assert found["busiest"] == max(*sent, *received)
     assert found["gb_s"] == pytest.approx(sent.sum() / 3 / 10e-6 / 1e9)
-    assert found["share"] == pytest.approx(found["gb_s"] / 450)
+    assert (found["link_us"], found["share"]) == (4, 0.4)
+
+
+def test_rows_that_make_a_round_for_the_links():
+    cfg, ids = CASE.config(), draw(CASE)[CASE.ranks : 2 * CASE.ranks]
+    each = link.pairs(cfg, ids)
+    assert each.diagonal().tolist() == [0, 0, 0]
+    busiest = max(*each.sum(axis=0), *each.sum(axis=1))
+    assert 2 * link.round_rows(cfg, ids) in (busiest, busiest + 1)
+    assert link.round_rows(cfg, [np.full_like(i, -1) for i in ids]) == 1
+    everywhere = [np.tile([0, 2], (7, 1)).astype(np.int32)] * 3  # rank 2 gets none, ranks 0 and 1 all
+    assert link.pairs(cfg, everywhere).tolist() == [[0, 7, 0], [7, 0, 0], [7, 7, 0]]
+    assert link.round_rows(cfg, everywhere) == 7
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "fp8"])
@@ -166,14 +176,15 @@ def test_a_wrong_result_is_over_the_limit(fmt):
 def test_report_has_a_line_for_each_case():
     cfg, ids = CASE.config(), draw(CASE)[3:6]
     times = {"median_us": 90.0, "p99_us": 300.0, "wall_us": 88.0, "eager_us": 91.0}
-    good = {"case": {"name": "fine"}, "error": 1e-3, "wrong": ""} | times | bench_gpus.on_link(cfg, ids, 90.0, 450.0)
+    good = {"case": {"name": "fine"}, "error": 1e-3, "wrong": ""} | times | bench_gpus.on_link(cfg, ids, 90.0, 45.0)
     bad = {"case": {"name": "broken"}, "error": 1.0, "wrong": "relative error 1.0e+00"}
     machine = {"gpus": 3, "gpu": "a GPU", "max": "26.7.0"}
-    result = {"machine": machine, "link_gb_s": 450.0, "sms": 16, "replays": 50, "cases": [good, bad]}
+    result = {"machine": machine, "sms": 16, "replays": 50, "cases": [good, bad]}
     text = bench_gpus.report_text(result)
     assert "at most 16 SMs a launch" in text
-    assert "of 450" in text
+    assert "links" in text
     (line,) = (line for line in text.splitlines() if "fine" in line)
     assert "90.0" in line
+    assert "50%" in line
     (line,) = (line for line in text.splitlines() if "broken" in line)
     assert "WRONG: relative error" in line

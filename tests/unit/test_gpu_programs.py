@@ -57,6 +57,15 @@ def test_no_gpus_or_too_few(run, path):
     assert "ConfigError: --ranks = 99" in run(path, "run", "--ranks", "99", gpus=8)
 
 
+def test_timeline_without_gpus_or_matplotlib(run, monkeypatch):
+    path = "benchmarks/timeline.py"
+    assert "DeviceError: --ranks = 'all': MAX sees 0 GPUs here" in run(path)
+    assert "'fp9'. Allowed: bf16, fp8" in run(path, "--formats", "fp9")
+    assert "hidden_size = 200" in run(path, "--formats", "fp8", "--hidden", "200", gpus=2)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "MissingDependencyError: --plot needs matplotlib" in run(path, "--plot", "a.png", gpus=2)
+
+
 def test_no_matplotlib(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "MissingDependencyError: the time line needs matplotlib" in run(RUN[0], "run", gpus=2)

@@ -48,6 +48,12 @@ from .shared_rows import (
     store_part,
     store_row,
 )
+from .timeline import (
+    COMBINE_MARKS,
+    MARK_ARRIVED,
+    MARK_SUMMED,
+    mark,
+)
 
 
 @always_inline
@@ -213,6 +219,7 @@ def send_back[
                     )
                 if not gate.passed():
                     break
+                mark[MARK_SUMMED](ep)
                 store_part[size](
                     slot.row,
                     1,
@@ -221,6 +228,7 @@ def send_back[
                     part_bytes,
                 )
         finish_stores()
+        mark[COMBINE_MARKS + MARK_ARRIVED](ep)
         crew.meet()  # all parts have arrived
         if not fits or not gate.passed():
             break  # the source waits, and reads FAILED in the header

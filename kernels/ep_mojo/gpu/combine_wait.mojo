@@ -34,6 +34,12 @@ from .launch import (
 from .precedence import precedence
 from .routing import ballot, destination_of_lanes
 from .share import Share
+from .timeline import (
+    COMBINE_MARKS,
+    MARK_SIGNAL,
+    MARK_SUMS,
+    mark,
+)
 
 comptime MAX_PARTS = 4
 """Warps that share one row, at most."""
@@ -188,6 +194,7 @@ def _sum_tokens[
                 return
             syncwarp()
             arrived |= missing
+            mark[COMBINE_MARKS + MARK_SIGNAL](ep)
             var terms = Terms()
             begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
             comptime if by_row:
@@ -211,6 +218,7 @@ def _sum_tokens[
                 part,
                 parts,
             )
+            mark[MARK_SUMS](ep)
 
 
 def combine_wait_stage[

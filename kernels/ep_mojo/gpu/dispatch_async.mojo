@@ -33,6 +33,14 @@ from .routing import ballot, destination_of_lanes
 from .share import MAX_CREW, Crew, Share
 from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import finish_stores, release_slots, store_row
+from .timeline import (
+    MARK_ARRIVED,
+    MARK_ENCODED,
+    MARK_IDS,
+    MARK_STORES_BEGIN,
+    MARK_TABLE_SENT,
+    mark,
+)
 
 
 @always_inline
@@ -162,6 +170,7 @@ def _send_table[
     if thread_idx.x == 0:
         publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
         note(ep.head.base, 4 * WORK_TABLED + 8 * peer, word(epoch, T))
+    mark[MARK_TABLE_SENT](ep)
 
 
 @always_inline
@@ -234,6 +243,7 @@ def send_messages[
                 targets |= UInt32(1) << UInt32(ep.me)
             if targets == 0:
                 continue
+            mark[MARK_IDS](ep)
             release_slots()
             crew.meet()  # the slots are free
             comptime if encoded:
@@ -251,17 +261,20 @@ def send_messages[
                             token.row, factor, message, part
                         )
             crew.meet()  # the message is complete
+            mark[MARK_ENCODED](ep)
             if not gate.passed():
                 break
             if stores and not asked:
                 asked = True
                 stores = _tables_have_left(ep, epoch, stage)
+                mark[MARK_STORES_BEGIN](ep)
             store_row[F.message_bytes](
                 message,
                 targets if stores else UInt32(0),  # the crew goes on meeting
                 recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
             )
         finish_stores()
+        mark[MARK_ARRIVED](ep)
         if not gate.passed():
             return
         if lane < s.n_ranks and stores:

@@ -41,6 +41,13 @@ from .shared_rows import (
     finish_stores,
     release_slots,
 )
+from .timeline import (
+    MARK_LOADED,
+    MARK_MAP_SEEN,
+    MARK_ROWS,
+    MARK_SIGNAL,
+    mark,
+)
 
 
 @always_inline
@@ -121,11 +128,13 @@ def copy_rows[
                 break
             if lane == r:
                 mapped = Int32(T)
+            mark[MARK_MAP_SEEN](ep)
         var begin = chunk * s.tokens_per_signal
         if begin >= T:
             continue
         if ballot(not ep.chunk_of(waiter, epoch, r, chunk)) != 0:
             break
+        mark[MARK_SIGNAL](ep)
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var row = NO_ROW
             if lane < s.top_k:
@@ -138,6 +147,7 @@ def copy_rows[
             slot.load[F.message_bytes](
                 window.unsafe_offset(message_offset(s, buffer, r, t))
             )
+            mark[MARK_LOADED](ep)
             while left != 0:
                 var from_ = UInt32(count_trailing_zeros(left))
                 var to = Int(warp.shuffle_idx(row, from_))
@@ -151,6 +161,7 @@ def copy_rows[
                     out_.src_info[2 * t] = Int32(r * s.max_tokens + t)
                     out_.src_info[2 * t + 1] = -1
     finish_stores()
+    mark[MARK_ROWS](ep)
 
 
 @always_inline

@@ -43,6 +43,13 @@ from .launch import ByValue, Peers, Shape, is_last_cta, warp_index, warps
 from .mapping import cta_bytes, map_sources, name_groups
 from .precedence import precedence
 from .share import Share
+from .timeline import (
+    COMBINE_MARKS,
+    MARK_BEGUN,
+    MARK_ENDED,
+    MARK_OPENED,
+    mark,
+)
 
 
 def dispatch_stage[
@@ -76,11 +83,13 @@ def dispatch_stage[
     var waiter = Waiter(ep.head, STAGE_DISPATCH, False)
     name_groups(ep, out_)
     var gate = Gate()
+    mark[MARK_BEGUN](ep)
     if gate.opens():
         open_send(ep, x, STAGE_DISPATCH)
         if lane_id() == 0:
             _ = ep.begin_wait(STAGE_DISPATCH, sent)
         gate.decide(not ep.head.failed())
+        mark[MARK_OPENED](ep)
     gate.settle()
     var roles = Roles(ep.s)
     if roles.sends:
@@ -108,6 +117,7 @@ def dispatch_stage[
                 mark_rest[F, layout](
                     ep, epoch, waiter, roles.share, Rows[F](out_)
                 )
+    mark[MARK_ENDED](ep)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         ep.end_send[WarpTeam](sent)
         close_wait(ep, epoch, out_)
@@ -295,11 +305,13 @@ def combine_stage[
     var sent = ep.last_sent() + 1
     var epoch = ep.next_wait()
     var gate = Gate()
+    mark[COMBINE_MARKS + MARK_BEGUN](ep)
     if gate.opens():
         open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
         gate.decide(not ep.head.failed())
+        mark[COMBINE_MARKS + MARK_OPENED](ep)
         if gate.passed():
             announce_rows[layout, reduce](ep, x, sent)
     gate.settle()
@@ -317,6 +329,7 @@ def combine_stage[
         receive_back[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
         ](ep, y, epoch, STAGE_COMBINE, roles.summing)
+    mark[COMBINE_MARKS + MARK_ENDED](ep)
     if is_last_cta(ep, sending=False):
         if warp_index() == 0:
             ep.end_send[WarpTeam](sent)

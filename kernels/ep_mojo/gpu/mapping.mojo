@@ -23,6 +23,13 @@ from ..signal import NO_SIGNAL, Waiter, note, word
 from .launch import Peers, told, warp_index
 from .routing import Histogram, ballot, count_source, map_source, start_rows
 from .shared_memory import MAX_WARPS
+from .timeline import (
+    MARK_ALL_COUNTED,
+    MARK_COUNTED,
+    MARK_HEADER,
+    MARK_MAPPED,
+    mark,
+)
 
 
 @always_inline
@@ -68,6 +75,7 @@ def map_sources[
         T = told(T)
         if T == NO_SIGNAL:
             return
+        mark[MARK_HEADER](ep)
         count_source[layout](
             s,
             table_ids(ep, buffer, r),
@@ -77,12 +85,14 @@ def map_sources[
             hist,
             counts.part(r * groups, groups),
         )
+        mark[MARK_COUNTED](ep)
         if thread_idx.x == 0:
             out_.recv_num_tokens[r] = Int32(T)
             note(own, 4 * WORK_COUNTED + 8 * r, word(epoch, T))
     for r in range(first, s.n_ranks, stride):
         if not _all_counted(ep, waiter, epoch):
             return
+        mark[MARK_ALL_COUNTED](ep)
         var T = Int(out_.recv_num_tokens[r])
         if several:
             count_source[layout](
@@ -121,6 +131,7 @@ def map_sources[
             out_.src_info,
         )
         barrier()  # all rows are given; and shared memory is free
+        mark[MARK_MAPPED](ep)
         if thread_idx.x == 0:
             note(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
 

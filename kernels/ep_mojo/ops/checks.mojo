@@ -36,6 +36,21 @@ def require(name: StaticString, given: Int, allowed: Int) raises:
         )
 
 
+def require_at_most(name: StaticString, given: Int, most: Int) raises:
+    """Compare a size with what there is room for.
+
+    Args:
+        name: What it is the size of.
+        given: The size.
+        most: The largest that fits.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    if given > most:
+        require(name, given, most)
+
+
 def optional(name: StaticString, given: Int, allowed: Int) raises:
     """Compare the size of a tensor that may be absent.
 

@@ -1,0 +1,92 @@
+"""What the links of GPUs can do: the bytes of a round pushed to all peers at once, by the moves that the stages use.
+
+A push of n rows sends n of them to each peer. `round_rows` says how many make the bytes of a round's messages and sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..comm import Communicator
+from ..config import EPConfig
+from ..kernels import kernel_library
+from .gpu_round import REPLAYS, replay_times
+
+
+def pairs(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Messages from rank to other rank: int64 [R, R], row = source, 0 from a rank to itself.
+
+    Args:
+        cfg: The config.
+        topk_ids: int32 [T, K] of each rank.
+    """
+    R = cfg.n_ranks
+    found = np.zeros((R, R), np.int64)
+    for source, ids in enumerate(topk_ids):
+        owner = np.where((ids >= 0) & (ids < cfg.n_experts), ids // cfg.n_local_experts, -1)
+        found[source] = [(owner == r).any(axis=1).sum() for r in range(R)]
+    np.fill_diagonal(found, 0)
+    return found
+
+
+def round_rows(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
+    """Rows to each peer that come to as many bytes as the busiest rank sends or receives in dispatch; at least 1."""
+    each = pairs(cfg, topk_ids)
+    busiest = int(max(each.sum(axis=1).max(), each.sum(axis=0).max()))
+    return min(cfg.max_tokens_per_rank, max(1, -(-busiest // max(1, cfg.n_ranks - 1))))
+
+
+def add_pushes(comm: Communicator, name: str, rows: int, module: Any = None) -> Any:
+    """A graph that pushes `rows` messages and then `rows` combine rows of each rank to each peer.
+
+    Inputs: uint8 [rows, message bytes] of all ranks, then uint8 [rows, combine row bytes].
+
+    Args:
+        comm: The ranks, each on a GPU of its own. No round may be under way when it runs: it writes their windows.
+        name: The graph's name.
+        rows: n, up to Tmax.
+        module: Where to put the graph.
+    """
+    from max.dtype import DType
+    from max.graph import Graph, TensorType, ops
+
+    cfg, refs = comm.cfg, comm.device_refs()
+    sides = {"dispatch": cfg.dispatch_message_bytes, "combine": cfg.combine_row_bytes}
+    types = [TensorType(DType.uint8, [rows, size], ref) for size in sides.values() for ref in refs]
+    inputs = [*types, *comm.input_types()]
+    with Graph(name, input_types=inputs, custom_extensions=[kernel_library()], module=module) as graph:
+        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
+        values = iter(graph.inputs)
+        for side, size in sides.items():
+            for rank in ranks:
+                tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]
+                ops.inplace_custom(
+                    "ep_mojo_push",
+                    rank.device,
+                    [rank.order, rank.counters, rank.settings, *tables, next(values)],
+                    parameters={"size": size, "side": side, "slots": cfg.slots, "n_sms": 0},
+                )
+        graph.output()
+    return graph
+
+
+def push_times(comm: Communicator, model: Any, rows: int, replays: int = REPLAYS) -> dict[str, float]:
+    """Microseconds of both pushes by graph replay, see `replay_times`.
+
+    Args:
+        comm: The ranks.
+        model: The loaded model of `add_pushes`.
+        rows: Its n.
+        replays: How many.
+    """
+    from max.driver import Buffer
+
+    cfg, rng = comm.cfg, np.random.default_rng(0)
+    sizes = (cfg.dispatch_message_bytes, cfg.combine_row_bytes)
+    given = [
+        Buffer.from_numpy(rng.integers(0, 256, (rows, size), np.uint8)).to(d) for size in sizes for d in comm.devices
+    ]
+    return replay_times(model, [*given, *comm.inputs()], comm.devices, replays)

@@ -18,13 +18,16 @@ from ..dtypes import (
     to_buffer,
     to_numpy,
 )
-from ..errors import DeviceError
+from ..errors import ConfigError, DeviceError
 from ..formats import BF16, BlockwiseFP8, check_int
+from ..gate import default_groups, gate
 from ..graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
 from ..kernels import kernel_library
 from ..reference.fp8 import quantize
 from .report import number_of
 
+ROUTINGS = ("uniform", "grouped", "zipf", "one")
+"""See `choose`."""
 REPLAYS = 50
 WARM_UP = 10
 ERROR_LIMIT = 5e-3
@@ -132,17 +135,44 @@ def add_round(case: Round, comm: Communicator, *, part: str = "round", module: A
     return graph
 
 
-def draw(case: Round, seed: int = 0) -> list[np.ndarray]:
-    """Tokens (bfloat16 bits), choices without repeats, and weights, rank by rank: 3 R arrays."""
+def draw(case: Round, seed: int = 0, routing: str = "uniform") -> list[np.ndarray]:
+    """Tokens (bfloat16 bits), choices without repeats (see `choose`), and weights, rank by rank: 3 R arrays."""
     rng = np.random.default_rng(seed)
     shape = (case.tokens, case.hidden)
     xs = [float32_to_bfloat16_bits(rng.standard_normal(shape, np.float32)) for _ in range(case.ranks)]
-    ids = [
-        np.argsort(rng.random((case.tokens, case.experts), np.float32), axis=1)[:, : case.top_k].astype(np.int32)
-        for _ in range(case.ranks)
-    ]
+    popularity = rng.permutation(case.experts)
+    ids = [choose(case, rng, routing, popularity) for _ in range(case.ranks)]
     weights = [rng.random((case.tokens, case.top_k), np.float32) for _ in range(case.ranks)]
     return [*xs, *ids, *weights]
+
+
+def choose(case: Round, rng: np.random.Generator, routing: str, popularity: np.ndarray) -> np.ndarray:
+    """Choices of one rank's tokens, int32 [T, K], without repeats.
+
+    Args:
+        case: The shape.
+        rng: Where they are drawn from.
+        routing: "uniform"; "grouped": DeepSeek-V3's gate on random scores, which takes all from the best half of the
+            groups of experts; "zipf": an expert is as likely as 1 over its place in `popularity`; "one": experts of
+            rank 0 only.
+        popularity: int [E], each expert's place, 0 first; the same for all ranks.
+
+    Raises:
+        ConfigError: No such routing, or fewer experts than it needs.
+    """
+    scores = rng.random((case.tokens, case.experts), np.float32)
+    if routing == "grouped":
+        groups, best = default_groups(case.experts, case.top_k)
+        same = np.eye(case.experts, dtype=np.float32)
+        return gate(scores, same, top_k=case.top_k, n_groups=groups, top_groups=best)[0]
+    if routing == "zipf":  # the K largest of log p + Gumbel are K draws without repeats
+        scores = -np.log(popularity + 1.0) - np.log(-np.log(np.maximum(scores, 1e-30)))
+    elif routing == "one":
+        check_int("top_k", case.top_k, 1, case.experts // case.ranks, "one rank's experts are not as many: use fewer")
+        scores[:, case.experts // case.ranks :] = -1
+    elif routing != "uniform":
+        raise ConfigError(field="routing", value=routing, allowed=", ".join(ROUTINGS), remedy="choose one of these")
+    return np.argsort(-scores, axis=1, kind="stable")[:, : case.top_k].astype(np.int32)
 
 
 def on_devices(arrays: Sequence[np.ndarray], devices: Sequence[Any]) -> list[Any]:

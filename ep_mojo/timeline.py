@@ -1,9 +1,9 @@
 """When the parts of a fused round happen on GPUs: each warp's times, written where a communicator asks for them.
 
-    timeline = Timeline(comm)            # from now on; graphs need not be compiled or captured again
-    ... rounds, replayed or not ...
-    for rank, times in enumerate(timeline.times()):
-        times[:, :, MARKS["header"]]     # microseconds since the rank's dispatch began, [CTAs, warps]
+    with Timeline(comm) as timeline:             # graphs need not be compiled or captured again
+        ... fused rounds, replayed or not ...
+        for rank, times in enumerate(timeline.times()):
+            times[:, :, MARKS["header seen"]]    # microseconds since the rank's dispatch began, [CTAs, warps]
 
 The marks are those of kernels/ep_mojo/gpu/timeline.mojo.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from . import layout
 from .comm.gpu import GPUCommunicator
-from .errors import UnsupportedError
+from .errors import OrderError, UnsupportedError
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -33,8 +33,8 @@ MARKS = {
     "ids read": 3,
     "message ready": 4,
     "tables have left": 5,
-    "message arrived": 6,
-    "header": 7,
+    "messages arrived": 6,
+    "header seen": 7,
     "rows counted": 8,
     "all counted": 9,
     "rows mapped": 10,
@@ -43,21 +43,21 @@ MARKS = {
     "message loaded": 13,
     "rows written": 14,
     "ended": 15,
-    "combine: begun": 16,
-    "combine: opened": 17,
-    "combine: sum ready": 20,
-    "combine: sum arrived": 22,
-    "combine: signals seen": 28,
-    "combine: token written": 30,
-    "combine: ended": 31,
+    "combine begun": 16,
+    "combine opened": 17,
+    "combine sum ready": 18,
+    "combine sums arrived": 19,
+    "combine signals seen": 20,
+    "combine token written": 21,
+    "combine ended": 22,
 }
 """Name -> number. In this order each warp comes by those of its role, some of them many times: the last time counts."""
 
 
 class Timeline:
-    """Times of the launches of a communicator on GPUs, until `close`.
+    """Times of the fused launches of a communicator on GPUs, until `close`, one at a time for a communicator.
 
-    It costs a store a mark. Rounds that are under way when it begins are waited for.
+    It costs a store a mark. Rounds that are under way when it begins or ends are waited for.
     """
 
     def __init__(self, comm: Communicator):
@@ -65,6 +65,7 @@ class Timeline:
 
         Raises:
             UnsupportedError: The ranks are not on GPUs, or slots="expert", whose kernels have no marks.
+            OrderError: Another one is open.
         """
         if not isinstance(comm, GPUCommunicator) or comm.cfg.slots != "rank":
             raise UnsupportedError(
@@ -73,22 +74,32 @@ class Timeline:
                 allowed='Communicator.gpus or one_gpu with slots="rank"',
                 remedy="time others by the host's clock: ep-mojo bench",
             )
+        if comm.timeline_buffers:
+            raise OrderError(
+                field="comm",
+                value="a communicator with a Timeline",
+                allowed="one at a time",
+                remedy="close the other one",
+            )
         from max.driver import Buffer
         from max.dtype import DType
 
         self._comm = comm
         size = CTAS * WARPS * N_MARKS
         self._buffers: list[Buffer] = [Buffer.zeros([size], DType.int64, d) for d in comm.devices]
+        comm.timeline_buffers = self._buffers  # kernels write there as long as the heads say so
         self._write([b._data_ptr() for b in self._buffers])
 
     def _write(self, addresses: list[int]) -> None:
-        self._comm.synchronize()
-        for memory, address in zip(self._comm.memories, addresses, strict=True):
-            counters = memory.counters
-            layout.put_u64(counters, layout.HEAD_TIMELINE, address)
-            layout.put_u64(counters, layout.HEAD_TIMELINE_CHECK, address ^ (2**64 - 1) if address else 0)
-            memory.write("counters", counters)  # type: ignore[attr-defined]
-        self._comm.synchronize()
+        comm = self._comm
+        with comm._exclusive():  # no launch may move an epoch meanwhile
+            comm.synchronize()
+            for memory, address in zip(comm.memories, addresses, strict=True):
+                counters = memory.counters
+                layout.put_u64(counters, layout.HEAD_TIMELINE, address)
+                layout.put_u64(counters, layout.HEAD_TIMELINE_CHECK, address ^ (2**64 - 1) if address else 0)
+                memory.write("counters", counters)  # type: ignore[attr-defined]
+            comm.synchronize()
 
     def times(self) -> list[np.ndarray]:
         """Wait for the devices, and read the last round's times.
@@ -105,8 +116,9 @@ class Timeline:
     def close(self) -> None:
         """End: nothing is written from now on."""
         if self._buffers:
-            self._write([0] * len(self._buffers))
-            self._buffers = []
+            if self._comm.memories:  # otherwise the communicator is gone, and no kernel runs
+                self._write([0] * len(self._buffers))
+            self._buffers = self._comm.timeline_buffers = []
 
     def __enter__(self) -> Timeline:
         """Itself."""
@@ -121,13 +133,14 @@ def since_begun(clock: np.ndarray) -> np.ndarray:
     """Microseconds since the first CTA of the last dispatch began, float64 [CTAS, WARPS, N_MARKS].
 
     Args:
-        clock: int64 [CTAS * WARPS * N_MARKS]: nanoseconds by the GPU's clock, 0 where a mark was never passed.
+        clock: int64 [CTAS * WARPS * N_MARKS]: nanoseconds by the GPU's clock, 0 where a mark was never
+            passed. Split rounds do not say when they begin, so they have no times.
     """
     times = clock.reshape(CTAS, WARPS, N_MARKS)
     begun = times[:, :, MARKS["begun"]]
     latest = begun.max()
     # CTAs of one launch begin within a fraction of a round; those that this launch lacks are from before.
-    first = begun[begun > latest - 1_000_000].min() if latest else 0
+    first = begun[begun > latest - 1_000_000].min() if latest else np.iinfo(np.int64).max
     return np.where((times == 0) | (times < first), np.nan, (times - first) / 1e3)
 
 

@@ -300,8 +300,8 @@ def sum_terms[
     comptime S = max(1, T.sum_steps * 2 // size_of[Scalar[dtype]]())
     comptime stride = T.lanes * W
     comptime units = hidden // stride
-    var unit = part * units // parts
-    var end = (part + 1) * units // parts
+    var unit = part_begin[T, hidden](part, parts) // stride
+    var end = part_begin[T, hidden](part + 1, parts) // stride
     while unit + S <= end:
         sum[W, S](unit * stride + T.lane() * W)
         unit += S

@@ -40,10 +40,10 @@ comptime HEAD_TOP_K = 20
 """K."""
 comptime HEAD_TIMELINE = 22
 """(u64) Where launches on this GPU note when their parts happen; 0 = nowhere."""
-comptime HEAD_TIMELINE_CHECK = 28
-"""(u64) Its complement, without which it counts as 0."""
 comptime ARRIVED = 24
 """Four words, 0 between launches: CTAs of a GPU launch that are done. See `arrival`."""
+comptime HEAD_TIMELINE_CHECK = 28
+"""(u64) The complement of `HEAD_TIMELINE`, without which it counts as 0."""
 comptime REC_STATE = 32
 """0 no failure, 1 being written, 2 set."""
 comptime REC_KIND = 33
@@ -116,7 +116,7 @@ comptime WORK_COUNTED = HEAD_WORDS
 comptime WORK_MAPPED = HEAD_WORDS + 16
 """(u64 [R]) and has mapped them."""
 comptime WORK_TABLED = HEAD_WORDS + 32
-"""Words that say which peers have the launch's routing table: uint64 [R]."""
+"""(u64 [R]) a dispatch_async has sent a peer its table; the value is T."""
 comptime WORK_COUNTS = HEAD_WORDS + 48
 """(i32 [R, groups]) rows of each (source, group)."""
 comptime ROUTED_MASKS = HEAD_WORDS

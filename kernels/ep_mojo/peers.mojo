@@ -8,6 +8,7 @@ All pointers have a mutable origin on purpose: a load through an immutable one m
 which is wrong for memory that a peer writes.
 """
 
+from std.sys import inlined_assembly, is_nvidia_gpu
 from std.utils import StaticTuple
 
 comptime Bytes = Pointer[UInt8, MutUntrackedOrigin]
@@ -168,6 +169,26 @@ def window_view[
         Their view.
     """
     return View[dtype](Int(base.unsafe_offset(offset)), size)
+
+
+@always_inline
+def store_global(address: UInt64, i: Int, value: UInt64):
+    """Store a word in a GPU's global memory; in the PTX it can be told from a store to shared memory.
+
+    Args:
+        address: Of the first word.
+        i: Which word.
+        value: What to store.
+    """
+    var at = address + UInt64(8 * i)
+    comptime if is_nvidia_gpu():
+        inlined_assembly[
+            "st.global.u64 [$0], $1;", NoneType, constraints="l,l,~{memory}"
+        ](at, value)
+    else:
+        Bytes(unsafe_from_address=Int(at)).unsafe_bitcast[
+            UInt64
+        ]().unsafe_store(0, value)
 
 
 struct Scratch[dtype: DType](Movable):

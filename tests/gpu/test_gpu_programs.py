@@ -44,8 +44,10 @@ def test_timeline(tmp_path):
     assert len(cases) == 4
     for case in cases:
         marks = case["marks"]
-        last = [marks[name]["last"] for name in ("begun", "opened", "header", "rows mapped", "rows written", "ended")]
+        last = [
+            marks[name]["last"] for name in ("begun", "opened", "header seen", "rows mapped", "rows written", "ended")
+        ]
         assert last == sorted(last)
-        assert marks["ended"]["last"] <= marks["combine: begun"]["first"]
-        assert marks["combine: sum ready"]["first"] <= marks["combine: token written"]["last"]
-        assert marks["combine: ended"]["last"] < 1e5
+        assert marks["ended"]["last"] <= marks["combine begun"]["first"]
+        assert marks["combine sum ready"]["first"] <= marks["combine token written"]["last"]
+        assert marks["combine ended"]["last"] < 1e5

@@ -5,7 +5,7 @@ ascending, into a row in shared memory, and stores that to the source's window, 
 "source" it stores every row to slot (token, k), with layout "rank" the token's one row. When the chunk's rows have
 arrived, its signal follows, also where there were none. A crew is one warp, or several where there are few tokens: then
 each sums and stores a part of the channels. The last warp of each CTA awaits the buffer's credits, while the others
-sum (`Gate`); that of the first CTA then sends the headers. The handle is checked row by row, before a row is read. Why
+sum (`Opening`); that of the first CTA then sends the headers. The handle is checked row by row, before a row is read. Why
 the order holds: docs/protocol.md.
 """
 
@@ -36,7 +36,7 @@ from ..layout import (
 from ..routing import NO_ROW
 from ..signal import publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
-from .gate import Gate
+from .opening import Opening
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .precedence import precedence
 from .routing import ballot
@@ -49,9 +49,8 @@ from .shared_rows import (
     store_row,
 )
 from .timeline import (
-    COMBINE_MARKS,
-    MARK_ARRIVED,
-    MARK_SUMMED,
+    MARK_COMBINE_SUMS_ARRIVED,
+    MARK_COMBINE_SUM_READY,
     mark,
 )
 
@@ -60,7 +59,7 @@ from .timeline import (
 def open_send_back[
     dtype: DType, hidden: Int
 ](ep: Endpoint[False], x: CombineInput, stage: Int32):
-    """Open the sending half; the warp that opens the gate calls this. Afterwards `head.failed()` says whether to.
+    """Open the sending half; the warp that opens calls this. Afterwards `head.failed()` says whether to.
 
     Parameters:
         dtype: Type of the rows, and on the wire.
@@ -80,10 +79,10 @@ def open_send_back[
 
 
 @always_inline
-def announce_rows[
+def send_headers[
     layout: StaticString, reduce: StaticString
 ](ep: Endpoint[False], x: CombineInput, epoch: UInt64):
-    """Send the headers, in a launch that may go on; the warp that opens the gate calls this.
+    """Send the headers, in a launch that may go on; the warp that opens calls this.
 
     Parameters:
         layout: Output layout of the dispatch.
@@ -113,7 +112,7 @@ def send_back[
     epoch: UInt64,
     stage: Int32,
     share: Share,
-    mut gate: Gate,
+    mut opening: Opening,
 ):
     """Store the rows of every source's tokens, chunk by chunk, and signal.
 
@@ -129,7 +128,7 @@ def send_back[
         epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
         share: The calling warp's chunks, of all sources in turn.
-        gate: What the first store waits for.
+        opening: What the first store waits for.
     """
     comptime size = row_bytes[dtype, hidden]()
     comptime by_row = reduce == "source" and layout != "rank"
@@ -142,7 +141,7 @@ def send_back[
     if lane < s.n_ranks:
         tokens = x.num_tokens[lane]
         if tokens < 0 or Int(tokens) > s.max_tokens:
-            tokens = 0  # the gate will not open
+            tokens = 0  # the opening will refuse it
     var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
     var crew = Crew(share, items, MAX_CREW if sums else 1)
     var slot = crew.slot(crew.memory(slot_bytes[dtype, hidden]()))
@@ -192,7 +191,7 @@ def send_back[
                     var which = Int(warp.shuffle_idx(row, UInt32(k)))
                     release_slots()
                     slot.load[size](x.rows.bytes(which * size))
-                    if not gate.passed():
+                    if not opening.passed():
                         break
                     store_row[size](
                         slot.row,
@@ -217,9 +216,9 @@ def send_back[
                     sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
                         terms, slot.row, crew.part, crew.size
                     )
-                if not gate.passed():
+                if not opening.passed():
                     break
-                mark[MARK_SUMMED](ep)
+                mark[MARK_COMBINE_SUM_READY](ep)
                 store_part[size](
                     slot.row,
                     1,
@@ -228,9 +227,9 @@ def send_back[
                     part_bytes,
                 )
         finish_stores()
-        mark[COMBINE_MARKS + MARK_ARRIVED](ep)
+        mark[MARK_COMBINE_SUMS_ARRIVED](ep)
         crew.meet()  # all parts have arrived
-        if not fits or not gate.passed():
+        if not fits or not opening.passed():
             break  # the source waits, and reads FAILED in the header
         if lane == 0 and crew.leads():
             publish(
@@ -321,16 +320,18 @@ def combine_async_stage[
     var ep = peers.value.endpoint[False]()
     var epoch = ep.last_sent() + 1
     var x = input.value
-    var gate = Gate()
-    if gate.opens():
+    var opening = Opening()
+    if opening.opens():
         open_send_back[dtype, hidden](ep, x, stage)
-        gate.decide(not ep.head.failed())
-        if gate.passed():
-            announce_rows[layout, reduce](ep, x, epoch)
-    gate.settle()
-    send_back[dtype, hidden, layout, reduce](ep, x, epoch, stage, Share(), gate)
+        opening.decide(not ep.head.failed())
+        if opening.passed():
+            send_headers[layout, reduce](ep, x, epoch)
+    opening.settle()
+    send_back[dtype, hidden, layout, reduce](
+        ep, x, epoch, stage, Share(), opening
+    )
     give_shared[dtype, hidden](
-        x, Int(x.num_tokens[ep.me]) if gate.passed() else 0
+        x, Int(x.num_tokens[ep.me]) if opening.passed() else 0
     )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch)

@@ -6,7 +6,7 @@ k ascending or of ranks ascending, rounded once. Rows past T come back zero. The
 """
 
 from max.gpu import lane_id, thread_idx
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.sync import syncwarp
 
 from ..combine_tensors import (
@@ -35,9 +35,8 @@ from .precedence import precedence
 from .routing import ballot, destination_of_lanes
 from .share import Share
 from .timeline import (
-    COMBINE_MARKS,
-    MARK_SIGNAL,
-    MARK_SUMS,
+    MARK_COMBINE_SIGNALS_SEEN,
+    MARK_COMBINE_TOKEN_WRITTEN,
     mark,
 )
 
@@ -194,7 +193,7 @@ def _sum_tokens[
                 return
             syncwarp()
             arrived |= missing
-            mark[COMBINE_MARKS + MARK_SIGNAL](ep)
+            mark[MARK_COMBINE_SIGNALS_SEEN](ep)
             var terms = Terms()
             begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
             comptime if by_row:
@@ -218,7 +217,7 @@ def _sum_tokens[
                 part,
                 parts,
             )
-            mark[MARK_SUMS](ep)
+            mark[MARK_COMBINE_TOKEN_WRITTEN](ep)
 
 
 def combine_wait_stage[

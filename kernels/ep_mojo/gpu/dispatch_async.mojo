@@ -7,7 +7,7 @@
                    encoded in parts and crews of several would have a chunk each at most, it is several, of which the
                    first loads and stores
 
-The last warp of each CTA awaits the buffer's credits, while the others load and encode their first token (`Gate`).
+The last warp of each CTA awaits the buffer's credits, while the others load and encode their first token (`Opening`).
 Then the tables go, and the messages when these have left: a header is released at system scope, which would wait for
 all messages under way, and the peers' row maps with it. Otherwise no warp waits for anything but its crew and its own
 stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md.
@@ -25,8 +25,8 @@ from ..peers import typed
 from ..routing import NO_EXPERT, normal_id
 from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..team import WarpTeam
-from .gate import Gate
-from .mapping import in_launch
+from .opening import Opening
+from .notes import await_note
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .precedence import precedence
 from .routing import ballot, destination_of_lanes
@@ -34,10 +34,10 @@ from .share import MAX_CREW, Crew, Share
 from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import finish_stores, release_slots, store_row
 from .timeline import (
-    MARK_ARRIVED,
-    MARK_ENCODED,
-    MARK_IDS,
-    MARK_STORES_BEGIN,
+    MARK_IDS_READ,
+    MARK_MESSAGES_ARRIVED,
+    MARK_MESSAGE_READY,
+    MARK_TABLES_HAVE_LEFT,
     MARK_TABLE_SENT,
     mark,
 )
@@ -57,8 +57,8 @@ def slot_bytes[F: TokenFormat]() -> Int:
 
 
 @always_inline
-def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
-    """Warps that encode one token together, when there are few tokens.
+def encode_parts[F: TokenFormat, encoded: Bool]() -> Int:
+    """Parts of a message that several warps may encode.
 
     Parameters:
         F: The format.
@@ -69,7 +69,7 @@ def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
     """
     comptime assert F.encode_parts >= 1, "encode_parts: at least 1"
     comptime if not encoded and F.hidden_size % 8 == 0:
-        return min(F.encode_parts, MAX_CREW)
+        return F.encode_parts
     else:
         return 1
 
@@ -78,7 +78,7 @@ def crew_warps[F: TokenFormat, encoded: Bool]() -> Int:
 def open_send[
     ids_dtype: DType
 ](ep: Endpoint[True], x: DispatchInput[ids_dtype], stage: Int32):
-    """Open the sending half; the warp that opens the gate calls this. Afterwards `head.failed()` says whether to.
+    """Open the sending half; the warp that opens calls this. Afterwards `head.failed()` says whether to.
 
     Parameters:
         ids_dtype: Type of the ids.
@@ -102,7 +102,7 @@ def send_tables[
     ep: Endpoint[True],
     x: DispatchInput[ids_dtype],
     epoch: UInt64,
-    mut gate: Gate,
+    mut opening: Opening,
 ):
     """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
 
@@ -113,11 +113,11 @@ def send_tables[
         ep: The rank.
         x: Its tokens.
         epoch: The launch's epoch.
-        gate: What the first store waits for.
+        opening: What the first store waits for.
     """
     var T = readable_tokens(x.rows, x.num_tokens)
     for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
-        _send_table(ep, x, T, epoch, peer, gate)
+        _send_table(ep, x, T, epoch, peer, opening)
 
 
 @always_inline
@@ -129,7 +129,7 @@ def _send_table[
     T: Int,
     epoch: UInt64,
     peer: Int,
-    mut gate: Gate,
+    mut opening: Opening,
 ):
     """Write the routing table into a peer's window, and say so in the header; the whole CTA calls this."""
     comptime V = 8
@@ -151,13 +151,13 @@ def _send_table[
             w = x.weights.ptr.unsafe_load[
                 width=V, alignment=4, invariant=False
             ](i)
-        if not gate.passed():
+        if not opening.passed():
             break
         ids.unsafe_store[width=V, alignment=16](
             i, normal_id(id, ep.s.n_experts)
         )
         weights.unsafe_store[width=V, alignment=16](i, w)
-    if not gate.passed():
+    if not opening.passed():
         return
     for i in range(whole + Int(thread_idx.x), n, threads):
         ids.unsafe_store(
@@ -179,7 +179,7 @@ def _tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
     var left = True
     if Int(lane_id()) < ep.s.n_ranks:
         var waiter = Waiter(ep.head, stage, False)
-        var T = in_launch(ep, waiter, epoch, WORK_TABLED, Int(lane_id()))
+        var T = await_note(ep, waiter, epoch, WORK_TABLED, Int(lane_id()))
         left = T != NO_SIGNAL
     return ballot(not left) == 0
 
@@ -193,7 +193,7 @@ def send_messages[
     epoch: UInt64,
     stage: Int32,
     share: Share,
-    mut gate: Gate,
+    mut opening: Opening,
 ):
     """Store tokens' messages, chunk by chunk, and signal.
 
@@ -208,12 +208,12 @@ def send_messages[
         epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
         share: The calling warp's chunks.
-        gate: What the first store waits for.
+        opening: What the first store waits for.
     """
     comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
     comptime size = slot_bytes[F]()
-    comptime parts = crew_warps[F, encoded]()
-    comptime as_it_is = F.verbatim and not encoded and F.hidden_size % 8 == 0
+    comptime parts = encode_parts[F, encoded]()
+    comptime as_it_is = F.verbatim and not encoded
     comptime assert (
         not as_it_is or F.message_bytes == 2 * F.hidden_size
     ), "verbatim: a message of 2 * hidden_size bytes"
@@ -224,7 +224,7 @@ def send_messages[
     var peer = min(lane, s.n_ranks - 1)
     var recv = ep.recv[peer]
     var count = ep.count[peer]
-    var crew = Crew(share, s.n_signals(T), parts)
+    var crew = Crew(share, s.n_signals(T), min(parts, MAX_CREW))
     var token = crew.slot(crew.memory(2 * size))
     var message = crew.memory(2 * size, 0 if as_it_is else size)
     var factor = x.factor[0] if x.factor.present() else Float32(1)
@@ -243,7 +243,7 @@ def send_messages[
                 targets |= UInt32(1) << UInt32(ep.me)
             if targets == 0:
                 continue
-            mark[MARK_IDS](ep)
+            mark[MARK_IDS_READ](ep)
             release_slots()
             crew.meet()  # the slots are free
             comptime if encoded:
@@ -261,21 +261,21 @@ def send_messages[
                             token.row, factor, message, part
                         )
             crew.meet()  # the message is complete
-            mark[MARK_ENCODED](ep)
-            if not gate.passed():
+            mark[MARK_MESSAGE_READY](ep)
+            if not opening.passed():
                 break
             if stores and not asked:
                 asked = True
                 stores = _tables_have_left(ep, epoch, stage)
-                mark[MARK_STORES_BEGIN](ep)
+                mark[MARK_TABLES_HAVE_LEFT](ep)
             store_row[F.message_bytes](
                 message,
                 targets if stores else UInt32(0),  # the crew goes on meeting
                 recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
             )
         finish_stores()
-        mark[MARK_ARRIVED](ep)
-        if not gate.passed():
+        mark[MARK_MESSAGES_ARRIVED](ep)
+        if not opening.passed():
             return
         if lane < s.n_ranks and stores:
             publish(
@@ -308,14 +308,14 @@ def dispatch_async_stage[
         return
     var ep = peers.value.endpoint[True]()
     var epoch = ep.last_sent() + 1
-    var gate = Gate()
-    if gate.opens():
+    var opening = Opening()
+    if opening.opens():
         open_send(ep, input.value, stage)
-        gate.decide(not ep.head.failed())
-    gate.settle()
-    send_tables(ep, input.value, epoch, gate)
+        opening.decide(not ep.head.failed())
+    opening.settle()
+    send_tables(ep, input.value, epoch, opening)
     send_messages[F, ids_dtype, encoded](
-        ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), gate
+        ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), opening
     )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch)

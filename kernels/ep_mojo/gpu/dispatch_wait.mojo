@@ -31,7 +31,8 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
-from .mapping import cta_bytes, in_launch, map_sources, name_groups
+from .mapping import cta_bytes, map_sources, name_groups
+from .notes import await_note
 from .precedence import precedence
 from .routing import ballot
 from .share import Share
@@ -42,10 +43,10 @@ from .shared_rows import (
     release_slots,
 )
 from .timeline import (
-    MARK_LOADED,
     MARK_MAP_SEEN,
-    MARK_ROWS,
-    MARK_SIGNAL,
+    MARK_MESSAGE_LOADED,
+    MARK_ROWS_WRITTEN,
+    MARK_SIGNAL_SEEN,
     mark,
 )
 
@@ -123,7 +124,7 @@ def copy_rows[
         var chunk = i // s.n_ranks
         var T = Int(warp.shuffle_idx(mapped, UInt32(r)))
         if T < 0:
-            T = in_launch(ep, waiter, epoch, WORK_MAPPED, r)
+            T = await_note(ep, waiter, epoch, WORK_MAPPED, r)
             if ballot(T == NO_SIGNAL) != 0:
                 break
             if lane == r:
@@ -134,7 +135,7 @@ def copy_rows[
             continue
         if ballot(not ep.chunk_of(waiter, epoch, r, chunk)) != 0:
             break
-        mark[MARK_SIGNAL](ep)
+        mark[MARK_SIGNAL_SEEN](ep)
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var row = NO_ROW
             if lane < s.top_k:
@@ -147,7 +148,7 @@ def copy_rows[
             slot.load[F.message_bytes](
                 window.unsafe_offset(message_offset(s, buffer, r, t))
             )
-            mark[MARK_LOADED](ep)
+            mark[MARK_MESSAGE_LOADED](ep)
             while left != 0:
                 var from_ = UInt32(count_trailing_zeros(left))
                 var to = Int(warp.shuffle_idx(row, from_))
@@ -161,7 +162,7 @@ def copy_rows[
                     out_.src_info[2 * t] = Int32(r * s.max_tokens + t)
                     out_.src_info[2 * t + 1] = -1
     finish_stores()
-    mark[MARK_ROWS](ep)
+    mark[MARK_ROWS_WRITTEN](ep)
 
 
 @always_inline
@@ -188,7 +189,7 @@ def mark_rest[
         rows: The outputs.
     """
     # Source 0 comes with all row starts.
-    if ballot(in_launch(ep, waiter, epoch, WORK_MAPPED, 0) == NO_SIGNAL) != 0:
+    if ballot(await_note(ep, waiter, epoch, WORK_MAPPED, 0) == NO_SIGNAL) != 0:
         return
     var out_ = rows.out
     var groups = out_.row_offsets.size - 1

@@ -5,7 +5,7 @@ k ascending. Why the order holds: `expert_launch.mojo`.
 """
 
 from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.sync import barrier, syncwarp
 from std.bit import count_trailing_zeros
 from std.utils import IndexList

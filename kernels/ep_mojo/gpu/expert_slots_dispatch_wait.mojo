@@ -39,7 +39,8 @@ from .launch import (
     warp_slot,
     warps,
 )
-from .mapping import in_launch, name_groups
+from .mapping import name_groups
+from .notes import await_note
 from .precedence import precedence
 from .routing import ballot
 from .share import Share
@@ -188,7 +189,7 @@ def _gather_blocks(
         if messages == NO_SIGNAL:
             break
         var words = expert_rows(ep.s) + 2 * (b - r)  # of the expert
-        var extra = in_launch(ep, waiter, epoch, words, r)
+        var extra = await_note(ep, waiter, epoch, words, r)
         if extra == NO_SIGNAL:
             break
         blocks.messages[b] = Int32(messages)

@@ -4,7 +4,7 @@ A kernel gets everything by value: settings, window addresses, tensor addresses.
 allocated, nothing reset by the host between launches, so that a captured launch can be replayed.
 
     CTA, first     one warp opens the launch (`Endpoint.begin_*`), then all learn whether it may go on: `may_go_on`, or
-                   `Gate` where there is something to do meanwhile
+                   `Opening` where there is something to do meanwhile
     body
     CTA, last      counts itself in; whoever is last of the grid closes the launch (`Endpoint.end_*`)
 
@@ -12,16 +12,9 @@ No more CTAs are launched than the device has SMs, one on each: so all are resid
 of other queues only delay that: none of them waits for us, so the SMs that they hold come free.
 """
 
-from max.gpu import (
-    WARP_SIZE,
-    block_dim,
-    block_idx,
-    grid_dim,
-    lane_id,
-    thread_idx,
-)
+from max.gpu import WARP_SIZE, block_dim, grid_dim, thread_idx
 from max.gpu.host import DeviceAttribute, DeviceContext
-from max.gpu.sync import barrier, syncwarp
+from max.gpu.sync import barrier
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 
 from ..launch import Endpoint
@@ -36,7 +29,6 @@ from ..layout import (
 from ..peers import Bytes, PeerTable, View
 from ..settings import Settings
 from ..signal import Head, arrive
-from ..team import WarpTeam
 from .shared_memory import (
     BARRIERS,
     BARRIER_BYTES,

@@ -11,7 +11,6 @@ from ..dispatch_tensors import DispatchOutput, table_ids
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import (
-    CHUNK_HEADER,
     KIND_CAPACITY,
     WORK_COUNTED,
     WORK_COUNTS,
@@ -21,13 +20,14 @@ from ..peers import View, window_view
 from ..routing import group_name
 from ..signal import NO_SIGNAL, Waiter, note, word
 from .launch import Peers, told, warp_index
+from .notes import await_note
 from .routing import Histogram, ballot, count_source, map_source, start_rows
 from .shared_memory import MAX_WARPS
 from .timeline import (
     MARK_ALL_COUNTED,
-    MARK_COUNTED,
-    MARK_HEADER,
-    MARK_MAPPED,
+    MARK_HEADER_SEEN,
+    MARK_ROWS_COUNTED,
+    MARK_ROWS_MAPPED,
     mark,
 )
 
@@ -75,7 +75,7 @@ def map_sources[
         T = told(T)
         if T == NO_SIGNAL:
             return
-        mark[MARK_HEADER](ep)
+        mark[MARK_HEADER_SEEN](ep)
         count_source[layout](
             s,
             table_ids(ep, buffer, r),
@@ -85,7 +85,7 @@ def map_sources[
             hist,
             counts.part(r * groups, groups),
         )
-        mark[MARK_COUNTED](ep)
+        mark[MARK_ROWS_COUNTED](ep)
         if thread_idx.x == 0:
             out_.recv_num_tokens[r] = Int32(T)
             note(own, 4 * WORK_COUNTED + 8 * r, word(epoch, T))
@@ -131,7 +131,7 @@ def map_sources[
             out_.src_info,
         )
         barrier()  # all rows are given; and shared memory is free
-        mark[MARK_MAPPED](ep)
+        mark[MARK_ROWS_MAPPED](ep)
         if thread_idx.x == 0:
             note(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
 
@@ -143,42 +143,10 @@ def _all_counted(ep: Endpoint[True], waiter: Waiter, epoch: UInt64) -> Bool:
     if warp_index() == 0:
         var lane = Int(lane_id())
         if lane < ep.s.n_ranks:
-            var T = in_launch(ep, waiter, epoch, WORK_COUNTED, lane)
+            var T = await_note(ep, waiter, epoch, WORK_COUNTED, lane)
             counted = T != NO_SIGNAL
         counted = ballot(not counted) == 0
     return told(Int(counted)) != 0
-
-
-@always_inline
-def in_launch(
-    ep: Endpoint[True], waiter: Waiter, epoch: UInt64, words: Int, source: Int
-) -> Int:
-    """Await what another CTA of this launch publishes about a source.
-
-    Args:
-        ep: The rank.
-        waiter: The launch's waiter.
-        epoch: The launch's epoch.
-        words: `WORK_COUNTED` or `WORK_MAPPED`.
-        source: The source.
-
-    Returns:
-        The source's T, or `NO_SIGNAL`.
-    """
-    var offset = 4 * words + 8 * source
-    var spinning = waiter
-    spinning.virtual = False  # who publishes it runs at the same time
-    spinning.until += (
-        spinning.limit
-    )  # and has a deadline of its own, which says more
-    return spinning.reach(
-        ep.head.base,
-        offset,
-        epoch,
-        peer=source,
-        chunk=CHUNK_HEADER,
-        header=offset,
-    )
 
 
 def cta_bytes[layout: StaticString](peers: Peers) -> Int:

@@ -5,7 +5,6 @@ For benchmarks. Nobody is told, and nothing is awaited but the own stores: no ro
 
 from max.gpu.host import DeviceContext, FuncAttribute
 
-from ..launch import Endpoint
 from ..layout import align_up, message_offset, partial_offset
 from ..peers import View
 from .launch import ByValue, Peers, Shape, warp_memory, warp_slot

@@ -108,7 +108,8 @@ struct Crew(Movable):
             if share.ctas > 0:
                 sharers = share.stride // share.ctas
             while (
-                2 * self.size <= most
+                pieces > 0
+                and 2 * self.size <= most
                 and sharers // (2 * self.size) * share.ctas >= pieces
             ):
                 self.size *= 2

@@ -1,7 +1,7 @@
 """The shared memory of a CTA: what lies where, and barriers in it.
 
     0        thread 0's word for all threads (`told`)
-    16       the opening warp's word, and the mbarrier behind which it stands (`Gate`)
+    16       the opening warp's word, and the mbarrier behind which it stands (`Opening`)
     64       an mbarrier for each warp and half of the launch, counting bytes of bulk loads (`RowSlot`)
     320      mbarriers at which several warps meet (`Crew`)
     512      the warps' row slots; a histogram while rows are mapped
@@ -17,9 +17,9 @@ comptime MAX_WARPS = 8
 """Warps of a CTA, where their row slots fit into shared memory."""
 comptime VERDICT = 0
 """Byte offset of thread 0's word."""
-comptime GATE_WORD = 16
+comptime OPENING_WORD = 16
 """Byte offset of the opening warp's word."""
-comptime GATE_BARRIER = 32
+comptime OPENING_BARRIER = 32
 """Byte offset of its mbarrier."""
 comptime BARRIERS = 64
 """Byte offset of the warps' mbarriers."""

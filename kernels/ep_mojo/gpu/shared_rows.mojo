@@ -5,10 +5,11 @@ the others have their hands free. Everywhere else the lanes of the warp move the
 the same, and so is what the caller must do:
 
     load           global -> slot, complete when it returns
-    store_row      slot -> global, to as many places as there are bits
+    store_row      slot -> global, to as many places as there are bits; `store_part` a part of it
     SlotTeam       copies slot -> global on the way of a format
     finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
-    release        the slot may be written again
+    release_slots  the slots may be written again
+    order_for_bulk the fence between ordinary accesses and bulk copies, for those that need one more
 
 Rules of order, held by the PTX test (docs/protocol.md): ordinary stores to a slot come before a proxy fence and a warp
 barrier, before any bulk store of it; a full `wait_group 0`, by the lane that started them, comes between bulk stores
@@ -33,7 +34,7 @@ def order_for_bulk():
 
 
 struct RowSlot(Movable):
-    """Room for one row in shared memory, owned by one warp."""
+    """Room for one row in shared memory, loaded by one warp and read by its crew."""
 
     var row: Bytes
     """Its first byte."""
@@ -125,12 +126,12 @@ def store_part[
         targets: Which lanes store.
         target: The calling lane's place for the whole row, aligned to 16.
         first: Byte offset of the part, a multiple of 16.
-        size: Its bytes, a multiple of 16 unless it is the last part.
+        size: Its bytes, a multiple of 16 unless it is the last part; may be 0.
     """
     comptime if moves_in_bulk() and n % 16 == 0:
         order_for_bulk()
         syncwarp()
-        if (targets >> UInt32(lane_id())) & 1 == 1:
+        if (targets >> UInt32(lane_id())) & 1 == 1 and size > 0:
             _store_in_bulk(
                 row.unsafe_offset(first), target.unsafe_offset(first), size
             )

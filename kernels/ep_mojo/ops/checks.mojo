@@ -48,7 +48,15 @@ def require_at_most(name: StaticString, given: Int, most: Int) raises:
         ShapeError: As text in front of the message.
     """
     if given > most:
-        require(name, given, most)
+        raise Error(
+            "ep_mojo.ShapeError: ",
+            name,
+            " = ",
+            given,
+            "; allowed: up to ",
+            most,
+            "; pass less, or make a communicator with room for it",
+        )
 
 
 def optional(name: StaticString, given: Int, allowed: Int) raises:

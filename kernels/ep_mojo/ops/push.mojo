@@ -1,4 +1,5 @@
-"""The op with which benchmarks measure what the links can do. See `ops/__init__.mojo` for what all ops share."""
+"""The op with which benchmarks measure what the links can do. See `ops/__init__.mojo` for what all ops share;
+`ep_mojo/programs/link.py` writes the calls."""
 
 import extensibility
 from extensibility import InputTensor, _MutableInputTensor
@@ -62,6 +63,7 @@ struct Push:
             require("size of a row", size, s.row_bytes)
             require_at_most("n_ranks", s.n_ranks, s.combine_slots)
         require_at_most("rows", rows.dim_size(0), s.max_tokens)
+        require("rows: bytes of a row", rows.dim_size(1), size)
         check_aligned("rows", raw(rows))
         push[size, side == "dispatch"](
             gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs),

@@ -1,4 +1,4 @@
-"""The opening of a launch that sends: one warp opens, while the others load and work out what they will store.
+"""The opening of a sending launch of RankSlots: one warp opens, while the others load and work out what they will store.
 
     last warp      awaits the buffer's credits and checks what it was given, then `decide`
     other warps    loads and sums into shared memory, `passed` in front of the first store to a peer
@@ -13,16 +13,16 @@ from ..peers import View
 from .launch import warp_index, warps
 from .share import begin_crews
 from .shared_memory import (
-    GATE_BARRIER,
-    GATE_WORD,
+    OPENING_BARRIER,
+    OPENING_WORD,
     SharedBarrier,
     moves_in_bulk,
     shared_memory,
 )
 
 
-struct Gate(Movable):
-    """What the opening warp has decided, for all warps of its CTA."""
+struct Opening(Movable):
+    """Whether a launch may go on, as the opening warp has decided for its CTA."""
 
     var decided: Bool
     """Whether the calling warp knows."""
@@ -31,7 +31,7 @@ struct Gate(Movable):
 
     @always_inline
     def __init__(out self):
-        """Close it; all threads of the CTA call this first of all. Crews may be formed afterwards."""
+        """Begin, undecided; all threads of the CTA call this first of all. Crews may be formed afterwards."""
         self.decided = False
         self.open = False
         comptime if moves_in_bulk():
@@ -43,12 +43,12 @@ struct Gate(Movable):
     @always_inline
     @staticmethod
     def _barrier() -> SharedBarrier:
-        return SharedBarrier(shared_memory(GATE_BARRIER))
+        return SharedBarrier(shared_memory(OPENING_BARRIER))
 
     @always_inline
     @staticmethod
     def _word() -> View[DType.int32]:
-        return View[DType.int32](Int(shared_memory(GATE_WORD)), 1)
+        return View[DType.int32](Int(shared_memory(OPENING_WORD)), 1)
 
     @always_inline
     def opens(self) -> Bool:
@@ -83,10 +83,10 @@ struct Gate(Movable):
 
     @always_inline
     def passed(mut self) -> Bool:
-        """Wait for the decision; whole warps call this.
+        """Wait for the decision; any thread may call this.
 
         Returns:
-            Whether the launch may go on. What the opening warp has acquired is then acquired by the calling warp too.
+            Whether the launch may go on. What the opening warp has acquired is then acquired by the calling thread too.
         """
         if not self.decided:
             comptime if moves_in_bulk():

@@ -1,0 +1,36 @@
+"""What CTAs of one launch tell each other: words in the rank's own counters, noted (`signal.note`) and awaited here."""
+
+from ..launch import Endpoint
+from ..layout import CHUNK_HEADER
+from ..signal import Waiter
+
+
+@always_inline
+def await_note(
+    ep: Endpoint[True], waiter: Waiter, epoch: UInt64, words: Int, which: Int
+) -> Int:
+    """Await what another CTA of this launch notes.
+
+    Args:
+        ep: The rank.
+        waiter: The launch's waiter.
+        epoch: The launch's epoch.
+        words: First of a row of (u64) words, an index of int32: `WORK_*`.
+        which: Index in the row; a failure record names it as the peer.
+
+    Returns:
+        The note's value, or `NO_SIGNAL`.
+    """
+    var offset = 4 * words + 8 * which
+    var spinning = waiter
+    spinning.virtual = False  # who notes it runs at the same time
+    # And has a deadline of its own, which says more.
+    spinning.until += spinning.limit
+    return spinning.reach(
+        ep.head.base,
+        offset,
+        epoch,
+        peer=which,
+        chunk=CHUNK_HEADER,
+        header=offset,
+    )

@@ -1,0 +1,108 @@
+"""Which warps of a fused launch send, and which receive meanwhile."""
+
+from max.gpu import block_idx, grid_dim
+
+from ..settings import Settings
+from .launch import warp_index, warps
+from .share import Share
+
+comptime AT_ONCE = 32 * 1024
+"""Bytes of messages that a CTA has on their way to each destination, where there are many. Measured, as is what follows:
+docs/performance.md."""
+comptime SUMMERS = 4
+"""One warp in so many only sums, where there are many chunks."""
+comptime MANY_TURNS = 2
+"""Chunks for each warp that are not many yet."""
+
+
+struct DispatchRoles(TrivialRegisterPassable):
+    """Who does what in a fused dispatch.
+
+    The first R CTAs send the tables, map, and then copy; in the others some warps send, then mark what no row fills,
+    while the rest copies. Half of them send where each CTA has one chunk of Tmax at most, otherwise as many as have
+    `AT_ONCE` bytes of messages under way: with more the links are no faster, and the rows come later. With fewer than 2R
+    CTAs, or one warp in each, every warp sends first and copies then.
+    """
+
+    var apart: Bool
+    """Whether roles differ between warps."""
+    var maps: Bool
+    """Whether the CTA maps sources."""
+    var sends: Bool
+    """Whether the warp sends, and does not copy."""
+    var share: Share
+    """The warp's part of its role's work."""
+
+    @always_inline
+    def __init__(out self, s: Settings):
+        """Find out the calling warp's.
+
+        Args:
+            s: The settings.
+        """
+        var n_ranks = s.n_ranks
+        var ctas = Int(grid_dim.x)
+        var cta = Int(block_idx.x)
+        var w = warp_index()
+        var others = ctas - n_ranks
+        var few = s.n_signals(s.max_tokens) <= others
+        var senders = warps() // 2
+        if not few:
+            senders = max(1, min(senders, AT_ONCE // s.message_bytes))
+        self.apart = others >= n_ranks and warps() > 1
+        self.maps = cta < n_ranks
+        self.sends = self.apart and not self.maps and w < senders
+        if not self.apart:
+            self.share = Share()
+        elif self.sends:
+            self.share = Share(
+                w * others + cta - n_ranks, senders * others, others
+            )
+        else:
+            var copiers = (warps() - senders) * others
+            var first = copiers + w * n_ranks + cta
+            if not self.maps:
+                first = (w - senders) * others + cta - n_ranks
+            self.share = Share(first, copiers + warps() * n_ranks)
+
+
+struct CombineRoles(TrivialRegisterPassable):
+    """Who does what in a fused combine: every warp sends, then sums; where the R * ceil(Tmax / G) chunks are more than
+    `MANY_TURNS` for each warp, the last warps of each CTA only sum."""
+
+    var sends: Bool
+    """Whether the warp sends."""
+    var sums: Bool
+    """Whether it sums its rank's tokens."""
+    var sending: Share
+    """Its part of what is sent."""
+    var summing: Share
+    """Its part of the tokens."""
+
+    @always_inline
+    def __init__(out self, s: Settings):
+        """Find out the calling warp's.
+
+        Args:
+            s: The settings.
+        """
+        var ctas = Int(grid_dim.x)
+        var cta = Int(block_idx.x)
+        var w = warp_index()
+        var summers = warps() // SUMMERS
+        var senders = warps() - summers
+        self.sends = True
+        self.sums = True
+        self.sending = Share()
+        self.summing = Share()
+        if (
+            summers > 0
+            and s.n_ranks * s.n_signals(s.max_tokens)
+            > MANY_TURNS * ctas * warps()
+        ):
+            self.sends = w < senders
+            self.sums = not self.sends
+            self.sending = Share(w * ctas + cta, senders * ctas, ctas)
+            self.summing = Share(
+                (w - senders) * ctas + cta, summers * ctas, ctas
+            )

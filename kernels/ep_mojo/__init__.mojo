@@ -1,4 +1,5 @@
-"""The ep-mojo package: expert-parallel dispatch and combine. Import from here; the ops of MAX graphs register themselves."""
+"""The ep-mojo package: expert-parallel dispatch and combine. Import from here; the ops of MAX graphs register
+themselves."""
 
 from .api import (
     EPLocalSyncCounters,

@@ -167,7 +167,8 @@ struct CombineOutput[ids_dtype: DType](TrivialRegisterPassable):
 
 
 struct Terms(Movable):
-    """The rows that a sum is made of, in order, with a weight for each. Biases come first: they may be of another type."""
+    """The rows that a sum is made of, in order, with a weight for each. Biases come first: they may be of another
+    type."""
 
     var row: Array[Bytes, MAX_TERMS]
     """First byte of each row."""

@@ -1,4 +1,5 @@
-"""The words of `atomic_counters`: a rank's own head, and what one launch notes for itself. Mirrored by `ep_mojo/layout.py`.
+"""The words of `atomic_counters`: a rank's own head, and what one launch notes for itself. Mirrored by
+`ep_mojo/layout.py`.
 """
 
 from .settings import Settings

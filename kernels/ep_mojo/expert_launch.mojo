@@ -1,4 +1,5 @@
-"""Begin and end of a launch with ExpertSlots: the part that is the same on every target. For `RankSlots` see `launch.mojo`.
+"""Begin and end of a launch with ExpertSlots: the part that is the same on every target. For `RankSlots` see
+`launch.mojo`.
 
 The windows have exactly the seed's sizes: one buffer, and one signal word for each (expert, rank), so there is no
 room for credits. Instead dispatch and combine alternate. With n for the epoch, a rank's own counters must say
@@ -93,7 +94,8 @@ def end_dispatch_send(
 def end_combine_send(
     ep: Endpoint[False], epoch: UInt64, first: Int = 0, stride: Int = 1
 ):
-    """Close combine_async: publish to every rank that the rows of each own expert are there, also where there were none.
+    """Close combine_async: publish to every rank that the rows of each own expert are there, also where there were
+    none.
 
     Args:
         ep: The rank.

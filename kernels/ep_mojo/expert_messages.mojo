@@ -1,8 +1,8 @@
 """What stands in an ExpertSlots window, the same on every target.
 
-A message is a header of 16 bytes, token (i32), mask of choices (u32), 8 bytes of zero, and then the format's message; bit
-k of the mask says that the token's k-th choice is this expert. Block b = expert * R + source of a rank's window holds
-what came from `source` for its local expert, by ascending token.
+A message is a header of 16 bytes, token (i32), mask of choices (u32), 8 bytes of zero, and then the format's message;
+bit k of the mask says that the token's k-th choice is this expert. Block b = expert * R + source of a rank's window
+holds what came from `source` for its local expert, by ascending token.
 """
 
 from .launch import Endpoint

@@ -1,4 +1,5 @@
-"""Every byte offset of the windows; `counters.mojo` has those of a rank's own counters. Mirrored by `ep_mojo/layout.py`, tested equal.
+"""Every byte offset of the windows; `counters.mojo` has those of a rank's own counters. Mirrored by
+`ep_mojo/layout.py`, tested equal.
 
 A rank owns four windows that its peers write (sizes in bytes, for `RankSlots`; B buffers, R ranks, Tm tokens a rank):
 
@@ -7,9 +8,9 @@ A rank owns four windows that its peers write (sizes in bytes, for `RankSlots`; 
     combine recv     [B][Tm*S] rows                            slot = (expert's rank, token), or (token, k)
     combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
 
-C = ceil(Tm / G) signals a source, one for each G tokens; S = rows a token, R or K. `recv_ptrs` holds the addresses of the
-recv windows, `recv_count_ptrs` those of the count windows. Regions and per-source blocks start at multiples of 128
-bytes, so that no two writers share a cache line.
+C = ceil(Tm / G) signals a source, one for each G tokens; S = rows a token, R or K. `recv_ptrs` holds the addresses of
+the recv windows, `recv_count_ptrs` those of the count windows. Regions and per-source blocks start at multiples of
+128 bytes, so that no two writers share a cache line.
 
 `ExpertSlots` has exactly four arrays and one buffer: recv [L][R][Tm] messages, count u64 [L][R], combine recv [Tm][K]
 rows, combine count u64 [E].

@@ -6,8 +6,9 @@ For each rank allocate four windows and `atomic_counters`, all zero:
     dispatch count   dispatch_count_bytes(s)     combine count   combine_count_bytes(s)
     atomic_counters  counters_words(s) int32, then init_counters(...)
 
-and put the windows' addresses into tables, one address per rank: `recv_ptrs`, `recv_count_ptrs`. The count windows are aligned
-to 8 bytes, the recv windows to 16. After a failure: zero all windows, `init_counters` again, on all ranks, between rounds.
+and put the windows' addresses into tables, one address per rank: `recv_ptrs`, `recv_count_ptrs`. The count windows
+are aligned to 8 bytes, the recv windows to 16. After a failure: zero all windows, `init_counters` again, on all
+ranks, between rounds.
 """
 
 from layout import TileTensor
@@ -68,7 +69,10 @@ def expert_slots_settings[
             top_k,
             ", max_token_per_rank=",
             max_token_per_rank,
-            "; allowed: 1 to 8 ranks that divide n_experts (up to 2048), top_k 1 to 32, max_token_per_rank up to 2^22, times top_k below 2^24",
+            (
+                "; allowed: 1 to 8 ranks that divide n_experts (up to 2048), top_k 1 to 32,"
+                " max_token_per_rank up to 2^22, times top_k below 2^24"
+            ),
         )
     return Settings(
         n_ranks=n_ranks,

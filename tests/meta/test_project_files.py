@@ -226,6 +226,18 @@ def test_files_are_short(suffix):
     assert not too_long, f"longer than {MAX_LINES[suffix]} lines: {too_long}"
 
 
+def test_lines_of_mojo_are_short():
+    """Of Python ruff says so; mblack leaves docstrings alone."""
+    found = [
+        f"{path.relative_to(ROOT)}:{i}"
+        for path in project_files()
+        if path.suffix == ".mojo"
+        for i, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not found
+
+
 def test_no_file_names_a_place_that_it_should_not():
     found = []
     for path in project_files():

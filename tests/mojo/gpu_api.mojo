@@ -1,4 +1,5 @@
-"""The seed-named functions on GPUs, from Mojo alone: R virtual ranks on one GPU, against the scalar reference of the host tests.
+"""The seed-named functions on GPUs, from Mojo alone: R virtual ranks on one GPU, against the scalar reference of the
+host tests.
 
 Build with -I kernels -I tests/mojo; prints the number of rounds that were right last.
 """

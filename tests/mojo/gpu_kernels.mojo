@@ -1,4 +1,5 @@
-"""Prints the assembly of every GPU kernel, each behind a line `//// NAME`. Build for EP_GPU_TARGET; runs without a GPU."""
+"""Prints the assembly of every GPU kernel, each behind a line `//// NAME`. Build for EP_GPU_TARGET; runs without a
+GPU."""
 
 from ep_mojo.formats import BF16, BlockwiseFP8
 from ep_mojo.gpu.combine_async import combine_async_stage

@@ -1,4 +1,5 @@
-"""Virtual ranks in one Mojo program, for test_api.mojo: memory, the four stages, inputs, and what rows must come out."""
+"""Virtual ranks in one Mojo program, for test_api.mojo: memory, the four stages, inputs, and what rows must come
+out."""
 
 from layout import Coord, Idx, TileTensor, row_major
 from max.gpu.host import DeviceContext

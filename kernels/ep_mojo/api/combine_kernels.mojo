@@ -1,8 +1,9 @@
-"""The seed-named device functions of combine: stages of ExpertSlots as GPU kernels, for programs that launch them themselves.
+"""The seed-named device functions of combine: stages of ExpertSlots as GPU kernels, for programs that launch them
+themselves.
 
-Launch them with a `Shape` from `combine_async_shape` or `combine_wait_shape`: at most `n_sms` CTAs, all resident, with that much dynamic shared memory. A
-launch whose counters were not made for these parameters and this rank does nothing, but for empty outputs. The host
-functions `ep_combine_*_kernel_api` with target "gpu" launch these.
+Launch them with a `Shape` from `combine_async_shape` or `combine_wait_shape`: at most `n_sms` CTAs, all resident,
+with that much dynamic shared memory. A launch whose counters were not made for these parameters and this rank does
+nothing, but for empty outputs. The host functions `ep_combine_*_kernel_api` with target "gpu" launch these.
 """
 
 from layout import TensorLayout, TileTensor

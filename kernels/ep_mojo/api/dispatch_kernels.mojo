@@ -1,8 +1,9 @@
-"""The seed-named device functions of dispatch: stages of ExpertSlots as GPU kernels, for programs that launch them themselves.
+"""The seed-named device functions of dispatch: stages of ExpertSlots as GPU kernels, for programs that launch them
+themselves.
 
-Launch them with a `Shape` from `dispatch_async_shape` or `dispatch_wait_shape`: at most `n_sms` CTAs, all resident, with that much dynamic shared memory. A
-launch whose counters were not made for these parameters, this rank and this K does nothing, but for empty outputs. The host
-functions `ep_dispatch_*_kernel_api` with target "gpu" launch these.
+Launch them with a `Shape` from `dispatch_async_shape` or `dispatch_wait_shape`: at most `n_sms` CTAs, all resident,
+with that much dynamic shared memory. A launch whose counters were not made for these parameters, this rank and this K
+does nothing, but for empty outputs. The host functions `ep_dispatch_*_kernel_api` with target "gpu" launch these.
 """
 
 from layout import TensorLayout, TileTensor

@@ -1,4 +1,5 @@
-"""Settings of the seed-named functions, from what each of them knows, and the hash that a rank's head must hold for it."""
+"""Settings of the seed-named functions, from what each of them knows, and the hash that a rank's head must hold for
+it."""
 
 from std.sys import size_of
 

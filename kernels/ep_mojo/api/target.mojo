@@ -1,4 +1,5 @@
-"""What seed-named functions refuse: at compile time what is missing, tables that are not for R ranks, and too many choices."""
+"""What seed-named functions refuse: at compile time what is missing, tables that are not for R ranks, and too many
+choices."""
 
 from max.gpu import WARP_SIZE
 

@@ -1,7 +1,8 @@
 """The fused stages on the host: both halves in one launch, for ranks of their own process.
 
-The receiving half copies what other ranks send while they still send; nothing of it waits for a peer's receiving half.
-Virtual ranks share one queue, so a rank that waits there would wait for sends that stand behind it: the ops refuse them.
+The receiving half copies what other ranks send while they still send; nothing of it waits for a peer's receiving
+half. Virtual ranks share one queue, so a rank that waits there would wait for sends that stand behind it: the ops
+refuse them.
 """
 
 from ..combine_tensors import CombineInput, CombineOutput

@@ -3,10 +3,10 @@
 Each crew of warps takes chunks of G tokens of a source. For each token with rows here it sums them in float32, k
 ascending, into a row in shared memory, and stores that to the source's window, slot (my rank, token); with reduce
 "source" it stores every row to slot (token, k), with layout "rank" the token's one row. When the chunk's rows have
-arrived, its signal follows, also where there were none. A crew is one warp, or several where there are few tokens: then
-each sums and stores a part of the channels. The last warp of each CTA awaits the buffer's credits, while the others
-sum (`Opening`); that of the first CTA then sends the headers. The handle is checked row by row, before a row is read. Why
-the order holds: docs/protocol.md.
+arrived, its signal follows, also where there were none. A crew is one warp, or several where there are few tokens:
+then each sums and stores a part of the channels. The last warp of each CTA awaits the buffer's credits, while the
+others sum (`Opening`); that of the first CTA then sends the headers. The handle is checked row by row, before a row
+is read. Why the order holds: docs/protocol.md.
 """
 
 from max.gpu import block_idx, lane_id
@@ -243,7 +243,8 @@ def send_back[
 def _check_tokens(
     ep: Endpoint[False], x: CombineInput, source: Int, rows: Int, stage: Int32
 ):
-    """Record a failure where the handle names more tokens of a source than there can be, or shared rows that are not there."""
+    """Record a failure where the handle names more tokens of a source than there can be, or shared rows that are not
+    there."""
     var T = Int(x.num_tokens[source])
     if T < 0 or T > ep.s.max_tokens:
         ep.head.fail(

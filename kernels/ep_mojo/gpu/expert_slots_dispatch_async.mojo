@@ -139,7 +139,8 @@ def _clear[F: TokenFormat](n_experts: Int):
 def _count_all[
     F: TokenFormat, ids_dtype: DType
 ](s: Settings, ids: View[ids_dtype], tokens: Int):
-    """Leave in the first warp's words the messages of the first `tokens` tokens, in the others' 0; the whole CTA calls this."""
+    """Leave in the first warp's words the messages of the first `tokens` tokens, in the others' 0; the whole CTA
+    calls this."""
     _clear[F](s.n_experts)
     var run = run_of(tokens)
     _count(s, ids, run[0], run[1], next_slots[F](s.n_experts, warp_index()))

@@ -219,7 +219,7 @@ def _sum_blocks(blocks: Blocks):
 def _group_rows[
     layout: StaticString
 ](ep: Endpoint[True], blocks: Blocks, out_: DispatchOutput) -> Int:
-    """Write where groups begin and what sources sent, by the first CTA. Rows that the output must hold; padded: of a group."""
+    """Write where groups begin and what sources sent, by the first CTA. Gives the rows to be held; padded: of a group."""
     var R = ep.s.n_ranks
     var n_local = ep.s.n_local
     var writes = block_idx.x == 0

@@ -1,8 +1,8 @@
 """The fused stages on a GPU: both halves in one launch, for ranks that run at the same time.
 
-In dispatch some warps send while others copy what arrives (`DispatchRoles`). In combine every warp sends its part, then sums;
-where there are more chunks than two for each warp, some only sum (`CombineRoles`), so that the links do not rest
-meanwhile. Nothing of the sending half waits for a peer's receiving half of the same round.
+In dispatch some warps send while others copy what arrives (`DispatchRoles`). In combine every warp sends its part,
+then sums; where there are more chunks than two for each warp, some only sum (`CombineRoles`), so that the links do
+not rest meanwhile. Nothing of the sending half waits for a peer's receiving half of the same round.
 """
 
 from max.gpu import lane_id

@@ -8,8 +8,8 @@ allocated, nothing reset by the host between launches, so that a captured launch
     body
     CTA, last      counts itself in; whoever is last of the grid closes the launch (`Endpoint.end_*`)
 
-No more CTAs are launched than the device has SMs, one on each: so all are resident, and one may spin on another. Kernels
-of other queues only delay that: none of them waits for us, so the SMs that they hold come free.
+No more CTAs are launched than the device has SMs, one on each: so all are resident, and one may spin on another.
+Kernels of other queues only delay that: none of them waits for us, so the SMs that they hold come free.
 """
 
 from max.gpu import WARP_SIZE, block_dim, grid_dim, thread_idx

@@ -1,4 +1,5 @@
-"""The opening of a sending launch of RankSlots: one warp opens, while the others load and work out what they will store.
+"""The opening of a sending launch of RankSlots: one warp opens, while the others load and work out what they will
+store.
 
     last warp      awaits the buffer's credits and checks what it was given, then `decide`
     other warps    loads and sums into shared memory, `passed` in front of the first store to a peer

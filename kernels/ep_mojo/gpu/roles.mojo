@@ -7,8 +7,8 @@ from .launch import warp_index, warps
 from .share import Share
 
 comptime AT_ONCE = 32 * 1024
-"""Bytes of messages that a CTA has on their way to each destination, where there are many. Measured, as is what follows:
-docs/performance.md."""
+"""Bytes of messages that a CTA has on their way to each destination, where there are many. Measured, as is what
+follows: docs/performance.md."""
 comptime SUMMERS = 4
 """One warp in so many only sums, where there are many chunks."""
 comptime MANY_TURNS = 2
@@ -20,8 +20,8 @@ struct DispatchRoles(TrivialRegisterPassable):
 
     The first R CTAs send the tables, map, and then copy; in the others some warps send, then mark what no row fills,
     while the rest copies. Half of them send where each CTA has one chunk of Tmax at most, otherwise as many as have
-    `AT_ONCE` bytes of messages under way: with more the links are no faster, and the rows come later. With fewer than 2R
-    CTAs, or one warp in each, every warp sends first and copies then.
+    `AT_ONCE` bytes of messages under way: with more the links are no faster, and the rows come later. With fewer than
+    2R CTAs, or one warp in each, every warp sends first and copies then.
     """
 
     var apart: Bool

@@ -153,7 +153,11 @@ struct SharedBarrier(TrivialRegisterPassable):
             parity: Of the phase's number; the first one is 0.
         """
         inlined_assembly[
-            "{\n.reg .pred p;\nWAIT_${:uid}:\nmbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra DONE_${:uid};\nbra WAIT_${:uid};\nDONE_${:uid}:\n}",
+            (
+                "{\n.reg .pred p;\nWAIT_${:uid}:\n"
+                "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n"
+                "@p bra DONE_${:uid};\nbra WAIT_${:uid};\nDONE_${:uid}:\n}"
+            ),
             NoneType,
             constraints="r,r,~{memory}",
         ](shared_address(self.at), parity)

@@ -150,8 +150,8 @@ def store_part[
 
 
 struct SlotTeam(Team):
-    """A warp that copies out of its slot: in bulk where it can. `finish_stores` comes before others may rely on that, and
-    `release_slots` before the slot is written again."""
+    """A warp that copies out of its slot: in bulk where it can. `finish_stores` comes before others may rely on that,
+    and `release_slots` before the slot is written again."""
 
     comptime lanes = WarpTeam.lanes
     """As `WarpTeam`."""

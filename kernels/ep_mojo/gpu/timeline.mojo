@@ -1,4 +1,5 @@
-"""When the parts of a fused round happen: the last time that each warp came by each mark, where the head has room for it.
+"""When the parts of a fused round happen: the last time that each warp came by each mark, where the head has room for
+it.
 
 Off, a mark costs a comparison. The host reads the times: `ep_mojo/timeline.py` has these marks by their names in lower
 case.

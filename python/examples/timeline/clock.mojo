@@ -1,7 +1,7 @@
 """Two ops of one thread that store the device's clock: how far a queue had come, and when.
 
-An op stores the time at which all that its queue held before it was done. It has the highest launch priority, so that it
-does not stand behind what other queues still have to start. Clocks of different GPUs are not compared.
+An op stores the time at which all that its queue held before it was done. It has the highest launch priority, so that
+it does not stand behind what other queues still have to start. Clocks of different GPUs are not compared.
 """
 
 import extensibility

@@ -1,6 +1,5 @@
-"""The GPU's dispatch_wait with ExpertSlots: messages become output rows.
-
-A block is what one source has sent to one of this rank's experts; there are E of them.
+"""The GPU's dispatch_wait with ExpertSlots: messages become output rows. A block is what one source has sent to one of
+this rank's experts; there are E of them.
 
     every warp     awaits the counts of its blocks, reads their headers, marks a part of the outputs as empty, and
                    publishes in the own counters how many rows a block gives beyond one for each message
@@ -219,7 +218,7 @@ def _sum_blocks(blocks: Blocks):
 def _group_rows[
     layout: StaticString
 ](ep: Endpoint[True], blocks: Blocks, out_: DispatchOutput) -> Int:
-    """Write where groups begin and what sources sent, by the first CTA. Gives the rows to be held; padded: of a group."""
+    """By the first CTA: where groups begin, what sources sent. Gives the rows to be held; padded: those of a group."""
     var R = ep.s.n_ranks
     var n_local = ep.s.n_local
     var writes = block_idx.x == 0

@@ -17,7 +17,7 @@ PROGRAMS = {
     "demo": "run one Mixture-of-Experts layer over several ranks on this CPU and check it",
     "run": "the same on your own tokens and routing, from an .npz file",
     "doctor": "show what this machine has, what is missing, and how to mend it",
-    "bench": "time a round against NumPy and a plain memory copy, or on GPUs against the link's limit",
+    "bench": "time a round against NumPy and a plain memory copy, or on GPUs beside what the links need",
 }
 OPTIONS = {
     "n_ranks": "--ranks",

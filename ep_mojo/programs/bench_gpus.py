@@ -180,18 +180,8 @@ def on_link(cfg: EPConfig, topk_ids: Sequence[np.ndarray], median_us: float, lin
     """
     moved = report.bytes_moved(cfg, topk_ids)["ours"]
     rate = moved["total"] / cfg.n_ranks / median_us / 1e3
-    found = {"bytes": moved, "busiest": busiest(cfg, topk_ids), "gb_s": rate}
+    found = {"bytes": moved, "busiest": report.busiest(cfg, topk_ids), "gb_s": rate}
     return found | {"link_us": link_us, "share": link_us / median_us}
-
-
-def busiest(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
-    """The most bytes that one rank sends, or receives, in a round."""
-    R, pairs = cfg.n_ranks, link.pairs(cfg, topk_ids)
-    tables = np.array([[6 * ids.size] * R for ids in topk_ids])
-    np.fill_diagonal(tables, 0)
-    payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
-    traffic = pairs * payload + tables + pairs.T * cfg.combine_row_bytes
-    return int(max(traffic.sum(axis=1).max(), traffic.sum(axis=0).max()))
 
 
 def report_text(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from ep_mojo import cli
 from ep_mojo.errors import ConfigError, DeviceError
-from ep_mojo.programs import bench_gpus, link
+from ep_mojo.programs import bench_gpus, link, report
 from ep_mojo.programs.gpu_round import ERROR_LIMIT, Round, draw, error_of
 
 CASE = Round(ranks=3, tokens=7, fmt="fp8", fused=True, hidden=256, experts=6, top_k=2)
@@ -143,13 +143,13 @@ def test_bytes_over_the_links_counted_one_by_one():
 
 def test_rows_that_make_a_round_for_the_links():
     cfg, ids = CASE.config(), draw(CASE)[CASE.ranks : 2 * CASE.ranks]
-    each = link.pairs(cfg, ids)
+    each = report.pairs(cfg, ids)
     assert each.diagonal().tolist() == [0, 0, 0]
     busiest = max(*each.sum(axis=0), *each.sum(axis=1))
     assert 2 * link.round_rows(cfg, ids) in (busiest, busiest + 1)
     assert link.round_rows(cfg, [np.full_like(i, -1) for i in ids]) == 1
     everywhere = [np.tile([0, 2], (7, 1)).astype(np.int32)] * 3  # rank 2 gets none, ranks 0 and 1 all
-    assert link.pairs(cfg, everywhere).tolist() == [[0, 7, 0], [7, 0, 0], [7, 7, 0]]
+    assert report.pairs(cfg, everywhere).tolist() == [[0, 7, 0], [7, 0, 0], [7, 7, 0]]
     assert link.round_rows(cfg, everywhere) == 7
 
 

@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ep_mojo.errors import EPError
-from ep_mojo.programs import report
+from ep_mojo.programs import options, report
 from ep_mojo.programs.gpu_round import (
     ERROR_LIMIT,
     Round,
@@ -32,9 +31,9 @@ from ep_mojo.programs.gpu_round import (
     error_of,
     gpus_to_use,
     on_devices,
+    plan_gpus,
     replay_times,
 )
-from ep_mojo.programs.listed import numbers, words
 from ep_mojo.programs.measures import git_commit
 
 
@@ -54,20 +53,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=["run", "compile"])
     parser.add_argument("--mefs", help="folder of compiled graphs; what it lacks is compiled")
-    parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all; compile: 8)")
-    parser.add_argument("--tokens", type=numbers, default="128,4096", help="tokens a rank (default: %(default)s)")
+    options.add_rounds(parser, ranks="all; compile: 8")
     parser.add_argument(
-        "--formats", type=words("bf16", "fp8"), default="bf16,fp8", help="of bf16, fp8 (default: %(default)s)"
+        "--modes", type=options.words("fused", "split"), default="fused", help="of fused, split (default: %(default)s)"
     )
     parser.add_argument(
-        "--modes", type=words("fused", "split"), default="fused", help="of fused, split (default: %(default)s)"
+        "--systems", type=options.words("ours", "max"), default="ours,max", help="of ours, max (default: %(default)s)"
     )
-    parser.add_argument(
-        "--systems", type=words("ours", "max"), default="ours,max", help="of ours, max (default: %(default)s)"
-    )
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--sms", type=int, default=0, help="SM budget of our ops (default: all)")
     parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
     parser.add_argument("--output", help="write the JSON here")
@@ -251,21 +243,13 @@ def is_compiled(mefs: str | Path, case: Case) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     opts = arguments(argv)
-    try:
-        return run(opts, planned=opts.phase == "compile")
-    except EPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return options.status_of(lambda: run(opts, planned=opts.phase == "compile"))
 
 
 def run(opts: argparse.Namespace, planned: bool) -> int:
     """Compile all cases for GPUs that are planned, or measure them and print the table."""
-    from max import driver
-
     if planned:
-        driver.set_virtual_device_count(opts.ranks or 8)
-        driver.set_virtual_device_api("cuda")
-        driver.set_virtual_device_target_arch("sm_90a")
+        plan_gpus(opts.ranks or 8)
     from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
 

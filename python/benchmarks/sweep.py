@@ -26,10 +26,9 @@ from typing import Any
 import compare_max_builtin as compare
 from compare_max_builtin import Case
 
-from ep_mojo.errors import EPError, KernelBuildError
-from ep_mojo.programs import link, report
+from ep_mojo.errors import KernelBuildError
+from ep_mojo.programs import link, options, report
 from ep_mojo.programs.gpu_round import ERROR_LIMIT, ROUTINGS, draw, gpus_to_use
-from ep_mojo.programs.listed import numbers, words
 from ep_mojo.programs.measures import git_commit
 from ep_mojo.programs.plot import require_matplotlib
 
@@ -39,19 +38,16 @@ COLORS = {"ours": "C0", "max": "C1", "links": "C7"}
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the JSON and the plots go")
-    parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all)")
-    parser.add_argument("--formats", type=words("bf16", "fp8"), default="bf16", help="default: %(default)s")
-    parser.add_argument("--tokens", type=numbers, default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192")
+    options.add_rounds(parser, tokens="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", formats="bf16")
     parser.add_argument(
-        "--sms", type=numbers, default="4,8,16,24,32,48,64,96,132", help="budgets (default: %(default)s)"
+        "--sms", type=options.numbers, default="4,8,16,24,32,48,64,96,132", help="budgets (default: %(default)s)"
     )
     parser.add_argument("--small", type=int, default=128, help="tokens of the routings (default: %(default)s)")
     parser.add_argument("--large", type=int, default=4096, help="and of the budgets (default: %(default)s)")
-    parser.add_argument("--routings", type=words(*ROUTINGS), default=",".join(ROUTINGS), help="default: %(default)s")
-    parser.add_argument("--systems", type=words("ours", "max"), default="ours,max", help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument(
+        "--routings", type=options.words(*ROUTINGS), default=",".join(ROUTINGS), help="default: %(default)s"
+    )
+    parser.add_argument("--systems", type=options.words("ours", "max"), default="ours,max", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="compilations at a time")
     parser.add_argument("--mefs", metavar="FOLDER", help="keeps compiled graphs, and takes what is there")
     parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
@@ -85,9 +81,9 @@ class Bench:
         def one(case: Case) -> str:
             sizes = {"ranks": self.ranks, "tokens": case.tokens, "formats": case.fmt, "systems": case.system}
             sizes |= {"hidden": o.hidden, "experts": o.experts, "top-k": o.top_k, "mefs": self.mefs}
-            options = [f"--{name}={value}" for name, value in sizes.items()]
+            asked = [f"--{name}={value}" for name, value in sizes.items()]
             done = subprocess.run(
-                [sys.executable, compare.__file__, "compile", *options], capture_output=True, text=True, check=False
+                [sys.executable, compare.__file__, "compile", *asked], capture_output=True, text=True, check=False
             )
             return "" if done.returncode == 0 else f"{case.name}: {done.stderr[-2000:]}"
 
@@ -219,12 +215,7 @@ def draw_plots(rows: list[dict[str, Any]], folder: Path, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    opts = arguments(argv)
-    try:
-        return measure_all(opts)
-    except EPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return options.status_of(lambda: measure_all(arguments(argv)))
 
 
 def measure_all(opts: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpus.md"
 PAGE_TARGET = "sm_90a"
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_api.mojo"
-APIS = {"sm_90a": "cuda", "sm_100a": "cuda", "gfx942": "hip"}
+TARGETS = ("sm_90a", "sm_100a", "gfx942")
 TIMEOUT_S = 1800
 MAX_JOBS = 4
 """Compilations at a time; each takes one core and 2 GiB."""
@@ -99,11 +99,9 @@ def add_page(module: Any) -> Any:
 
 def compile_graphs(target: str, every: bool) -> dict[str, int]:
     """Compile in this process, which must not have used MAX before. Returns the bytes of the artefact, and graphs."""
-    from max import driver
+    from ep_mojo.programs.gpu_round import plan_gpus
 
-    driver.set_virtual_device_count(2)
-    driver.set_virtual_device_api(APIS[target])
-    driver.set_virtual_device_target_arch(target)
+    plan_gpus(2, target)
     from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
     from max.graph import Module
@@ -164,9 +162,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="./task gpu-compile", description="Compile the GPU's stages. Needs no GPU.", allow_abbrev=False
     )
     parser.add_argument("--all", action="store_true", help="every format, output layout and reduce mode")
-    parser.add_argument("--target", action="append", choices=[*APIS], help="only this architecture (may be repeated)")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this architecture (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--graphs-of", choices=[*APIS], help=argparse.SUPPRESS)
+    parser.add_argument("--graphs-of", choices=TARGETS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.graphs_of:
         print(json.dumps(compile_graphs(args.graphs_of, args.all)), flush=True)
@@ -174,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = [], []
     if not args.json:
         print(f"{'target':<8} {'what':<14} {'number':>7} {'bytes':>10} {'seconds':>8}")
-    jobs = [(target, "stage graphs", in_a_process) for target in dict.fromkeys(args.target or APIS)]
+    jobs = [(target, "stage graphs", in_a_process) for target in dict.fromkeys(args.target or TARGETS)]
     jobs += [(target, "Mojo program", compile_program) for target, _, _ in jobs if target == "sm_90a"]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_JOBS)) as pool:
         for (target, what, _), answer in zip(jobs, pool.map(lambda job: timed(*job, args.all), jobs), strict=True):

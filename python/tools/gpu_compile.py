@@ -1,18 +1,16 @@
 """Compile the GPU's stages without a GPU: `./task gpu-compile [--all] [--target ARCH]`.
 
 For each architecture MAX graphs for virtual devices, split and fused: one case of each stage, format and slot policy,
-or with --all every variant. For sm_90a also the graph of docs/gpus.md, and the program tests/mojo/gpu_api.mojo, which
-calls the seed-named functions. Exit status 0 only if everything compiled.
+or with --all every variant; and the pushes that measure the links. For sm_90a also the graph of docs/gpus.md, and the
+program tests/mojo/gpu_api.mojo, which calls the seed-named functions. Exit status 0 only if everything compiled.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from page_programs import load_layer
+
 from ep_mojo.errors import EPError
 from ep_mojo.kernels import compiler_report, find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "gpus.md"
 PAGE_TARGET = "sm_90a"
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_api.mojo"
 TARGETS = ("sm_90a", "sm_100a", "gfx942")
@@ -87,14 +86,21 @@ def add_round(module: Any, fmt: Any, layout: str, reduce: str, slots: str, split
     return graph
 
 
-def add_page(module: Any) -> Any:
+def add_page(module: Any) -> None:
     """Add the graph of docs/gpus.md, for two GPUs."""
     import ep_mojo as ep
 
-    names: dict[str, Any] = {"__name__": "layer"}
-    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
-    names["Graph"] = functools.partial(names["Graph"], module=module)
-    return names["graph"](ep.Communicator.planned(names["config"](2)))
+    layer = load_layer(module)
+    layer.graph(ep.Communicator.planned(layer.config(2)))
+
+
+def add_pushes(module: Any) -> None:
+    """Add the pushes that measure the links, between two GPUs."""
+    import ep_mojo as ep
+    from ep_mojo.programs import link
+
+    cfg = ep.EPConfig(hidden_size=1024, top_k=4, n_experts=8, max_tokens_per_rank=16, n_ranks=2)
+    link.add_pushes(ep.Communicator.planned(cfg), "push", 4, module)
 
 
 def compile_graphs(target: str, every: bool) -> dict[str, int]:
@@ -108,7 +114,8 @@ def compile_graphs(target: str, every: bool) -> dict[str, int]:
 
     import ep_mojo as ep
 
-    module, n = Module(), 0
+    module, n = Module(), 1
+    add_pushes(module)
     if every or target == PAGE_TARGET:
         add_page(module)
         n += 1

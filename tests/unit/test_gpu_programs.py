@@ -17,7 +17,6 @@ def run(monkeypatch, capsys):
     def run(path, *argv, gpus=0):
         monkeypatch.setattr(driver, "accelerator_count", lambda: gpus)
         monkeypatch.setattr(sys, "argv", [path, *argv])
-        monkeypatch.syspath_prepend(ROOT / "tools")
         spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
         monkeypatch.setitem(sys.modules, spec.name, module := importlib.util.module_from_spec(spec))
         spec.loader.exec_module(module)

@@ -237,8 +237,8 @@ def measure(
 
 
 def is_compiled(mefs: str | Path, case: Case) -> bool:
-    """Whether a folder of compiled graphs has a case's; a compilation that failed leaves an empty folder."""
-    return any((Path(mefs) / case.name).glob("*"))
+    """Whether a folder of compiled graphs has a case's; a compilation that failed leaves a folder without it."""
+    return any((Path(mefs) / case.name).glob(f"{case.name}*.mef"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,6 +287,7 @@ def run(opts: argparse.Namespace, planned: bool) -> int:
             results.append(measure(case, loaded, devices, profile=not opts.no_profile))
             if loaded.comm is not None:
                 loaded.comm.destroy()
+            del loaded  # MAX's buffers go before the next case makes its own
             print(json.dumps(results[-1] | {"kernels_us": None}), file=sys.stderr, flush=True)
     if planned:
         return 0

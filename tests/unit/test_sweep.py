@@ -97,7 +97,8 @@ def test_each_graph_is_compiled_once_and_failures_are_told(sweep, tmp_path, monk
     bench.compile([ours, ours])
     there = tmp_path / bench.case(32, "bf16", "ours").name
     there.mkdir()
-    (there / "graph.mef").touch()
+    assert not sweep.compare.is_compiled(tmp_path, bench.case(32, "bf16", "ours"))
+    (there / f"{there.name}-0.mef").touch()
     bench.compile([bench.case(32, "bf16", "ours")])
     (command,) = commands
     wanted = {"compile", "--ranks=2", "--tokens=16", "--formats=bf16", "--systems=ours", f"--mefs={tmp_path}"}

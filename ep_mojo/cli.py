@@ -10,6 +10,7 @@ import sys
 
 from . import __version__
 from .errors import ConfigError, EPError, InputFileError, MissingDependencyError
+from .programs.options import separated
 
 FORMATS = ("fp8", "fp8-power-of-two", "fp8-ue8m0", "bf16")
 LAYOUTS = ("expert", "expert_padded", "rank")
@@ -17,7 +18,7 @@ PROGRAMS = {
     "demo": "run one Mixture-of-Experts layer over several ranks on this CPU and check it",
     "run": "the same on your own tokens and routing, from an .npz file",
     "doctor": "show what this machine has, what is missing, and how to mend it",
-    "bench": "time a round against NumPy and a plain memory copy, or on GPUs against the link's limit",
+    "bench": "time a round against NumPy and a plain memory copy, or on GPUs beside what the links need",
 }
 OPTIONS = {
     "n_ranks": "--ranks",
@@ -176,9 +177,13 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "need for the same bytes alone."
     )
     parser.add_argument("--backend", choices=("cpu", "gpus"), default="cpu", help="where (default: cpu)")
+
+    def counts(text: str) -> list[int]:
+        return separated(text, int, "one number, or on GPUs several with commas, as in 128,4096")
+
     helps = (
         ("R", "ranks, 1 to 8", int),
-        ("T", "tokens of each rank; on GPUs several numbers with commas", _counts),
+        ("T", "tokens of each rank; on GPUs several numbers with commas", counts),
         ("H", "elements of a token", int),
         ("E", "experts in all", int),
         ("K", "experts of each token", int),
@@ -199,16 +204,6 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     gpus.add_argument("--formats", metavar="F", help="bf16, fp8, or bf16,fp8 (default: bf16,fp8)")
     gpus.add_argument("--mode", choices=("fused", "split"), help="one launch for each half, or two (default: fused)")
     gpus.add_argument("--sms", type=int, metavar="N", help="the most SMs that a launch may use (default: all)")
-
-
-def _counts(text: str) -> list[int]:
-    """Numbers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}. Allowed: one number, or on GPUs several with commas, as in 128,4096"
-        ) from None
 
 
 def fill_bench_defaults(args: argparse.Namespace) -> None:

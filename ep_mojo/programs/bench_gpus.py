@@ -17,13 +17,13 @@ import numpy as np
 from .. import __version__
 from ..comm import Communicator
 from ..config import MAX_SMS, EPConfig
-from ..errors import ConfigError, DeviceError
+from ..errors import ConfigError
 from ..formats import check_int
 from . import files, link, measures, report
-from .gpu_round import ERROR_LIMIT, REPLAYS, Round, add_round, draw, error_of, on_devices, replay_times
+from .gpu_round import ERROR_LIMIT, REPLAYS, Round, add_round, draw, error_of, gpus_to_use, on_devices, replay_times
+from .options import FORMATS, words
 from .progress import Progress
 
-FORMATS = ("bf16", "fp8")
 FORMULA = """\
 Bytes over the links in a round: P (token, other rank that owns an expert of it) pairs, M = message, Y = row of combine
   bytes = P M + R (R - 1) T K (2 + 4) + P Y     messages, routing tables (ids and weights), partial sums back
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     check_int("top_k", args.top_k, 1, args.experts, "the benchmark gives a token K different experts: use K up to E")
     formats = chosen_formats(args.formats)
     chosen_cases(args, args.ranks or 1, formats)  # what is wrong with any number of GPUs comes before the look for them
-    ranks = gpus_for(args.ranks)
+    ranks = gpus_to_use(args.ranks or 0, least=2, remedy="see `ep-mojo doctor`; use --backend cpu")
     cases, configs = chosen_cases(args, ranks, formats)
     progress, rows = Progress(), []
     for case, cfg in zip(cases, configs, strict=True):
@@ -92,26 +92,6 @@ def chosen_cases(args: argparse.Namespace, ranks: int, formats: Sequence[str]) -
     return cases, [case.config(args.sms or 0) for case in cases]
 
 
-def gpus_for(asked: int | None) -> int:
-    """How many GPUs to use.
-
-    Raises:
-        DeviceError: There are too few.
-    """
-    from max.driver import accelerator_count
-
-    there = accelerator_count()
-    if there < (asked or 2):
-        raise DeviceError(
-            f"MAX sees {report.number_of(there, 'GPU')} here",
-            field="--backend",
-            value="gpus",
-            allowed=f"a machine with {asked or 2} GPUs or more",
-            remedy="see `ep-mojo doctor`; use --backend cpu" + (", or fewer --ranks" if there > 1 else ""),
-        )
-    return asked or min(there, 8)
-
-
 def gpu_name() -> str:
     """What the first GPU is."""
     from max.driver import Accelerator
@@ -125,12 +105,12 @@ def chosen_formats(text: str | None) -> list[str]:
     Raises:
         ConfigError: It names something else.
     """
-    names = list(dict.fromkeys((text or ",".join(FORMATS)).split(",")))
-    if any(name not in FORMATS for name in names):
+    try:
+        return words(*FORMATS)(text or ",".join(FORMATS))
+    except argparse.ArgumentTypeError:
         raise ConfigError(
             field="--formats", value=text, allowed="bf16, fp8, or bf16,fp8", remedy="leave it out for both"
-        )
-    return names
+        ) from None
 
 
 def measure(case: Round, cfg: EPConfig, seed: int, replays: int) -> dict[str, Any]:
@@ -180,18 +160,8 @@ def on_link(cfg: EPConfig, topk_ids: Sequence[np.ndarray], median_us: float, lin
     """
     moved = report.bytes_moved(cfg, topk_ids)["ours"]
     rate = moved["total"] / cfg.n_ranks / median_us / 1e3
-    found = {"bytes": moved, "busiest": busiest(cfg, topk_ids), "gb_s": rate}
+    found = {"bytes": moved, "busiest": report.busiest(cfg, topk_ids), "gb_s": rate}
     return found | {"link_us": link_us, "share": link_us / median_us}
-
-
-def busiest(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
-    """The most bytes that one rank sends, or receives, in a round."""
-    R, pairs = cfg.n_ranks, link.pairs(cfg, topk_ids)
-    tables = np.array([[6 * ids.size] * R for ids in topk_ids])
-    np.fill_diagonal(tables, 0)
-    payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
-    traffic = pairs * payload + tables + pairs.T * cfg.combine_row_bytes
-    return int(max(traffic.sum(axis=1).max(), traffic.sum(axis=0).max()))
 
 
 def report_text(result: dict[str, Any]) -> str:

@@ -73,26 +73,45 @@ class Round:
         )
 
 
-def gpus_to_use(asked: int = 0) -> int:
+def gpus_to_use(asked: int = 0, least: int = 1, remedy: str = "see `python -m ep_mojo.doctor`") -> int:
     """How many GPUs a program uses: as many as asked for, or with 0 all that there are, 8 at most.
 
+    Args:
+        asked: The option --ranks.
+        least: How few will do.
+        remedy: What to do where there are fewer.
+
     Raises:
-        DeviceError: There are fewer, or none.
+        DeviceError: There are fewer than asked for, or than will do.
         ConfigError: Fewer than 0, or more than 8, are asked for.
     """
     from max.driver import accelerator_count
 
     there = accelerator_count()
     check_int("--ranks", asked, 0, 8, "choose --ranks from 1 to 8, or leave it out for all")
-    if there < max(asked, 1):
+    if there < max(asked, least):
         raise DeviceError(
             f"MAX sees {number_of(there, 'GPU')} here",
             field="--ranks",
             value=asked or "all",
-            allowed=f"up to {there}" if there else "a machine with GPUs",
-            remedy="see `python -m ep_mojo.doctor`" + ("; ask for fewer --ranks" if there else ""),
+            allowed=f"up to {there}" if there >= least else f"a machine with {number_of(least, 'GPU')} or more",
+            remedy=remedy + ("; ask for fewer --ranks" if there >= least else ""),
         )
     return asked or min(there, 8)
+
+
+def plan_gpus(count: int, target: str = "sm_90a") -> None:
+    """Let MAX compile for GPUs that are not there; to be called before anything looks for devices, once a process.
+
+    Args:
+        count: How many.
+        target: Their architecture, as in sm_90a or gfx942.
+    """
+    from max import driver
+
+    driver.set_virtual_device_count(count)
+    driver.set_virtual_device_api("hip" if target.startswith("gfx") else "cuda")
+    driver.set_virtual_device_target_arch(target)
 
 
 def add_round(case: Round, comm: Communicator, *, part: str = "round", module: Any = None) -> Any:

@@ -14,29 +14,13 @@ from ..comm import Communicator
 from ..config import EPConfig
 from ..kernels import kernel_library
 from .gpu_round import REPLAYS, replay_times
-
-
-def pairs(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> np.ndarray:
-    """Messages from rank to other rank: int64 [R, R], row = source, 0 from a rank to itself.
-
-    Args:
-        cfg: The config.
-        topk_ids: int32 [T, K] of each rank.
-    """
-    R = cfg.n_ranks
-    found = np.zeros((R, R), np.int64)
-    for source, ids in enumerate(topk_ids):
-        owner = np.where((ids >= 0) & (ids < cfg.n_experts), ids // cfg.n_local_experts, -1)
-        found[source] = [(owner == r).any(axis=1).sum() for r in range(R)]
-    np.fill_diagonal(found, 0)
-    return found
+from .report import largest_sum, pairs
 
 
 def round_rows(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
     """Rows to each peer that come to as many bytes as the busiest rank sends or receives in dispatch; at least 1."""
-    each = pairs(cfg, topk_ids)
-    busiest = int(max(each.sum(axis=1).max(), each.sum(axis=0).max()))
-    return min(cfg.max_tokens_per_rank, max(1, -(-busiest // max(1, cfg.n_ranks - 1))))
+    most = largest_sum(pairs(cfg, topk_ids))
+    return min(cfg.max_tokens_per_rank, max(1, -(-most // max(1, cfg.n_ranks - 1))))
 
 
 def add_pushes(comm: Communicator, name: str, rows: int, module: Any = None) -> Any:

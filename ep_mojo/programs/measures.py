@@ -14,7 +14,7 @@ import numpy as np
 from ..config import EPConfig
 from ..layout import align_up
 from .baselines import available_cores
-from .report import _distinct
+from .report import pairs
 
 FORMULA = """\
 Bytes that a round must move: M = message, Y = row of combine, X = token, all in bytes; N tokens, P (token, other rank)
@@ -34,10 +34,7 @@ def round_bytes(cfg: EPConfig, topk_ids: list[np.ndarray]) -> dict[str, int]:
     token = 2 * cfg.hidden_size
     n = sum(len(ids) for ids in topk_ids)
     q = sum(ids.size for ids in topk_ids)
-    p = 0
-    for source, ids in enumerate(topk_ids):
-        owner = ids // cfg.n_local_experts
-        p += _distinct(np.where(owner == source, -1, owner))
+    p = int(pairs(cfg, topk_ids).sum())
     read = n * token + p * message + q * y + p * y
     written = p * message + q * message + p * y + n * token
     return {"read": read, "written": written, "copy": (read + written) // 2}

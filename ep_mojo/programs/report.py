@@ -14,6 +14,8 @@ from ..config import EPConfig
 
 BARS = " ▁▂▃▄▅▆▇█"
 DIGITS = " 123456789"
+TABLE_BYTES = 2 + 4
+"""Bytes of one choice in a routing table: an id and a weight."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -68,33 +70,64 @@ def rows_per_expert(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:
     return np.concatenate([np.bincount(ids[ids >= 0], minlength=cfg.n_local_experts) for ids in found])
 
 
+def pairs(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Messages from rank to other rank: int64 [R, R], row = source, 0 from a rank to itself.
+
+    Args:
+        cfg: The config.
+        topk_ids: int32 [T, K] of each rank.
+    """
+    R = cfg.n_ranks
+    found = np.zeros((R, R), np.int64)
+    for source, ids in enumerate(topk_ids):
+        owner = np.where((ids >= 0) & (ids < cfg.n_experts), ids // cfg.n_local_experts, -1)
+        found[source] = [(owner == r).any(axis=1).sum() for r in range(R)]
+    np.fill_diagonal(found, 0)
+    return found
+
+
+def largest_sum(each: np.ndarray) -> int:
+    """The most that one rank sends or receives, of int [R, R] from rank (row) to rank."""
+    return int(max(each.sum(axis=1).max(), each.sum(axis=0).max()))
+
+
 def bytes_moved(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> dict[str, dict[str, int]]:
     """Bytes of one round over the links between ranks (what a rank keeps for itself is left out).
 
         ours        dispatch: one message for each (token, other rank with an expert of it), and the routing table,
-                    T * K * (2 + 4) bytes, to every other rank; combine: one partial sum for each such pair
+                    T * K * `TABLE_BYTES`, to every other rank; combine: one partial sum for each such pair
         per_expert  dispatch: one message for each (token, expert elsewhere); combine: one row for each of them
                     (k of the same expert count each)
 
     Returns:
         {"ours": {"dispatch", "combine", "total"}, "per_expert": {the same}}.
     """
-    pairs = rows = messages = tables = 0
+    rows = messages = 0
     for source, ids in enumerate(topk_ids):
         valid = (ids >= 0) & (ids < cfg.n_experts)
         remote = valid & (ids // cfg.n_local_experts != source)
-        owner = np.where(remote, ids // cfg.n_local_experts, -1)
-        expert = np.where(remote, ids, -1)
         rows += int(remote.sum())
-        pairs += _distinct(owner)
-        messages += _distinct(expert)
-        tables += (cfg.n_ranks - 1) * ids.size * 6
+        messages += _distinct(np.where(remote, ids, -1))
     payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
     split = {
-        "ours": (pairs * payload + tables, pairs * cfg.combine_row_bytes),
+        "ours": tuple(int(part.sum()) for part in _traffic(cfg, topk_ids)),
         "per_expert": (messages * (payload + layout.EXPERT_SLOTS_HEADER), rows * cfg.combine_row_bytes),
     }
     return {name: {"dispatch": d, "combine": c, "total": d + c} for name, (d, c) in split.items()}
+
+
+def busiest(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
+    """The most bytes that one rank sends, or receives, in a round: "ours" of `bytes_moved`."""
+    return largest_sum(sum(_traffic(cfg, topk_ids)))
+
+
+def _traffic(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes from rank (row) to other rank, int64 [R, R], in dispatch and in combine."""
+    each = pairs(cfg, topk_ids)
+    tables = np.repeat([[TABLE_BYTES * ids.size] for ids in topk_ids], cfg.n_ranks, axis=1)
+    np.fill_diagonal(tables, 0)
+    payload = cfg.dispatch_format.message_bytes(cfg.hidden_size)
+    return each * payload + tables, each.T * cfg.combine_row_bytes
 
 
 def _distinct(values: np.ndarray) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ep_mojo.errors import EPError
+from ep_mojo.programs import options, report
 from ep_mojo.programs.gpu_round import (
     ERROR_LIMIT,
     Round,
@@ -32,9 +31,10 @@ from ep_mojo.programs.gpu_round import (
     error_of,
     gpus_to_use,
     on_devices,
+    plan_gpus,
     replay_times,
 )
-from ep_mojo.programs.listed import numbers, words
+from ep_mojo.programs.measures import git_commit
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=["run", "compile"])
     parser.add_argument("--mefs", help="folder of compiled graphs; what it lacks is compiled")
-    parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all; compile: 8)")
-    parser.add_argument("--tokens", type=numbers, default="128,4096", help="tokens a rank (default: %(default)s)")
+    options.add_rounds(parser, ranks="all; compile: 8")
     parser.add_argument(
-        "--formats", type=words("bf16", "fp8"), default="bf16,fp8", help="of bf16, fp8 (default: %(default)s)"
+        "--modes", type=options.words("fused", "split"), default="fused", help="of fused, split (default: %(default)s)"
     )
     parser.add_argument(
-        "--modes", type=words("fused", "split"), default="fused", help="of fused, split (default: %(default)s)"
+        "--systems", type=options.words("ours", "max"), default="ours,max", help="of ours, max (default: %(default)s)"
     )
-    parser.add_argument(
-        "--systems", type=words("ours", "max"), default="ours,max", help="of ours, max (default: %(default)s)"
-    )
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--sms", type=int, default=0, help="SM budget of our ops (default: all)")
     parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
     parser.add_argument("--output", help="write the JSON here")
@@ -119,8 +112,8 @@ def builtin_init(case: Case, cfg: Any, session: Any, planned: bool) -> Any:
         return init
     init = EPCommInitializer.__new__(EPCommInitializer)
     init.config = cfg
-    words = ep_manager._ep_counter_words(case.experts, case.ranks, False, 0)
-    init.atomic_counters = [type("Shape", (), {"shape": [words]})() for _ in range(2 * case.ranks)]
+    n_words = ep_manager._ep_counter_words(case.experts, case.ranks, False, 0)
+    init.atomic_counters = [type("Shape", (), {"shape": [n_words]})() for _ in range(2 * case.ranks)]
     session.load(init._build_ep_init_graph(False))
     cfg.node_id = 0
     return init
@@ -181,55 +174,82 @@ def is_ep_kernel(name: str) -> bool:
     return "ep_mojo" in name or "dispatch" in name or "combine" in name
 
 
-def measure(case: Case, session: Any, devices: list[Any], opts: argparse.Namespace) -> dict[str, Any]:
-    """Load, check and time one case."""
+@dataclass
+class Loaded:
+    """A case's graph on the GPUs.
+
+    Attributes:
+        model: The graph.
+        extra: Its arguments after tokens, choices and weights.
+        comm: Our communicator, or None.
+        builtin: MAX's buffers, or None; `extra` has only their addresses.
+    """
+
+    model: Any
+    extra: list[Any]
+    comm: Any = None
+    builtin: Any = None
+
+
+def load(case: Case, session: Any, sms: int = 0) -> Loaded:
+    """Make what a case needs and load its graph; `sms`: the most SMs of a launch of ours, 0 = all."""
     import ep_mojo as ep
 
-    comm = None
     if case.system == "ours":
-        comm = ep.Communicator.gpus(case.config(opts.sms), range(case.ranks))
-        model, extra = session.load(add_round(case, comm)), comm.inputs()
-    else:
-        cfg = builtin_config(case)
-        init = builtin_init(case, cfg, session, planned=False)
-        model, extra = session.load(builtin_graph(case, cfg)), init.model_inputs()
-    given = draw(case)
-    args = [*on_devices(given, devices), *extra]
+        comm = ep.Communicator.gpus(case.config(sms), range(case.ranks))
+        return Loaded(session.load(add_round(case, comm)), comm.inputs(), comm=comm)
+    cfg = builtin_config(case)
+    init = builtin_init(case, cfg, session, planned=False)
+    return Loaded(session.load(builtin_graph(case, cfg)), init.model_inputs(), builtin=init)
+
+
+def measure(
+    case: Case, loaded: Loaded, devices: list[Any], *, routing: str = "uniform", profile: bool = True
+) -> dict[str, Any]:
+    """Draw tokens with a routing, check, and time.
+
+    Returns:
+        "case", "error", times; of ours "gb_s", what a GPU sends on average; with `profile` the kernels' times.
+    """
+    model, comm = loaded.model, loaded.comm
+
+    def check() -> None:
+        for d in devices:
+            d.synchronize()
+        if comm is not None:
+            comm.check()
+
+    given = draw(case, routing=routing)
+    args = [*on_devices(given, devices), *loaded.extra]
     outputs = model.execute(*args)
-    for d in devices:
-        d.synchronize()
-    if comm is not None:
-        comm.check()
+    check()
     result: dict[str, Any] = {"case": vars(case) | {"name": case.name}, "error": error_of(case, outputs, given)}
     result |= replay_times(model, args, devices)
+    model.release_captured_graph(1)
+    check()
     if comm is not None:
-        comm.check()
-    if not opts.no_profile:
+        moved = report.bytes_moved(comm.cfg, given[case.ranks : 2 * case.ranks])["ours"]["total"]
+        result["gb_s"] = moved / case.ranks / result["median_us"] / 1e3
+    if profile:
         result["kernels_us"] = kernel_times(model, args, devices)
         result["ep_kernels_us"] = sum(t for n, t in result["kernels_us"].items() if is_ep_kernel(n))
-    del outputs, args
-    if comm is not None:
-        comm.destroy()
     return result
+
+
+def is_compiled(mefs: str | Path, case: Case) -> bool:
+    """Whether a folder of compiled graphs has a case's; a compilation that failed leaves a folder without it."""
+    return any((Path(mefs) / case.name).glob(f"{case.name}*.mef"))
 
 
 def main(argv: list[str] | None = None) -> int:
     opts = arguments(argv)
-    try:
-        return run(opts, planned=opts.phase == "compile")
-    except EPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return options.status_of(lambda: run(opts, planned=opts.phase == "compile"))
 
 
 def run(opts: argparse.Namespace, planned: bool) -> int:
     """Compile all cases for GPUs that are planned, or measure them and print the table."""
-    from max import driver
-
     if planned:
-        driver.set_virtual_device_count(opts.ranks or 8)
-        driver.set_virtual_device_api("cuda")
-        driver.set_virtual_device_target_arch("sm_90a")
+        plan_gpus(opts.ranks or 8)
     from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
 
@@ -252,7 +272,7 @@ def run(opts: argparse.Namespace, planned: bool) -> int:
             if planned:
                 folder.mkdir(parents=True, exist_ok=True)
                 store = {"export_mefs": folder}
-            elif folder.exists():
+            elif is_compiled(opts.mefs, case):
                 store = {"precompiled_mefs": folder}
         session = InferenceSession(devices=[CPU(), *devices], **store)
         print(case.name, file=sys.stderr, flush=True)
@@ -263,22 +283,18 @@ def run(opts: argparse.Namespace, planned: bool) -> int:
             builtin_init(case, cfg, session, planned=True)
             session.load(builtin_graph(case, cfg))
         else:
-            results.append(measure(case, session, devices, opts))
+            loaded = load(case, session, opts.sms)
+            results.append(measure(case, loaded, devices, profile=not opts.no_profile))
+            if loaded.comm is not None:
+                loaded.comm.destroy()
+            del loaded  # MAX's buffers go before the next case makes its own
             print(json.dumps(results[-1] | {"kernels_us": None}), file=sys.stderr, flush=True)
     if planned:
         return 0
-    report = {"gpu": devices[0].model_name, "results": results, "commit": commit()}
+    figures = {"gpu": devices[0].model_name, "results": results, "commit": git_commit()}
     if opts.output:
-        Path(opts.output).write_text(json.dumps(report, indent=1) + "\n")
+        Path(opts.output).write_text(json.dumps(figures, indent=1) + "\n")
     return show(results)
-
-
-def commit() -> str:
-    """The checkout's commit, or "" outside of one."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip()
 
 
 def show(results: list[dict[str, Any]]) -> int:

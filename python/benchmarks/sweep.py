@@ -26,19 +26,9 @@ from typing import Any
 import compare_max_builtin as compare
 from compare_max_builtin import Case
 
-from ep_mojo.errors import EPError
-from ep_mojo.programs import link, report
-from ep_mojo.programs.gpu_round import (
-    ERROR_LIMIT,
-    ROUTINGS,
-    add_round,
-    draw,
-    error_of,
-    gpus_to_use,
-    on_devices,
-    replay_times,
-)
-from ep_mojo.programs.listed import numbers, words
+from ep_mojo.errors import KernelBuildError
+from ep_mojo.programs import link, options, report
+from ep_mojo.programs.gpu_round import ERROR_LIMIT, ROUTINGS, draw, gpus_to_use
 from ep_mojo.programs.measures import git_commit
 from ep_mojo.programs.plot import require_matplotlib
 
@@ -48,19 +38,16 @@ COLORS = {"ours": "C0", "max": "C1", "links": "C7"}
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the JSON and the plots go")
-    parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all)")
-    parser.add_argument("--formats", type=words("bf16", "fp8"), default="bf16", help="default: %(default)s")
-    parser.add_argument("--tokens", type=numbers, default="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192")
+    options.add_rounds(parser, tokens="1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192", formats="bf16")
     parser.add_argument(
-        "--sms", type=numbers, default="4,8,16,24,32,48,64,96,132", help="budgets (default: %(default)s)"
+        "--sms", type=options.numbers, default="4,8,16,24,32,48,64,96,132", help="budgets (default: %(default)s)"
     )
     parser.add_argument("--small", type=int, default=128, help="tokens of the routings (default: %(default)s)")
     parser.add_argument("--large", type=int, default=4096, help="and of the budgets (default: %(default)s)")
-    parser.add_argument("--routings", type=words(*ROUTINGS), default=",".join(ROUTINGS), help="default: %(default)s")
-    parser.add_argument("--systems", type=words("ours", "max"), default="ours,max", help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument(
+        "--routings", type=options.words(*ROUTINGS), default=",".join(ROUTINGS), help="default: %(default)s"
+    )
+    parser.add_argument("--systems", type=options.words("ours", "max"), default="ours,max", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="compilations at a time")
     parser.add_argument("--mefs", metavar="FOLDER", help="keeps compiled graphs, and takes what is there")
     parser.add_argument("--no-profile", action="store_true", help="do not time the kernels by themselves")
@@ -94,55 +81,32 @@ class Bench:
         def one(case: Case) -> str:
             sizes = {"ranks": self.ranks, "tokens": case.tokens, "formats": case.fmt, "systems": case.system}
             sizes |= {"hidden": o.hidden, "experts": o.experts, "top-k": o.top_k, "mefs": self.mefs}
-            options = [f"--{name}={value}" for name, value in sizes.items()]
+            asked = [f"--{name}={value}" for name, value in sizes.items()]
             done = subprocess.run(
-                [sys.executable, compare.__file__, "compile", *options], capture_output=True, text=True, check=False
+                [sys.executable, compare.__file__, "compile", *asked], capture_output=True, text=True, check=False
             )
             return "" if done.returncode == 0 else f"{case.name}: {done.stderr[-2000:]}"
 
-        wanted = [case for case in dict.fromkeys(cases) if not any((self.mefs / case.name).glob("*"))]
+        wanted = [case for case in dict.fromkeys(cases) if not compare.is_compiled(self.mefs, case)]
         with ThreadPoolExecutor(o.jobs) as pool:
             failed = [text for text in pool.map(one, wanted) if text]
         if failed:
-            raise RuntimeError("not compiled: " + "\n".join(failed))
+            raise KernelBuildError("not compiled: " + "\n".join(failed))
 
     def measure(self, part: str, case: Case, routings: list[str], sms: int = 0) -> None:
         """Load a round, and time it with each routing."""
         from max.driver import CPU
         from max.engine import InferenceSession
 
-        import ep_mojo as ep
-
-        folder = self.mefs / case.name
-        session = InferenceSession(devices=[CPU(), *self.devices], precompiled_mefs=folder)
-        comm = None
-        if case.system == "ours":
-            comm = ep.Communicator.gpus(case.config(sms), range(case.ranks))
-            model, extra = session.load(add_round(case, comm)), comm.inputs()
-        else:
-            cfg = compare.builtin_config(case)
-            init = compare.builtin_init(case, cfg, session, planned=False)
-            model, extra = session.load(compare.builtin_graph(case, cfg)), init.model_inputs()
+        session = InferenceSession(devices=[CPU(), *self.devices], precompiled_mefs=self.mefs / case.name)
+        loaded = compare.load(case, session, sms)
         for routing in routings:
-            given = draw(case, routing=routing)
-            args = [*on_devices(given, self.devices), *extra]
-            outputs = model.execute(*args)
-            row = {"part": part, "case": vars(case) | {"name": case.name}, "routing": routing, "sms": sms}
-            row["error"] = error_of(case, outputs, given)
-            row |= replay_times(model, args, self.devices)
-            model.release_captured_graph(1)
-            if not self.opts.no_profile:
-                times = compare.kernel_times(model, args, self.devices)
-                row["ep_kernels_us"] = sum(t for name, t in times.items() if compare.is_ep_kernel(name))
-            if comm is not None:
-                comm.check()
-                moved = report.bytes_moved(comm.cfg, given[self.ranks : 2 * self.ranks])["ours"]["total"]
-                row["gb_s"] = moved / self.ranks / row["median_us"] / 1e3
-            self.rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            del outputs, args
-        if comm is not None:
-            comm.destroy()
+            found = compare.measure(case, loaded, self.devices, routing=routing, profile=not self.opts.no_profile)
+            found.pop("kernels_us", None)
+            self.rows.append({"part": part, "routing": routing, "sms": sms} | found)
+            print(json.dumps(self.rows[-1]), file=sys.stderr, flush=True)
+        if loaded.comm is not None:
+            loaded.comm.destroy()
 
     def measure_links(self, cases: list[Case]) -> None:
         """Time the pushes of all sizes, compiled together."""
@@ -158,6 +122,7 @@ class Bench:
         compiled = made[0][1].compile_all([graph for *_, graph in made])
         for (case, comm, n, _), graph in zip(made, compiled, strict=True):
             times = link.push_times(comm, graph.model, n)
+            comm.check()
             shape = vars(case) | {"name": case.name, "system": "links"}
             self.rows.append({"part": "tokens", "case": shape, "routing": "uniform", "sms": 0, "rows": n} | times)
             comm.destroy()
@@ -250,14 +215,14 @@ def draw_plots(rows: list[dict[str, Any]], folder: Path, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    opts = arguments(argv)
-    try:
-        require_matplotlib("this program")
-        ranks = gpus_to_use(opts.ranks)
-        Case(ranks, opts.large, "bf16", True, opts.hidden, opts.experts, opts.top_k).config()
-    except EPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return options.status_of(lambda: measure_all(arguments(argv)))
+
+
+def measure_all(opts: argparse.Namespace) -> int:
+    """Measure, draw and print; 1 where a result of ours is wrong."""
+    require_matplotlib("this program")
+    ranks = gpus_to_use(opts.ranks)
+    Case(ranks, opts.large, "bf16", True, opts.hidden, opts.experts, opts.top_k).config()
     folder = Path(opts.output)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

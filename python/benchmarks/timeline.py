@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ep_mojo as ep
-from ep_mojo.errors import EPError
-from ep_mojo.programs import report
+from ep_mojo.programs import options, report
 from ep_mojo.programs.gpu_round import (
     ERROR_LIMIT,
     Round,
@@ -30,7 +29,6 @@ from ep_mojo.programs.gpu_round import (
     on_devices,
     replay_times,
 )
-from ep_mojo.programs.listed import numbers, words
 from ep_mojo.programs.measures import git_commit
 from ep_mojo.programs.plot import require_matplotlib
 from ep_mojo.timeline import Timeline, summary
@@ -41,14 +39,7 @@ REPLAYS_BETWEEN = 5
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all)")
-    parser.add_argument("--tokens", type=numbers, default="128,4096", help="tokens a rank (default: %(default)s)")
-    parser.add_argument(
-        "--formats", type=words("bf16", "fp8"), default="bf16,fp8", help="of bf16, fp8 (default: %(default)s)"
-    )
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=8)
+    options.add_rounds(parser)
     parser.add_argument("--sms", type=int, default=0, help="SM budget of our ops (default: all)")
     parser.add_argument("--rounds", type=int, default=40, help="rounds to look at (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE.json", help="write the JSON here")
@@ -113,21 +104,21 @@ def draw_plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    try:
-        if args.plot:
-            require_matplotlib()
-        ranks = gpus_to_use(args.ranks)
-        cases = [
-            Round(ranks, tokens, fmt, True, args.hidden, args.experts, args.top_k)
-            for fmt in args.formats
-            for tokens in args.tokens
-        ]
-        for case in cases:
-            case.config(args.sms)
-    except EPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return options.status_of(lambda: measure_all(arguments(argv)))
+
+
+def measure_all(args: argparse.Namespace) -> int:
+    """Measure, draw and print; 1 where a result is wrong."""
+    if args.plot:
+        require_matplotlib()
+    ranks = gpus_to_use(args.ranks)
+    cases = [
+        Round(ranks, tokens, fmt, True, args.hidden, args.experts, args.top_k)
+        for fmt in args.formats
+        for tokens in args.tokens
+    ]
+    for case in cases:
+        case.config(args.sms)
     from max.driver import Accelerator
 
     rows = [measure(case, args.sms, args.rounds) for case in cases]

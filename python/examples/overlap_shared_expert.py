@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from ep_mojo.errors import EPError
-from ep_mojo.programs.gpu_round import Round, draw, error_of, gpus_to_use, on_devices, replay_times
+from ep_mojo.programs.gpu_round import Round, draw, error_of, gpus_to_use, on_devices, plan_gpus, replay_times
 from ep_mojo.programs.measures import git_commit
+from ep_mojo.programs.options import status_of
 from ep_mojo.programs.plot import require_matplotlib
 
 TIMELINE = Path(__file__).resolve().parent / "timeline"
@@ -424,21 +424,13 @@ def show(times: dict[Layer, dict[str, float]], checks: dict[str, Any], title: st
 
 def main(argv: list[str] | None = None) -> int:
     opts = arguments(argv)
-    try:
-        return measure_all(opts) if opts.phase == "run" else plan(opts)
-    except EPError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    return status_of(lambda: measure_all(opts) if opts.phase == "run" else plan(opts))
 
 
 def plan(opts: argparse.Namespace) -> int:
     """Name the GPUs that are not there, then compile."""
-    from max import driver
-
     opts.ranks = opts.ranks or 2
-    driver.set_virtual_device_count(opts.ranks)
-    driver.set_virtual_device_api("cuda")
-    driver.set_virtual_device_target_arch("sm_90a")
+    plan_gpus(opts.ranks)
     return compile_only(opts)
 
 

@@ -1,18 +1,16 @@
 """Compile the GPU's stages without a GPU: `./task gpu-compile [--all] [--target ARCH]`.
 
 For each architecture MAX graphs for virtual devices, split and fused: one case of each stage, format and slot policy,
-or with --all every variant. For sm_90a also the graph of docs/gpus.md, and the program tests/mojo/gpu_api.mojo, which
-calls the seed-named functions. Exit status 0 only if everything compiled.
+or with --all every variant; and the pushes that measure the links. For sm_90a also the graph of docs/gpus.md, and the
+program tests/mojo/gpu_api.mojo, which calls the seed-named functions. Exit status 0 only if everything compiled.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,14 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from page_programs import load_layer
+
 from ep_mojo.errors import EPError
 from ep_mojo.kernels import compiler_report, find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "gpus.md"
 PAGE_TARGET = "sm_90a"
 PROGRAM = ROOT / "tests" / "mojo" / "gpu_api.mojo"
-APIS = {"sm_90a": "cuda", "sm_100a": "cuda", "gfx942": "hip"}
+TARGETS = ("sm_90a", "sm_100a", "gfx942")
 TIMEOUT_S = 1800
 MAX_JOBS = 4
 """Compilations at a time; each takes one core and 2 GiB."""
@@ -87,30 +86,36 @@ def add_round(module: Any, fmt: Any, layout: str, reduce: str, slots: str, split
     return graph
 
 
-def add_page(module: Any) -> Any:
+def add_page(module: Any) -> None:
     """Add the graph of docs/gpus.md, for two GPUs."""
     import ep_mojo as ep
 
-    names: dict[str, Any] = {"__name__": "layer"}
-    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], names)
-    names["Graph"] = functools.partial(names["Graph"], module=module)
-    return names["graph"](ep.Communicator.planned(names["config"](2)))
+    layer = load_layer(module)
+    layer.graph(ep.Communicator.planned(layer.config(2)))
+
+
+def add_pushes(module: Any) -> None:
+    """Add the pushes that measure the links, between two GPUs."""
+    import ep_mojo as ep
+    from ep_mojo.programs import link
+
+    cfg = ep.EPConfig(hidden_size=1024, top_k=4, n_experts=8, max_tokens_per_rank=16, n_ranks=2)
+    link.add_pushes(ep.Communicator.planned(cfg), "push", 4, module)
 
 
 def compile_graphs(target: str, every: bool) -> dict[str, int]:
     """Compile in this process, which must not have used MAX before. Returns the bytes of the artefact, and graphs."""
-    from max import driver
+    from ep_mojo.programs.gpu_round import plan_gpus
 
-    driver.set_virtual_device_count(2)
-    driver.set_virtual_device_api(APIS[target])
-    driver.set_virtual_device_target_arch(target)
+    plan_gpus(2, target)
     from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
     from max.graph import Module
 
     import ep_mojo as ep
 
-    module, n = Module(), 0
+    module, n = Module(), 1
+    add_pushes(module)
     if every or target == PAGE_TARGET:
         add_page(module)
         n += 1
@@ -164,9 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="./task gpu-compile", description="Compile the GPU's stages. Needs no GPU.", allow_abbrev=False
     )
     parser.add_argument("--all", action="store_true", help="every format, output layout and reduce mode")
-    parser.add_argument("--target", action="append", choices=[*APIS], help="only this architecture (may be repeated)")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this architecture (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--graphs-of", choices=[*APIS], help=argparse.SUPPRESS)
+    parser.add_argument("--graphs-of", choices=TARGETS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.graphs_of:
         print(json.dumps(compile_graphs(args.graphs_of, args.all)), flush=True)
@@ -174,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = [], []
     if not args.json:
         print(f"{'target':<8} {'what':<14} {'number':>7} {'bytes':>10} {'seconds':>8}")
-    jobs = [(target, "stage graphs", in_a_process) for target in dict.fromkeys(args.target or APIS)]
+    jobs = [(target, "stage graphs", in_a_process) for target in dict.fromkeys(args.target or TARGETS)]
     jobs += [(target, "Mojo program", compile_program) for target, _, _ in jobs if target == "sm_90a"]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_JOBS)) as pool:
         for (target, what, _), answer in zip(jobs, pool.map(lambda job: timed(*job, args.all), jobs), strict=True):

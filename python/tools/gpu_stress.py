@@ -29,6 +29,7 @@ import ep_mojo as ep
 from ep_mojo import reference
 from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits, to_buffer, to_numpy
 from ep_mojo.handle import HANDLE_TENSORS
+from ep_mojo.programs.gpu_round import plan_gpus
 
 NAN = 0x7FC0
 """bfloat16, in rows that combine must not read."""
@@ -219,11 +220,7 @@ def communicator(cfg: ep.EPConfig, where: str) -> Any:
 
 def compile_planned(n_ranks: int, limit_s: int) -> int:
     """Compile all graphs for sm_90a, without a GPU."""
-    from max import driver
-
-    driver.set_virtual_device_count(n_ranks)
-    driver.set_virtual_device_api("cuda")
-    driver.set_virtual_device_target_arch("sm_90a")
+    plan_gpus(n_ranks)
     from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
     from max.graph import Module
@@ -237,7 +234,7 @@ def compile_planned(n_ranks: int, limit_s: int) -> int:
     return 0
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10_000, help="in all, over the cases (default: %(default)s)")
@@ -253,7 +250,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--self-test", action="store_true", help="only put the checker to the test")
     parser.add_argument("--compile-only", action="store_true", help="compile for sm_90a; needs no GPU")
     parser.add_argument("--output", metavar="FILE.json", help="write the results here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     least = {"rounds": 1, "gpus": 0, "ranks": 1, "seed": 0, "max_delay_us": 0, "check_every": 1, "limit_s": 1}
     for name, low in least.items():
         if getattr(args, name) < low:
@@ -271,9 +268,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Compile, put the checker to the test, run, and print the table."""
-    args = arguments()
+    args = arguments(argv)
     faulthandler.dump_traceback_later(args.limit_s, exit=True)
     if args.compile_only:
         return compile_planned(args.gpus or args.ranks, args.limit_s)

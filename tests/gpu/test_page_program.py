@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from graph.gpus_page import LAYER, LIMIT, ROOT, load
+from page_programs import LAYER, LIMIT, ROOT, load_layer
 
 import ep_mojo as ep
 
@@ -27,7 +27,7 @@ def test_the_program(tmp_path):
 def test_a_captured_graph_outlives_a_failure_and_a_reset():
     from max.driver import accelerator_count
 
-    layer, n = load(), min(accelerator_count(), 8)
+    layer, n = load_layer(), min(accelerator_count(), 8)
     R = max(n, 2)
     with ep.Communicator.gpus(layer.config(n)) if n > 1 else ep.Communicator.one_gpu(layer.config(R)) as comm:
         model = comm.compile(layer.graph(comm)).model

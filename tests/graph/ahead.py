@@ -49,7 +49,7 @@ class Ahead:
             return
         self.folder = tempfile.TemporaryDirectory()
         command = [sys.executable, "-m", "graph.ahead", self.folder.name, ",".join(needs), ",".join(self.files)]
-        places = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        places = [*map(str, (ROOT, ROOT / "tests", ROOT / "python" / "tools")), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
         with open(Path(self.folder.name, "log"), "wb") as log:
             self.process = subprocess.Popen(

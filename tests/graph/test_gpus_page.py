@@ -9,14 +9,14 @@ import sys
 from types import SimpleNamespace
 
 from graph import together
-from graph.gpus_page import AHEAD, HOME, LAYER, LIMIT, ROOT, load
+from page_programs import AHEAD, HOME, LAYER, LIMIT, ROOT, load_layer
 
 import ep_mojo as ep
 
 
 @together.needed
 def _add_layer(module):
-    layer = load(module)
+    layer = load_layer(module)
     comm = ep.Communicator.cpu(layer.config(2))
     return comm, {"layer": layer.graph(comm)}
 
@@ -46,7 +46,7 @@ class OnTheHost:
 
 def test_the_layer(together):
     comm, compiled = together["layer"]
-    layer = load()
+    layer = load_layer()
     given = layer.draw(2, 0)
     out = comm.execute(compiled, *given)
     assert layer.error(given, out) < LIMIT
@@ -61,7 +61,7 @@ def test_its_replays(together):
     host = CPU()
     model = OnTheHost(compiled.model, host)
     ranks = SimpleNamespace(cfg=comm.cfg, devices=[host] * 2, inputs=comm.inputs, check=comm.check)
-    errors = load().replays(ranks, model, range(1, 4))
+    errors = load_layer().replays(ranks, model, range(1, 4))
     assert len(errors) == 3
     assert max(errors) < LIMIT
     assert model.calls == [("capture", 1), *[("replay", 1)] * 3, ("release", 1)]

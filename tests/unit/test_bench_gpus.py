@@ -7,8 +7,8 @@ import pytest
 
 from ep_mojo import cli
 from ep_mojo.errors import ConfigError, DeviceError
-from ep_mojo.programs import bench_gpus, link
-from ep_mojo.programs.gpu_round import ERROR_LIMIT, Round, draw, error_of
+from ep_mojo.programs import bench_gpus, link, report
+from ep_mojo.programs.gpu_round import ERROR_LIMIT, Round, draw, error_of, gpus_to_use
 
 CASE = Round(ranks=3, tokens=7, fmt="fp8", fused=True, hidden=256, experts=6, top_k=2)
 
@@ -50,14 +50,14 @@ def test_one_number_of_tokens_on_the_host():
 @pytest.mark.parametrize(
     ("there", "argv", "message"),
     [
-        (0, [], "DeviceError: --backend = 'gpus': MAX sees 0 GPUs here. Allowed: a machine with 2 GPUs or more"),
-        (1, [], "DeviceError: --backend = 'gpus': MAX sees 1 GPU here"),
+        (0, [], "DeviceError: --ranks = 'all': MAX sees 0 GPUs here. Allowed: a machine with 2 GPUs or more"),
+        (1, [], "DeviceError: --ranks = 'all': MAX sees 1 GPU here"),
         (
             4,
             ["--ranks", "8"],
-            "Allowed: a machine with 8 GPUs or more. Remedy: see `ep-mojo doctor`; use --backend cpu",
+            "MAX sees 4 GPUs here. Allowed: up to 4. Remedy: see `ep-mojo doctor`; use --backend cpu",
         ),
-        (4, ["--ranks", "8"], "or fewer --ranks"),
+        (4, ["--ranks", "8"], "; ask for fewer --ranks"),
         (4, ["--ranks", "1"], "ConfigError: --ranks = 1. Allowed: an integer from 2 to 8"),
         (3, [], "--experts = 256. Allowed: a multiple of --ranks = 3"),
         (4, ["--formats", "fp8,int8"], "--formats = 'fp8,int8'. Allowed: bf16, fp8, or bf16,fp8"),
@@ -107,17 +107,20 @@ def test_tokens_that_are_no_numbers(capsys):
     assert ended.value.code == 2
     err = capsys.readouterr().err
     assert "argument --tokens: '12,abc'. Allowed: one number, or on GPUs several with commas, as in 128,4096" in err
-    assert "_counts" not in err
 
 
 def test_all_gpus_up_to_eight(gpus):
     gpus(16)
-    assert bench_gpus.gpus_for(None) == 8
-    assert bench_gpus.gpus_for(5) == 5
+    assert gpus_to_use(0, least=2) == 8
+    assert gpus_to_use(5, least=2) == 5
     gpus(2)
-    assert bench_gpus.gpus_for(None) == 2
+    assert gpus_to_use(0, least=2) == 2
     with pytest.raises(DeviceError):
-        bench_gpus.gpus_for(3)
+        gpus_to_use(3)
+    gpus(1)
+    assert gpus_to_use() == 1
+    with pytest.raises(DeviceError, match=r"1 GPU here. Allowed: a machine with 2 GPUs or more"):
+        gpus_to_use(1, least=2)
 
 
 def test_bytes_over_the_links_counted_one_by_one():
@@ -143,13 +146,13 @@ def test_bytes_over_the_links_counted_one_by_one():
 
 def test_rows_that_make_a_round_for_the_links():
     cfg, ids = CASE.config(), draw(CASE)[CASE.ranks : 2 * CASE.ranks]
-    each = link.pairs(cfg, ids)
+    each = report.pairs(cfg, ids)
     assert each.diagonal().tolist() == [0, 0, 0]
     busiest = max(*each.sum(axis=0), *each.sum(axis=1))
     assert 2 * link.round_rows(cfg, ids) in (busiest, busiest + 1)
     assert link.round_rows(cfg, [np.full_like(i, -1) for i in ids]) == 1
     everywhere = [np.tile([0, 2], (7, 1)).astype(np.int32)] * 3  # rank 2 gets none, ranks 0 and 1 all
-    assert link.pairs(cfg, everywhere).tolist() == [[0, 7, 0], [7, 0, 0], [7, 7, 0]]
+    assert report.pairs(cfg, everywhere).tolist() == [[0, 7, 0], [7, 0, 0], [7, 7, 0]]
     assert link.round_rows(cfg, everywhere) == 7
 
 

@@ -17,12 +17,11 @@ def run(monkeypatch, capsys):
     def run(path, *argv, gpus=0):
         monkeypatch.setattr(driver, "accelerator_count", lambda: gpus)
         monkeypatch.setattr(sys, "argv", [path, *argv])
-        monkeypatch.syspath_prepend(ROOT / "tools")
         spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
         monkeypatch.setitem(sys.modules, spec.name, module := importlib.util.module_from_spec(spec))
         spec.loader.exec_module(module)
         try:
-            status = module.main(list(argv)) if "gpu_stress" not in path else module.main()
+            status = module.main(list(argv))
         except SystemExit as ended:
             status = ended.code
         assert status == 2

@@ -3,11 +3,12 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ep_mojo.errors import ConfigError
+from ep_mojo.errors import ConfigError, KernelBuildError
 from ep_mojo.programs.gpu_round import ROUTINGS, Round, draw
 
 FOLDER = Path(__file__).parents[2] / "python" / "benchmarks"
@@ -96,10 +97,27 @@ def test_each_graph_is_compiled_once_and_failures_are_told(sweep, tmp_path, monk
     bench.compile([ours, ours])
     there = tmp_path / bench.case(32, "bf16", "ours").name
     there.mkdir()
-    (there / "graph.mef").touch()
+    assert not sweep.compare.is_compiled(tmp_path, bench.case(32, "bf16", "ours"))
+    (there / f"{there.name}-0.mef").touch()
     bench.compile([bench.case(32, "bf16", "ours")])
     (command,) = commands
     wanted = {"compile", "--ranks=2", "--tokens=16", "--formats=bf16", "--systems=ours", f"--mefs={tmp_path}"}
     assert wanted <= {*command}
-    with pytest.raises(RuntimeError, match=r"not compiled: max_bf16\S*: no such thing"):
+    with pytest.raises(KernelBuildError, match=r"not compiled: max_bf16\S*: no such thing"):
         bench.compile([bench.case(16, "bf16", "max")])
+
+
+def test_a_round_is_checked_before_it_is_timed_and_after(sweep, monkeypatch):
+    compare, calls = sweep.compare, []
+    case = compare.Case(2, 5, "bf16", True, 8, 4, 2)
+    note = {name: lambda *_, name=name: calls.append(name) for name in ("execute", "release_captured_graph", "check")}
+    comm = SimpleNamespace(cfg=case.config(), check=note["check"])
+    monkeypatch.setattr(compare, "on_devices", lambda arrays, devices: arrays)
+    monkeypatch.setattr(compare, "error_of", lambda *_: calls.append("error") or 1e-3)
+    monkeypatch.setattr(compare, "replay_times", lambda *_: calls.append("timed") or {"median_us": 10.0})
+    loaded = compare.Loaded(SimpleNamespace(**note), [], comm)
+    found = compare.measure(case, loaded, [], routing="one", profile=False)
+    assert calls == ["execute", "check", "error", "timed", "release_captured_graph", "check"]
+    message, table = 16, 2 * 5 * 2 * 6  # all of rank 1's tokens go to rank 0, and come back
+    assert found["gb_s"] == pytest.approx((5 * message * 2 + table) / 2 / 10e-6 / 1e9)
+    assert (found["error"], found["case"]["name"]) == (1e-3, case.name)

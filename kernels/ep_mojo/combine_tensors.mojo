@@ -211,6 +211,20 @@ struct Terms(Movable):
 
 
 @always_inline
+def travels_by_row[layout: StaticString, reduce: StaticString]() -> Bool:
+    """Whether combine sends a row for each choice, and not one for each token of a source.
+
+    Parameters:
+        layout: Output layout of the dispatch.
+        reduce: "expert" or "source".
+
+    Returns:
+        False with layout "rank", where a token has one row.
+    """
+    return reduce == "source" and layout != "rank"
+
+
+@always_inline
 def row_bytes[dtype: DType, hidden: Int]() -> Int:
     """Size of a row.
 

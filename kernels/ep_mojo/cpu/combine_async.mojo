@@ -10,7 +10,7 @@ Writes the source's combine windows of buffer `epoch mod B`: rows, then signal c
 c*G .. c*G+G-1 are there, also where there were none; a header first. `begin_send` has awaited the buffer's credits.
 """
 
-from ..combine_tensors import CombineInput, row_bytes, sum_terms
+from ..combine_tensors import CombineInput, row_bytes, sum_terms, travels_by_row
 from ..launch import Endpoint
 from ..layout import (
     FIELD_RECV_NUM_TOKENS,
@@ -46,7 +46,7 @@ def combine_async[
         What the worker pool raises; failures of the protocol go on record instead.
     """
     comptime size = row_bytes[dtype, hidden]()
-    comptime by_row = reduce == "source" and layout != "rank"
+    comptime by_row = travels_by_row[layout, reduce]()
     var s = ep.s
     var epoch = ep.begin_send[HostTeam](stage)
     if not ep.head.failed():

@@ -17,6 +17,7 @@ from ..combine_tensors import (
     check_header,
     row_bytes,
     sum_terms,
+    travels_by_row,
 )
 from ..launch import Endpoint, token_count
 from ..layout import MAX_TOP_K, partial_offset, row_offset
@@ -55,7 +56,7 @@ def combine_wait[
         What the worker pool raises; failures of the protocol go on record instead.
     """
     comptime out_bytes = row_bytes[out_dtype, hidden]()
-    comptime by_row = reduce == "source" and layout != "rank"
+    comptime by_row = travels_by_row[layout, reduce]()
     var s = ep.s
     var K = s.top_k
     var epoch = ep.begin_wait(stage, ep.last_sent())

@@ -22,6 +22,7 @@ from ..combine_tensors import (
     part_begin,
     row_bytes,
     sum_terms,
+    travels_by_row,
 )
 from ..launch import Endpoint
 from ..layout import (
@@ -36,8 +37,8 @@ from ..layout import (
 from ..routing import NO_ROW
 from ..signal import publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
-from .opening import Opening
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
+from .opening import Opening
 from .precedence import precedence
 from .routing import ballot
 from .share import MAX_CREW, Crew, Share
@@ -49,8 +50,8 @@ from .shared_rows import (
     store_row,
 )
 from .timeline import (
-    MARK_COMBINE_SUMS_ARRIVED,
     MARK_COMBINE_SUM_READY,
+    MARK_COMBINE_SUMS_ARRIVED,
     mark,
 )
 
@@ -93,7 +94,7 @@ def send_headers[
         x: The rows.
         epoch: The launch's epoch.
     """
-    comptime by_row = reduce == "source" and layout != "rank"
+    comptime by_row = travels_by_row[layout, reduce]()
     var peer = Int(lane_id())
     if block_idx.x == 0 and peer < ep.s.n_ranks:
         publish(
@@ -131,7 +132,7 @@ def send_back[
         opening: What the first store waits for.
     """
     comptime size = row_bytes[dtype, hidden]()
-    comptime by_row = reduce == "source" and layout != "rank"
+    comptime by_row = travels_by_row[layout, reduce]()
     comptime sums = not by_row and layout != "rank"
     var s = ep.s
     var buffer = ep.buffer(epoch)
@@ -265,18 +266,24 @@ def _check_tokens(
 
 
 @always_inline
-def give_shared[dtype: DType, hidden: Int](x: CombineInput, tokens: Int):
-    """Copy the shared expert's rows, the first ones, to their output; zero the rest of it.
+def give_shared[
+    dtype: DType, hidden: Int
+](ep: Endpoint[False], x: CombineInput, mut opening: Opening):
+    """Copy the shared expert's rows, the first ones, to their output, where there is one; zero the rest of it.
 
     Parameters:
         dtype: Type of the rows.
         hidden: H.
 
     Args:
+        ep: The rank.
         x: The rows.
-        tokens: How many there are; 0 in a launch that may not go on.
+        opening: In a launch that may not go on there are none.
     """
     comptime size = row_bytes[dtype, hidden]()
+    if not x.shared_out.present():
+        return
+    var tokens = Int(x.num_tokens[ep.me]) if opening.passed() else 0
     var share = Share()
     for t in range(share.first, x.shared_out.size // size, share.stride):
         var to = x.shared_out.bytes(t * size)
@@ -324,16 +331,14 @@ def combine_async_stage[
     var opening = Opening()
     if opening.opens():
         open_send_back[dtype, hidden](ep, x, stage)
-        opening.decide(not ep.head.failed())
+        opening.decide(ep.head)
         if opening.passed():
             send_headers[layout, reduce](ep, x, epoch)
     opening.settle()
     send_back[dtype, hidden, layout, reduce](
         ep, x, epoch, stage, Share(), opening
     )
-    give_shared[dtype, hidden](
-        x, Int(x.num_tokens[ep.me]) if opening.passed() else 0
-    )
+    give_shared[dtype, hidden](ep, x, opening)
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch)
 

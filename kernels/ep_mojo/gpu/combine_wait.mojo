@@ -16,6 +16,7 @@ from ..combine_tensors import (
     check_header,
     row_bytes,
     sum_terms,
+    travels_by_row,
 )
 from ..launch import Endpoint, given_tokens, tokens_fit
 from ..layout import partial_offset, row_offset
@@ -95,7 +96,7 @@ def receive_back[
         share: The calling warp's chunks.
     """
     comptime out_bytes = row_bytes[out_dtype, hidden]()
-    comptime by_row = reduce == "source" and layout != "rank"
+    comptime by_row = travels_by_row[layout, reduce]()
     var waiter = Waiter(ep.head, stage, ep.s.virtual)
     var T = given_tokens(x.rows, x.num_tokens)
     for t in range(T + share.first, x.rows, share.stride):

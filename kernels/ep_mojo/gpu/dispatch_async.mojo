@@ -25,9 +25,9 @@ from ..peers import typed
 from ..routing import NO_EXPERT, normal_id
 from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..team import WarpTeam
-from .opening import Opening
-from .notes import await_note
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
+from .notes import await_note
+from .opening import Opening
 from .precedence import precedence
 from .routing import ballot, destination_of_lanes
 from .share import MAX_CREW, Crew, Share
@@ -311,7 +311,7 @@ def dispatch_async_stage[
     var opening = Opening()
     if opening.opens():
         open_send(ep, input.value, stage)
-        opening.decide(not ep.head.failed())
+        opening.decide(ep.head)
     opening.settle()
     send_tables(ep, input.value, epoch, opening)
     send_messages[F, ids_dtype, encoded](

@@ -11,18 +11,18 @@ from std.bit import count_trailing_zeros
 from std.utils import IndexList
 
 from ..combine_tensors import (
-    CombineOutput,
-    Terms,
     EPILOGUE_WIDTH,
+    CombineOutput,
     Epilogue,
     RouterWeights,
+    Terms,
     begin_token,
     row_bytes,
     sum_terms,
 )
 from ..expert_launch import end_wait, rows_arrived
 from ..expert_messages import routed_masks
-from ..launch import Endpoint, tokens_fit, given_tokens
+from ..launch import Endpoint, given_tokens, tokens_fit
 from ..layout import row_offset
 from ..numeric import load_f32
 from ..settings import Settings

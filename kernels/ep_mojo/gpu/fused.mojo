@@ -16,10 +16,10 @@ from ..layout import STAGE_COMBINE, STAGE_DISPATCH
 from ..signal import Waiter
 from ..team import WarpTeam
 from .combine_async import (
-    send_headers,
     give_shared,
     open_send_back,
     send_back,
+    send_headers,
 )
 from .combine_async import slot_bytes as row_slot_bytes
 from .combine_wait import (
@@ -37,9 +37,9 @@ from .dispatch_wait import (
     keep_weights,
     mark_rest,
 )
-from .opening import Opening
-from .launch import ByValue, Peers, Shape, is_last_cta, warp_index, warps
+from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .mapping import cta_bytes, map_sources, name_groups
+from .opening import Opening
 from .precedence import precedence
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
@@ -90,7 +90,7 @@ def dispatch_stage[
         open_send(ep, x, STAGE_DISPATCH)
         if lane_id() == 0:
             _ = ep.begin_wait(STAGE_DISPATCH, sent)
-        opening.decide(not ep.head.failed())
+        opening.decide(ep.head)
         mark[MARK_OPENED](ep)
     opening.settle()
     var roles = DispatchRoles(ep.s)
@@ -216,7 +216,7 @@ def combine_stage[
         open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
-        opening.decide(not ep.head.failed())
+        opening.decide(ep.head)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():
             send_headers[layout, reduce](ep, x, sent)
@@ -226,9 +226,7 @@ def combine_stage[
         send_back[dtype, hidden, layout, reduce](
             ep, x, sent, STAGE_COMBINE, roles.sending, opening
         )
-    give_shared[dtype, hidden](
-        x, Int(x.num_tokens[ep.me]) if opening.passed() else 0
-    )
+    give_shared[dtype, hidden](ep, x, opening)
     if roles.sums and opening.passed():
         if y.shared_rows.present():
             y.shared_rows = x.rows  # the copy may not be there yet

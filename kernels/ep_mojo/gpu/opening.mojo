@@ -11,6 +11,7 @@ from max.gpu import lane_id, thread_idx
 from max.gpu.sync import barrier, syncwarp
 
 from ..peers import View
+from ..signal import Head
 from .launch import warp_index, warps
 from .share import begin_crews
 from .shared_memory import (
@@ -61,15 +62,15 @@ struct Opening(Movable):
         return warp_index() == warps() - 1
 
     @always_inline
-    def decide(mut self, may_go_on: Bool):
-        """Say whether the launch may go on; the opening warp calls this once.
+    def decide(mut self, head: Head):
+        """Let the launch go on unless the rank has failed; the opening warp calls this once, when all lanes are done.
 
         Args:
-            may_go_on: The first lane's counts.
+            head: The rank's head.
         """
         syncwarp()
         if lane_id() == 0:
-            Self._word()[0] = Int32(may_go_on)
+            Self._word()[0] = Int32(not head.failed())
             comptime if moves_in_bulk():
                 Self._barrier().arrive(1)
         syncwarp()

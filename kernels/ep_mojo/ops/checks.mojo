@@ -1,6 +1,6 @@
 """Sizes that an op needs, checked before anything is written: a wrong one is a ShapeError and not a stray store."""
 
-from ..combine_tensors import CombineInput, CombineOutput
+from ..combine_tensors import CombineInput, CombineOutput, travels_by_row
 from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import CUSTOM_KEY, TokenFormat, format_tag
 from ..layout import EXPERT_SLOTS_HEADER
@@ -235,7 +235,7 @@ def check_slots[layout: StaticString, reduce: StaticString](s: Settings) raises:
     comptime mode = REDUCE_SOURCE if reduce == "source" else REDUCE_EXPERT
     if s.reduce != REDUCE_ANY:
         require("settings: reduce", s.reduce, mode)
-    comptime by_row = reduce == "source" and layout != "rank"
+    comptime by_row = travels_by_row[layout, reduce]()
     var slots = s.top_k if by_row else s.n_ranks
     if s.combine_slots < slots:
         require("settings: combine_slots", s.combine_slots, slots)

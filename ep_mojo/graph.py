@@ -113,7 +113,7 @@ def dispatch_async(
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     budget = check_budget(n_sms)
     for rank, (values, _) in zip(ranks, calls, strict=True):
-        _op("dispatch_async", rank, "dispatch", values, [], _format_parameters(rank.cfg), budget)
+        add_op("dispatch_async", rank, "dispatch", values, [], _format_parameters(rank.cfg), budget)
     return [pending for _, pending in calls]
 
 
@@ -138,7 +138,7 @@ def dispatch_wait(
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = _op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters, budget)
+        outputs = add_op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters, budget)
         handles.append(_handle(rank.cfg, outputs, p))
     return handles
 
@@ -182,7 +182,7 @@ def dispatch(
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     for rank, (values, pending) in zip(ranks, calls, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = _op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
+        outputs = add_op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
         handles.append(_handle(rank.cfg, outputs, pending))
     return handles
 
@@ -216,7 +216,7 @@ def combine_async(
     pending, budget = [], check_budget(n_sms)
     for rank, y, h, mode in zip(ranks, ys, handles, modes, strict=True):
         parameters = _reduce(rank.cfg, mode)
-        (shared,) = _op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], parameters, budget)
+        (shared,) = add_op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], parameters, budget)
         pending.append(PendingCombine(h, mode, shared))
     return pending
 
@@ -251,7 +251,7 @@ def combine_wait(
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
         values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
         types = [_output_type(p.handle)]
-        (y,) = _op("combine_wait", rank, "combine", [*values, p.shared], types, _reduce(rank.cfg, p.reduce), budget)
+        (y,) = add_op("combine_wait", rank, "combine", [*values, p.shared], types, _reduce(rank.cfg, p.reduce), budget)
         ys.append(y)
     return ys
 
@@ -289,7 +289,7 @@ def combine(
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
         values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
         types = [_output_type(h), _shared_type(h)]
-        out, _ = _op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode), budget)
+        out, _ = add_op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode), budget)
         outputs.append(out)
     return outputs
 
@@ -359,10 +359,13 @@ def beside(
 # Calls
 
 
-def _op(
+def add_op(
     name: str, rank: Rank, side: str, values: list, types: list[TensorType], parameters: dict, budget: int
 ) -> list[TensorValue]:
-    """Add one op. `side` chooses between the dispatch and the combine tables; budget 0 is the config's."""
+    """Add the op `ep_mojo_{name}` of a rank, with what all of them take: order, counters, settings, tables.
+
+    `side` chooses between the dispatch and the combine tables; budget 0 is the config's.
+    """
     from max.graph import ops
 
     tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]

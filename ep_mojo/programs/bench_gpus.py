@@ -159,9 +159,13 @@ def on_link(cfg: EPConfig, topk_ids: Sequence[np.ndarray], median_us: float, lin
         "gb_s": of a GPU on average; "link_us"; "share": link_us / median_us.
     """
     moved = report.bytes_moved(cfg, topk_ids)["ours"]
-    rate = moved["total"] / cfg.n_ranks / median_us / 1e3
-    found = {"bytes": moved, "busiest": report.busiest(cfg, topk_ids), "gb_s": rate}
-    return found | {"link_us": link_us, "share": link_us / median_us}
+    return {
+        "bytes": moved,
+        "busiest": report.busiest(cfg, topk_ids),
+        "gb_s": report.sent_gb_s(cfg, moved["total"], median_us),
+        "link_us": link_us,
+        "share": link_us / median_us,
+    }
 
 
 def report_text(result: dict[str, Any]) -> str:

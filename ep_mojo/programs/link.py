@@ -12,6 +12,7 @@ import numpy as np
 
 from ..comm import Communicator
 from ..config import EPConfig
+from ..graph import add_op
 from ..kernels import kernel_library
 from .gpu_round import REPLAYS, replay_times
 from .report import largest_sum, pairs
@@ -35,7 +36,7 @@ def add_pushes(comm: Communicator, name: str, rows: int, module: Any = None) -> 
         module: Where to put the graph.
     """
     from max.dtype import DType
-    from max.graph import Graph, TensorType, ops
+    from max.graph import Graph, TensorType
 
     cfg, refs = comm.cfg, comm.device_refs()
     sides = {"dispatch": cfg.dispatch_message_bytes, "combine": cfg.combine_row_bytes}
@@ -46,13 +47,7 @@ def add_pushes(comm: Communicator, name: str, rows: int, module: Any = None) -> 
         values = iter(graph.inputs)
         for side, size in sides.items():
             for rank in ranks:
-                tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]
-                ops.inplace_custom(
-                    "ep_mojo_push",
-                    rank.device,
-                    [rank.order, rank.counters, rank.settings, *tables, next(values)],
-                    parameters={"size": size, "side": side, "slots": cfg.slots, "n_sms": 0},
-                )
+                add_op("push", rank, side, [next(values)], [], {"size": size, "side": side}, 0)
         graph.output()
     return graph
 

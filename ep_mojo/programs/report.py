@@ -116,6 +116,11 @@ def bytes_moved(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> dict[str, dict
     return {name: {"dispatch": d, "combine": c, "total": d + c} for name, (d, c) in split.items()}
 
 
+def sent_gb_s(cfg: EPConfig, moved: int, us: float) -> float:
+    """What a GPU sends on average, in 10^9 bytes a second: `moved` bytes of all ranks in `us` microseconds."""
+    return moved / cfg.n_ranks / us / 1e3
+
+
 def busiest(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> int:
     """The most bytes that one rank sends, or receives, in a round: "ours" of `bytes_moved`."""
     return largest_sum(sum(_traffic(cfg, topk_ids)))

@@ -229,7 +229,7 @@ def measure(
     check()
     if comm is not None:
         moved = report.bytes_moved(comm.cfg, given[case.ranks : 2 * case.ranks])["ours"]["total"]
-        result["gb_s"] = moved / case.ranks / result["median_us"] / 1e3
+        result["gb_s"] = report.sent_gb_s(comm.cfg, moved, result["median_us"])
     if profile:
         result["kernels_us"] = kernel_times(model, args, devices)
         result["ep_kernels_us"] = sum(t for n, t in result["kernels_us"].items() if is_ep_kernel(n))

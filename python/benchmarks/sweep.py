@@ -169,8 +169,13 @@ def tables(rows: list[dict[str, Any]]) -> str:
         ]
         if lines:
             parts.append(report.table([f"{fmt}: SMs", "us a round", "kernels", "GB/s a GPU"], lines))
-    wrong = [r["case"]["name"] for r in rows if not r.get("error", 0) < ERROR_LIMIT]
+    wrong = [r["case"]["name"] for r in rows if is_wrong(r)]
     return "\n\n".join([*parts, *(f"WRONG: {name}" for name in wrong)])
+
+
+def is_wrong(row: dict[str, Any]) -> bool:
+    """Whether a result was wrong, NaN included; pushes have none."""
+    return not row.get("error", 0) < ERROR_LIMIT
 
 
 def figures(by: dict[str, dict]) -> list[str]:
@@ -236,7 +241,7 @@ def measure_all(opts: argparse.Namespace) -> int:
     title = f"{ranks} x {gpu}: dispatch and combine, H={opts.hidden} E={opts.experts} K={opts.top_k}"
     draw_plots(bench.rows, folder, title)
     print(tables(bench.rows))
-    return int(any(not r.get("error", 0) < ERROR_LIMIT for r in bench.rows if r["case"]["system"] == "ours"))
+    return int(any(is_wrong(r) for r in bench.rows if r["case"]["system"] == "ours"))
 
 
 if __name__ == "__main__":

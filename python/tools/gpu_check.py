@@ -38,7 +38,7 @@ def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
     shapes, bad = "tests/gpu/test_large_shapes.py", "tests/gpu/test_bad_input_gpu"
     stress = [sys.executable, "python/tools/gpu_stress.py"]
     found: dict[str, tuple[list[str], int] | str] = {
-        "one GPU": (pytest("tests/gpu/test_one_gpu.py"), 600),
+        "one GPU": (pytest("tests/gpu/test_one_gpu.py", "tests/gpu/test_user_format_gpu.py"), 600),
         "Mojo program": (pytest("tests/gpu/test_mojo_program.py"), 600),
         "shapes, one GPU": (pytest(shapes, "-k", "virtual_ranks"), 900),
         "program of docs/gpus.md": (pytest("tests/gpu/test_page_program.py"), 900),
@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     count = "from max.driver import accelerator_count; print(accelerator_count())"
     asked = subprocess.run([sys.executable, "-c", count], env=env, capture_output=True, text=True, check=False)
     gpus = int(asked.stdout.split()[-1]) if asked.returncode == 0 and asked.stdout.split() else 0
-    names = list(steps(gpus))
+    known = steps(gpus)
+    names = list(known)
     for word in args.only or []:
         if not any(word in name for name in names):
             parser.error(f"--only = {word!r}: no step has that in its name. Steps: {'; '.join(names)}")
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = []
     for name in chosen:
-        step = steps(gpus)[name]
+        step = known[name]
         found = {"ok": None, "seconds": 0.0, "said": f"not run: {step}"} if isinstance(step, str) else run(*step, env)
         rows.append({"step": name} | found)
         if args.output:  # after every step, so that what cuts the run off does not take all results with it

@@ -1,14 +1,11 @@
 """The programs that time GPUs, at small sizes: they check themselves, and their figures are there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from gpu import programs
+from gpu.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["--hidden", "512", "--experts", "64", "--top-k", "4", "--tokens", "24,300"]
 
 
@@ -18,15 +15,7 @@ def run(tmp_path, *command):
     if accelerator_count() < 2:
         pytest.skip(f"needs 2 GPUs, here are {accelerator_count()}")
     path = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, *command, "--ranks", "2", *SIZES, "--output", path],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    programs.run(*command, "--ranks", "2", *SIZES, "--output", path, timeout=500)
     return json.loads(path.read_text())["cases"]
 
 

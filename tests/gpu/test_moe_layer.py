@@ -1,14 +1,11 @@
 """The example of a whole MoE layer, on as many GPUs as there are: it checks itself, here at a small size."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from gpu import programs
+from gpu.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"tokens": 96, "hidden": 512, "width": 256, "top-k": 4, "calls": 20}
 
 
@@ -22,15 +19,7 @@ def test_moe_layer(tmp_path):
     options = [
         text for name, value in (SIZES | {"ranks": R, "experts": 16 * R}).items() for text in (f"--{name}", value)
     ]
-    done = subprocess.run(
-        [sys.executable, ROOT / "python/examples/moe_layer.py", *map(str, options), "--output", path],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    programs.run(ROOT / "python/examples/moe_layer.py", *options, "--output", path, timeout=1500)
     ways = json.loads(path.read_text())["ways"]
     assert set(ways) == {"batched", "grouped"}
     for way in ways.values():

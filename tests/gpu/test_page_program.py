@@ -1,23 +1,18 @@
 """The program of docs/gpus.md on all GPUs, and what the page says of captured graphs after a failure."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from page_programs import LAYER, LIMIT, ROOT, load_layer
+from gpu import programs
+from page_programs import LAYER, LIMIT, load_layer
 
 import ep_mojo as ep
 
 
 def test_the_program(tmp_path):
     (tmp_path / "layer.py").write_text(LAYER)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, tmp_path / "layer.py"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    done = programs.run(tmp_path / "layer.py", timeout=500)
     assert re.findall(r"^(\w+) ", done.stdout, re.MULTILINE) == ["once", "replayed"]
     errors = [float(number) for number in re.findall(r"\d\.\d+(?:e-\d+)?", done.stdout)]
     assert len(errors) == 6

@@ -6,11 +6,12 @@ A small data-flow analysis over the control-flow graph of each function. On some
     dirty      an ordinary store to what may be shared memory that no proxy fence has followed
     unfenced   a store that no fence at system scope has followed
     reading    a bulk store whose source may still be read, since no `wait_group` of either kind has followed
+    acquired   an acquire that no proxy fence has followed
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
-store at system scope while unfenced; an ordinary store to what may be shared memory, or a bulk load into it, while it
-may be read. And without looking at paths: any non-coherent or relaxed load, a release at a scope below the device, a
-bulk load of global memory without a proxy fence in front of it, an mbarrier at which threads meet without order, fewer
+store at system scope while unfenced; a bulk load while acquired; an ordinary store to what may be shared memory, or a bulk load into it, while it
+may be read. And without looking at paths: any non-coherent or relaxed load, a release at a scope below the device, an
+mbarrier at which threads meet without order, fewer
 signals than the kernel has, arithmetic that flushes or approximates, and jumps that this analysis does not follow.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-PENDING, DIRTY, UNFENCED, READING = 1, 2, 4, 8
+PENDING, DIRTY, UNFENCED, READING, ACQUIRED = 1, 2, 4, 8, 16
 FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
     r"\bld\.(relaxed|volatile|mmio)": "a load that acquires nothing",
@@ -30,6 +31,9 @@ FORBIDDEN = {
     r"\bbar(rier)?\.sync\s+[1-9%]": "a barrier of some threads other than an mbarrier",
     r"\bbrx": "a jump that is not followed",
 }
+RING = "ring."
+"""In front of a load into a warp's ring (`gpu/ring.mojo`), from which nothing is stored in bulk: so bulk stores may still
+read other shared memory."""
 LABEL = re.compile(r"^([$\w]+):$")
 BRANCH = re.compile(r"^(@!?%?\w+\s+)?bra(?:\.uni)?\s+([$\w]+);$")
 
@@ -51,6 +55,8 @@ def functions(ptx: str) -> list[Function]:
         line = raw.split("//")[0].strip()
         if not line:
             continue
+        if raw.rstrip().endswith("// ring"):
+            line = RING + line
         if current is None:
             match = re.match(r"^(?:\.visible |\.weak )*\.(entry|func)\b", line)
             if match or head:
@@ -116,8 +122,12 @@ def _after(text: str, state: int) -> int:
         state &= ~(PENDING | READING)
     elif text.startswith("cp.async.bulk.wait_group.read 0;"):
         state &= ~READING
+    elif text.startswith("fence.proxy.async;"):
+        state &= ~(DIRTY | ACQUIRED)
     elif "fence.proxy.async" in text:
         state &= ~DIRTY
+    elif "ld.acquire" in text:
+        state |= ACQUIRED
     elif re.match(r"^fence\.(sc|acq_rel)\.sys;", text):
         state &= ~UNFENCED
     elif _is_store(text):
@@ -146,20 +156,11 @@ def _broken(lines: list[str], i: int, state: int) -> list[str]:
             found.append("a signal while bulk stores may be under way")
     if "cp.async.bulk.global.shared::cta" in text and state & DIRTY:
         found.append("a bulk store of shared memory that ordinary stores may have written, without a proxy fence")
-    if state & READING and (_may_be_shared(text) or "cp.async.bulk.shared::cluster.global" in text):
+    if state & READING and (_may_be_shared(text) or text.startswith("cp.async.bulk.shared::cluster.global")):
         found.append("a slot is written while a bulk store may read it")
-    if "cp.async.bulk.shared::cluster.global" in text and not _fenced_before(lines, i):
+    if "cp.async.bulk.shared::cluster.global" in text and state & ACQUIRED:
         found.append("a bulk load without a proxy fence before it")
     return found
-
-
-def _fenced_before(lines: list[str], i: int) -> bool:
-    for text in reversed(lines[:i]):
-        if text.startswith("fence.proxy.async;"):
-            return True
-        if LABEL.match(text) or BRANCH.match(text) or "ld.acquire" in text:
-            return False
-    return False
 
 
 def signals(function: Function) -> int:

@@ -14,22 +14,13 @@ from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.primitives import warp
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
-from std.sys import size_of
 
-from ..combine_tensors import (
-    CombineInput,
-    Terms,
-    part_begin,
-    row_bytes,
-    sum_terms,
-    travels_by_row,
-)
+from ..combine_tensors import CombineInput, row_bytes, travels_by_row
 from ..launch import Endpoint
 from ..layout import (
     FIELD_RECV_NUM_TOKENS,
     FIELD_ROW_MAP,
     KIND_SHAPE,
-    align_up,
     combine_header,
     partial_offset,
     row_offset,
@@ -37,18 +28,22 @@ from ..layout import (
 from ..routing import NO_ROW
 from ..signal import publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
-from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
+from .launch import (
+    ByValue,
+    Peers,
+    Shape,
+    is_last_cta,
+    warp_index,
+    warp_memory,
+    warp_slot,
+)
 from .opening import Opening
 from .precedence import precedence
 from .routing import ballot
-from .share import MAX_CREW, Crew, Share
-from .shared_memory import SLOT_ALIGNMENT
-from .shared_rows import (
-    finish_stores,
-    release_slots,
-    store_part,
-    store_row,
-)
+from .send_sums import send_sums
+from .share import Share
+from .shared_rows import finish_stores, release_slots, store_row
+from .sums import combine_bytes
 from .timeline import (
     MARK_COMBINE_SUM_READY,
     MARK_COMBINE_SUMS_ARRIVED,
@@ -131,30 +126,48 @@ def send_back[
         share: The calling warp's chunks, of all sources in turn.
         opening: What the first store waits for.
     """
+    comptime sums = not travels_by_row[layout, reduce]() and layout != "rank"
+    var s = ep.s
+    var tokens: Int32 = 0  # lane r: T of source r
+    if Int(lane_id()) < s.n_ranks:
+        tokens = x.num_tokens[Int(lane_id())]
+        if tokens < 0 or Int(tokens) > s.max_tokens:
+            tokens = 0  # the opening will refuse it
+    var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
+    comptime if sums:
+        send_sums[dtype, hidden](
+            ep, x, epoch, stage, tokens, items, share, opening
+        )
+    else:
+        _send_rows[dtype, hidden, layout](
+            ep, x, epoch, stage, tokens, items, share, opening
+        )
+
+
+@always_inline
+def _send_rows[
+    dtype: DType, hidden: Int, layout: StaticString
+](
+    ep: Endpoint[False],
+    x: CombineInput,
+    epoch: UInt64,
+    stage: Int32,
+    tokens: Int32,
+    items: Int,
+    share: Share,
+    mut opening: Opening,
+):
+    """Store rows as they are: every one to its slot (token, k); with layout "rank" a token's one to (my rank, token).
+    """
     comptime size = row_bytes[dtype, hidden]()
-    comptime by_row = travels_by_row[layout, reduce]()
-    comptime sums = not by_row and layout != "rank"
     var s = ep.s
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
     var rows = x.rows.size // size
-    var tokens: Int32 = 0  # lane r: T of source r
-    if lane < s.n_ranks:
-        tokens = x.num_tokens[lane]
-        if tokens < 0 or Int(tokens) > s.max_tokens:
-            tokens = 0  # the opening will refuse it
-    var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
-    var crew = Crew(share, items, MAX_CREW if sums else 1)
-    var slot = crew.slot(crew.memory(slot_bytes[dtype, hidden]()))
-    var begin_bytes = size_of[Scalar[dtype]]() * part_begin[WarpTeam, hidden](
-        crew.part, crew.size
+    var slot = warp_slot(
+        warp_memory(combine_bytes[dtype, hidden]()), sending=True
     )
-    var part_bytes = (
-        size_of[Scalar[dtype]]()
-        * part_begin[WarpTeam, hidden](crew.part + 1, crew.size)
-        - begin_bytes
-    )
-    for i in range(crew.share.first, items, crew.share.stride):
+    for i in range(share.first, items, share.stride):
         var source = (ep.me + i) % s.n_ranks
         var chunk = i // s.n_ranks
         var begin = chunk * s.tokens_per_signal
@@ -164,16 +177,10 @@ def send_back[
         var recv = ep.recv[source]
         var fits = True
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
-            var at = (source * s.max_tokens + t) * s.top_k
             var row = NO_ROW
-            var weight: Float32 = 0
             if lane < s.top_k:
-                row = x.row_map[at + lane]
-                comptime if sums:
-                    weight = x.weights[at + lane]
+                row = x.row_map[(source * s.max_tokens + t) * s.top_k + lane]
             var left = ballot(row >= 0)
-            if left == 0:
-                continue
             if ballot(Int(row) >= rows) != 0:
                 if Int(row) >= rows:
                     ep.head.fail(
@@ -185,54 +192,28 @@ def send_back[
                     )
                 fits = False
                 break
-            comptime if by_row:
-                while left != 0:
-                    var k = Int(count_trailing_zeros(left))
-                    left &= left - 1
-                    var which = Int(warp.shuffle_idx(row, UInt32(k)))
-                    release_slots()
-                    slot.load[size](x.rows.bytes(which * size))
-                    if not opening.passed():
-                        break
-                    store_row[size](
-                        slot.row,
-                        1,
-                        recv.unsafe_offset(row_offset(s, buffer, t, k)),
-                    )
-            else:
+            comptime if layout == "rank":
+                left &= ~left + 1  # all choices of a token have the same row
+            while left != 0:
+                var k = Int(count_trailing_zeros(left))
+                left &= left - 1
+                var which = Int(warp.shuffle_idx(row, UInt32(k)))
                 release_slots()
-                comptime if layout == "rank":
-                    var k = UInt32(count_trailing_zeros(left))
-                    var which = Int(warp.shuffle_idx(row, k))
-                    slot.load[size](x.rows.bytes(which * size))
-                else:
-                    var terms = Terms()
-                    while left != 0:  # k ascending
-                        var k = UInt32(count_trailing_zeros(left))
-                        left &= left - 1
-                        terms.add(
-                            x.rows.bytes(Int(warp.shuffle_idx(row, k)) * size),
-                            warp.shuffle_idx(weight, k),
-                        )
-                    sum_terms[WarpTeam, dtype, dtype, dtype, hidden](
-                        terms, slot.row, crew.part, crew.size
-                    )
+                slot.load[size](x.rows.bytes(which * size))
                 if not opening.passed():
                     break
                 mark[MARK_COMBINE_SUM_READY](ep)
-                store_part[size](
-                    slot.row,
-                    1,
-                    recv.unsafe_offset(partial_offset(s, buffer, ep.me, t)),
-                    begin_bytes,
-                    part_bytes,
-                )
+                var at: Int
+                comptime if layout == "rank":
+                    at = partial_offset(s, buffer, ep.me, t)
+                else:
+                    at = row_offset(s, buffer, t, k)
+                store_row[size](slot.row, 1, recv.unsafe_offset(at))
         finish_stores()
         mark[MARK_COMBINE_SUMS_ARRIVED](ep)
-        crew.meet()  # all parts have arrived
         if not fits or not opening.passed():
             break  # the source waits, and reads FAILED in the header
-        if lane == 0 and crew.leads():
+        if lane == 0:
             publish(
                 ep.count[source],
                 ep.window.signal(buffer, ep.me, chunk),
@@ -291,20 +272,6 @@ def give_shared[
             copy_bytes[WarpTeam](x.rows.bytes(t * size), to, size)
         else:
             zero_bytes[WarpTeam](to, size)
-
-
-@always_inline
-def slot_bytes[dtype: DType, hidden: Int]() -> Int:
-    """Shared memory for a row.
-
-    Parameters:
-        dtype: Type of the rows.
-        hidden: H.
-
-    Returns:
-        Bytes of one row slot.
-    """
-    return align_up(row_bytes[dtype, hidden](), SLOT_ALIGNMENT)
 
 
 def combine_async_stage[
@@ -367,7 +334,7 @@ def combine_async[
         ctx,
         peers.s,
         items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
-        warp_bytes=slot_bytes[dtype, hidden](),
+        warp_bytes=combine_bytes[dtype, hidden](),
     )
     ctx.enqueue_function[combine_async_stage[dtype, hidden, layout, reduce]](
         ByValue(peers),

@@ -6,21 +6,16 @@ k ascending or of ranks ascending, rounded once. Rows past T come back zero. The
 """
 
 from max.gpu import lane_id, thread_idx
-from max.gpu.host import DeviceContext
+from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.sync import syncwarp
 
 from ..combine_tensors import (
     CombineOutput,
-    Terms,
-    begin_token,
     check_header,
     row_bytes,
-    sum_terms,
     travels_by_row,
 )
 from ..launch import Endpoint, given_tokens, tokens_fit
-from ..layout import partial_offset, row_offset
-from ..routing import NO_EXPERT, normal_id
 from ..signal import NO_SIGNAL, Waiter
 from ..team import WarpTeam, zero_bytes
 from .launch import (
@@ -33,16 +28,10 @@ from .launch import (
     warps,
 )
 from .precedence import precedence
-from .routing import ballot, destination_of_lanes
+from .receive_sums import receive_sums
+from .routing import ballot
 from .share import Share
-from .timeline import (
-    MARK_COMBINE_SIGNALS_SEEN,
-    MARK_COMBINE_TOKEN_WRITTEN,
-    mark,
-)
-
-comptime MAX_PARTS = 4
-"""Warps that share one row, at most."""
+from .sums import combine_bytes
 
 
 @always_inline
@@ -110,7 +99,7 @@ def receive_back[
             fine = check_header(ep, stage, peer, header, T, by_row)
     if ballot(not fine) == 0:
         syncwarp()
-        _sum_tokens[dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row](
+        receive_sums[dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row](
             ep, x, T, epoch, waiter, share
         )
 
@@ -147,78 +136,6 @@ def zero_output[out_bytes: Int](x: CombineOutput):
     """
     for t in range(warp_index(), x.rows, warps()):
         zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
-
-
-@always_inline
-def _sum_tokens[
-    dtype: DType,
-    out_dtype: DType,
-    bias_dtype: DType,
-    ids_dtype: DType,
-    hidden: Int,
-    by_row: Bool,
-](
-    ep: Endpoint[False],
-    x: CombineOutput[ids_dtype],
-    T: Int,
-    epoch: UInt64,
-    waiter: Waiter,
-    share: Share,
-):
-    var s = ep.s
-    var K = s.top_k
-    var buffer = ep.buffer(epoch)
-    var window = ep.recv[ep.me]
-    var lane = Int(lane_id())
-    var chunks = s.n_signals(T)
-    # Few tokens: several warps sum one row.
-    var parts = max(1, min(MAX_PARTS, share.stride // max(1, chunks)))
-    for i in range(share.first, chunks * parts, share.stride):
-        var part = i // chunks
-        var chunk = i - part * chunks
-        var arrived: UInt32 = 0
-        var begin = chunk * s.tokens_per_signal
-        for t in range(begin, min(begin + s.tokens_per_signal, T)):
-            var id = NO_EXPERT
-            if lane < K:
-                id = normal_id(
-                    x.ids[t * K + lane].cast[DType.int64](), s.n_experts
-                )
-            var valid = ballot(id >= 0)
-            var mask = destination_of_lanes(s, id)
-            var missing = mask & ~arrived
-            var came = True
-            if (missing >> UInt32(lane)) & 1 == 1:
-                came = ep.chunk_of(waiter, epoch, lane, chunk)
-            if ballot(not came) != 0:
-                return
-            syncwarp()
-            arrived |= missing
-            mark[MARK_COMBINE_SIGNALS_SEEN](ep)
-            var terms = Terms()
-            begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
-            comptime if by_row:
-                for k in range(K):
-                    if (valid >> UInt64(k)) & 1 == 1:
-                        terms.add(
-                            window.unsafe_offset(row_offset(s, buffer, t, k)),
-                            x.weight(t, k, K),
-                        )
-            else:
-                for r in range(s.n_ranks):
-                    if (mask >> UInt32(r)) & 1 == 1:
-                        terms.add(
-                            window.unsafe_offset(
-                                partial_offset(s, buffer, r, t)
-                            )
-                        )
-            sum_terms[WarpTeam, dtype, bias_dtype, out_dtype, hidden](
-                terms,
-                x.y.bytes(t * row_bytes[out_dtype, hidden]()),
-                part,
-                parts,
-            )
-            mark[MARK_COMBINE_TOKEN_WRITTEN](ep)
 
 
 def combine_wait_stage[
@@ -300,7 +217,7 @@ def combine_wait[
     Raises:
         What the driver raises.
     """
-    var shape = Shape(ctx, peers.s, items=max(1, x.rows), warp_bytes=0)
+    var shape = Shape(ctx, peers.s, items=max(1, x.rows), warp_bytes=combine_bytes[dtype, hidden]())
     ctx.enqueue_function[
         combine_wait_stage[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
@@ -313,4 +230,7 @@ def combine_wait[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
+        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+            UInt32(shape.shared_bytes)
+        ),
     )

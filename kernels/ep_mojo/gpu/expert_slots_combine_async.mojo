@@ -15,11 +15,11 @@ from ..launch import Endpoint
 from ..layout import (
     FIELD_SRC_INFO,
     KIND_SHAPE,
+    align_up,
     row_offset,
 )
 from ..peers import View
 from ..settings import Settings
-from .combine_async import slot_bytes
 from .launch import (
     ByValue,
     Peers,
@@ -32,7 +32,14 @@ from .launch import (
 from .precedence import precedence
 from .routing import ballot
 from .share import Share
+from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import finish_stores, release_slots, store_row
+
+
+@always_inline
+def _slot_bytes[dtype: DType, hidden: Int]() -> Int:
+    """Shared memory for a row."""
+    return align_up(row_bytes[dtype, hidden](), SLOT_ALIGNMENT)
 
 
 @always_inline
@@ -80,7 +87,7 @@ def _send_rows[
     var n = min(src_info.size // 2, rows.size // size)
     var limit = s.n_ranks * s.max_tokens
     var lane = Int(lane_id())
-    var slot = warp_slot(warp_memory(slot_bytes[dtype, hidden]()), sending=True)
+    var slot = warp_slot(warp_memory(_slot_bytes[dtype, hidden]()), sending=True)
     var share = Share()
     var pieces = (n + WARP_SIZE - 1) // WARP_SIZE
     for piece in range(share.first, pieces, share.stride):
@@ -141,7 +148,7 @@ def async_shape[
         ctx,
         s,
         items=max(1, rows // WARP_SIZE),
-        warp_bytes=slot_bytes[dtype, hidden](),
+        warp_bytes=_slot_bytes[dtype, hidden](),
     )
 
 

@@ -28,7 +28,8 @@ from ..numeric import load_f32
 from ..settings import Settings
 from ..signal import Waiter
 from ..team import WarpTeam, zero_bytes
-from .combine_wait import MAX_PARTS, zero_output
+from .combine_wait import zero_output
+from .receive_sums import MAX_PARTS
 from .launch import ByValue, Peers, Shape, is_last_cta, may_go_on
 from .precedence import precedence
 from .share import Share

@@ -21,7 +21,6 @@ from .combine_async import (
     send_back,
     send_headers,
 )
-from .combine_async import slot_bytes as row_slot_bytes
 from .combine_wait import (
     close_receive_back,
     open_receive_back,
@@ -43,6 +42,7 @@ from .opening import Opening
 from .precedence import precedence
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
+from .sums import combine_bytes
 from .timeline import (
     MARK_BEGUN,
     MARK_COMBINE_BEGUN,
@@ -279,7 +279,7 @@ def combine[
         ctx,
         s,
         items=s.n_ranks * s.n_signals(s.max_tokens),
-        warp_bytes=row_slot_bytes[dtype, hidden](),
+        warp_bytes=combine_bytes[dtype, hidden](),
     )
     ctx.enqueue_function[
         combine_stage[

@@ -23,7 +23,7 @@ from .shared_memory import (
 )
 
 
-struct Opening(Movable):
+struct Opening(Copyable, Movable):
     """Whether a launch may go on, as the opening warp has decided for its CTA."""
 
     var decided: Bool

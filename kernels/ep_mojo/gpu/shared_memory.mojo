@@ -4,7 +4,8 @@
     16       the opening warp's word, and the mbarrier behind which it stands (`Opening`)
     64       an mbarrier for each warp and half of the launch, counting bytes of bulk loads (`RowSlot`)
     320      mbarriers at which several warps meet (`Crew`)
-    512      the warps' row slots; a histogram while rows are mapped
+    384      an mbarrier for each row of each warp's ring, and half of the launch (`Ring`)
+    1152     the warps' row slots and rings; a histogram while rows are mapped
 """
 
 from max.gpu.memory import external_memory
@@ -25,7 +26,11 @@ comptime BARRIERS = 64
 """Byte offset of the warps' mbarriers."""
 comptime CREW_BARRIERS = 320
 """Byte offset of the crews' mbarriers."""
-comptime SLOTS = 512
+comptime RING_BARRIERS = 384
+"""Byte offset of the mbarriers of the warps' rings."""
+comptime RING_ROWS = 3
+"""Rows that a warp has under way into shared memory, where they are summed."""
+comptime SLOTS = 1152
 """Byte offset of the warps' row slots."""
 comptime BARRIER_BYTES = 16
 """Bytes of one mbarrier, rounded up."""

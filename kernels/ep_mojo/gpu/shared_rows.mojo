@@ -5,7 +5,7 @@ the others have their hands free. Everywhere else the lanes of the warp move the
 the same, and so is what the caller must do:
 
     load           global -> slot, complete when it returns
-    store_row      slot -> global, to as many places as there are bits; `store_part` a part of it
+    store_row      slot -> global, to as many places as there are bits; `store_piece` a piece to one place
     SlotTeam       copies slot -> global on the way of a format
     finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
     release_slots  the slots may be written again
@@ -109,32 +109,11 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
         targets: Which lanes store.
         target: The calling lane's place, aligned to 16.
     """
-    store_part[n](row, targets, target, 0, n)
-
-
-@always_inline
-def store_part[
-    n: Int
-](row: Bytes, targets: UInt32, target: Bytes, first: Int, size: Int):
-    """Store a part of a row, otherwise as `store_row`.
-
-    Parameters:
-        n: Bytes of the whole row.
-
-    Args:
-        row: Shared memory.
-        targets: Which lanes store.
-        target: The calling lane's place for the whole row, aligned to 16.
-        first: Byte offset of the part, a multiple of 16.
-        size: Its bytes, a multiple of 16 unless it is the last part; may be 0.
-    """
     comptime if moves_in_bulk() and n % 16 == 0:
         order_for_bulk()
         syncwarp()
-        if (targets >> UInt32(lane_id())) & 1 == 1 and size > 0:
-            _store_in_bulk(
-                row.unsafe_offset(first), target.unsafe_offset(first), size
-            )
+        if (targets >> UInt32(lane_id())) & 1 == 1:
+            _store_in_bulk(row, target, n)
     else:
         syncwarp()
         var left = targets
@@ -142,11 +121,26 @@ def store_part[
             var lane = count_trailing_zeros(left)
             left &= left - 1
             var to = warp.shuffle_idx(UInt64(Int(target)), lane)
-            copy_bytes[WarpTeam](
-                row.unsafe_offset(first),
-                Bytes(unsafe_from_address=Int(to)).unsafe_offset(first),
-                size,
-            )
+            copy_bytes[WarpTeam](row, Bytes(unsafe_from_address=Int(to)), n)
+
+
+@always_inline
+def store_piece(piece: Bytes, target: Bytes, n: Int):
+    """Store a piece of a row; all lanes of the warp call this, and `finish_stores` comes before any signal.
+
+    Args:
+        piece: Shared memory that the warp has written with ordinary stores.
+        target: Where to, aligned to 16.
+        n: Bytes, a multiple of 16.
+    """
+    comptime if moves_in_bulk():
+        order_for_bulk()
+        syncwarp()
+        if lane_id() == 0:
+            _store_in_bulk(piece, target, n)
+    else:
+        syncwarp()
+        copy_bytes[WarpTeam](piece, target, n)
 
 
 struct SlotTeam(Team):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .config import EPConfig
 
 MAGIC = 0x45504D4A
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 ALIGNMENT = 128
 HEAD_WORDS = 64
 SETTINGS_WORDS = 17
@@ -40,6 +40,8 @@ SETTINGS_WORDS = 17
 MAX_EXPERTS = 2048
 MAX_TOP_K = 32
 MAX_TOKENS = 4194304
+MAX_PIECES = 32
+MAX_SOURCE_PIECES = 8
 EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
 EXPERT_SLOTS_TOKEN = 0
@@ -74,9 +76,9 @@ REC_VALUE = 42
 REC_LIMIT = 44
 REC_END = 46
 WORK_COUNTED = HEAD_WORDS
-WORK_MAPPED = HEAD_WORDS + 16
-WORK_TABLED = HEAD_WORDS + 32
-WORK_COUNTS = HEAD_WORDS + 48
+WORK_MAPPED = HEAD_WORDS + 64
+WORK_TABLED = HEAD_WORDS + 128
+WORK_COUNTS = HEAD_WORDS + 144
 ROUTED_MASKS = HEAD_WORDS
 
 KIND_TIMEOUT = 1
@@ -147,7 +149,7 @@ def counters_words(cfg: EPConfig) -> int:
     """int32 words of `atomic_counters`: the head, and a launch's notes to itself."""
     if cfg.slots == "expert":
         return align_up(ROUTED_MASKS + cfg.max_tokens_per_rank, 2) + 2 * cfg.n_experts
-    return WORK_COUNTS + cfg.n_experts + cfg.n_ranks
+    return WORK_COUNTS + MAX_SOURCE_PIECES * (cfg.n_experts + cfg.n_ranks)
 
 
 class _Window:

@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 2
+comptime LAYOUT_VERSION: Int32 = 3
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -112,14 +112,18 @@ comptime FIELD_HANDLE_TOKENS: Int32 = 6
 comptime FIELD_REDUCE: Int32 = 7
 """A peer sends with another reduce mode: 1 = a row for each choice, 0 = a partial sum."""
 
+comptime MAX_PIECES = 32
+"""Pieces that a dispatch_wait on a GPU maps by themselves, at most: a lane of a warp for each."""
+comptime MAX_SOURCE_PIECES = 8
+"""Those of one source, at most."""
 comptime WORK_COUNTED = HEAD_WORDS
-"""RankSlots on a GPU: (u64 [R]) a dispatch_wait has counted the rows of a source; the value is its T."""
-comptime WORK_MAPPED = HEAD_WORDS + 16
-"""(u64 [R]) and has mapped them."""
-comptime WORK_TABLED = HEAD_WORDS + 32
+"""RankSlots on a GPU: (u64 [`MAX_PIECES`]) a dispatch_wait has counted a piece's rows; the value is its source's T."""
+comptime WORK_MAPPED = HEAD_WORDS + 64
+"""(u64 [`MAX_PIECES`]) and has mapped them."""
+comptime WORK_TABLED = HEAD_WORDS + 128
 """(u64 [R]) a dispatch_async has sent a peer its table; the value is T."""
-comptime WORK_COUNTS = HEAD_WORDS + 48
-"""(i32 [R, groups]) rows of each (source, group)."""
+comptime WORK_COUNTS = HEAD_WORDS + 144
+"""(i32 [pieces, groups]) rows of each (piece, group)."""
 comptime ROUTED_MASKS = HEAD_WORDS
 """ExpertSlots: first of Tm words behind the head; word t says which choices of this rank's token t were sent."""
 
@@ -151,4 +155,4 @@ def counters_words(s: Settings) -> Int:
     """
     if s.expert_slots:
         return expert_rows(s) + 2 * s.n_experts
-    return WORK_COUNTS + s.n_experts + s.n_ranks
+    return WORK_COUNTS + MAX_SOURCE_PIECES * (s.n_experts + s.n_ranks)

@@ -6,6 +6,7 @@ from graph.test_conformance import (  # noqa: F401
     test_float32_rows_and_a_hidden_size_between_vectors,
     test_more_payload_than_one_worker_takes,
     test_round,
+    test_so_many_tokens_that_several_ctas_map_a_source,
     test_tokens_that_are_quantised_already,
 )
 from graph.test_ops_alone import test_ops_refuse_windows_of_the_other_slot_policy  # noqa: F401

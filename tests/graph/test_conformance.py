@@ -59,6 +59,20 @@ def test_more_payload_than_one_worker_takes(stages, layout):
     play(stages, cfg, rounds)
 
 
+@pytest.mark.parametrize("n_sms", [None, 30])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_so_many_tokens_that_several_ctas_map_a_source(stages, layout, n_sms):
+    """On a GPU: 4 pieces of a source, or 2. Some of them are empty, one ends in the middle of a chunk."""
+    cfg = config(8, layout, top_k=8, max_tokens_per_rank=1030, tokens_per_signal=5, n_sms=n_sms)
+    if layout == "expert":
+        cfg = cfg.replace(alignment=8, shared_expert=True)
+    rounds = [random_round(cfg, seed, ragged=False) for seed in range(3)]
+    for rnd, tokens in zip(rounds[1:], [(0, 1030, 3), (261, 517, 1029)], strict=True):
+        rnd.case.num_tokens = [np.array([n], np.int32) for n in tokens]
+        rnd.solve()
+    play(stages, cfg, rounds)
+
+
 @pytest.mark.parametrize("n_sms", [1, 2])
 def test_budget_of_workers(stages, n_sms):
     cfg = config(FP8_HIDDEN, "expert", ep.BlockwiseFP8(), max_tokens_per_rank=40, n_sms=n_sms, tokens_per_signal=3)

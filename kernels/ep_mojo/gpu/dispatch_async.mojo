@@ -179,7 +179,8 @@ def _tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
     var left = True
     if Int(lane_id()) < ep.s.n_ranks:
         var waiter = Waiter(ep.head, stage, False)
-        var T = await_note(ep, waiter, epoch, WORK_TABLED, Int(lane_id()))
+        var peer = Int(lane_id())
+        var T = await_note(ep, waiter, epoch, WORK_TABLED, peer, peer=peer)
         left = T != NO_SIGNAL
     return ballot(not left) == 0
 

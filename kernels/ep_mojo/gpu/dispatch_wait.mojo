@@ -1,15 +1,16 @@
 """The GPU's dispatch_wait: messages become output rows.
 
-    CTA r < R      maps source r: awaits its header, counts its rows, publishes that in the own counters; when all
-                   sources are counted, works out where each group begins and gives every choice its row; publishes
+    CTA v < R * P  maps piece v, one of P of a source: awaits the header, counts its rows, notes that in the own
+                   counters; when all pieces are counted, works out where each group begins and gives every choice its
+                   row; notes that
     every warp     takes chunks of a source: awaits map and signal, brings each message into shared memory once, and
                    copies it to its rows from there; then it marks its part of what no row fills
 
-The last CTA gives the buffer back and counts the epoch. Rows are in the
-contract's order, because each source is mapped by itself (see `routing.mojo`).
+The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
+many come before it (see `routing.mojo` and `starts.mojo`).
 """
 
-from max.gpu import block_idx, lane_id, thread_idx
+from max.gpu import block_idx, grid_dim, lane_id, thread_idx
 from max.gpu.host import DeviceContext, FuncAttribute
 from max.gpu.primitives import warp
 from std.bit import count_trailing_zeros
@@ -33,6 +34,7 @@ from .launch import (
 )
 from .mapping import cta_bytes, map_sources, name_groups
 from .notes import await_note
+from .pieces import Pieces
 from .precedence import precedence
 from .routing import ballot
 from .share import Share
@@ -92,6 +94,7 @@ def copy_rows[
     ep: Endpoint[True],
     epoch: UInt64,
     waiter: Waiter,
+    pieces: Pieces,
     share: Share,
     rows: Rows[F],
 ):
@@ -106,6 +109,7 @@ def copy_rows[
         ep: The rank.
         epoch: The launch's epoch.
         waiter: The launch's waiter.
+        pieces: What CTAs map.
         share: The calling warp's chunks, of all sources in turn.
         rows: The outputs.
     """
@@ -118,16 +122,19 @@ def copy_rows[
     var block = s.max_tokens * s.top_k
     var items = s.n_ranks * s.n_signals(s.max_tokens)
     var window = ep.recv[ep.me]
-    var mapped: Int32 = -1  # lane r: T of source r, once it is mapped
+    var mapped: Int32 = (
+        -1
+    )  # lane v: T of the source of piece v, once that is mapped
     for i in range(share.first, items, share.stride):
         var r = (ep.me + i) % s.n_ranks
         var chunk = i // s.n_ranks
-        var T = Int(warp.shuffle_idx(mapped, UInt32(r)))
+        var v = pieces.of(r, chunk)
+        var T = Int(warp.shuffle_idx(mapped, UInt32(v)))
         if T < 0:
-            T = await_note(ep, waiter, epoch, WORK_MAPPED, r)
+            T = await_note(ep, waiter, epoch, WORK_MAPPED, v, peer=r)
             if ballot(T == NO_SIGNAL) != 0:
                 break
-            if lane == r:
+            if lane == v:
                 mapped = Int32(T)
             mark[MARK_MAP_SEEN](ep)
         var begin = chunk * s.tokens_per_signal
@@ -188,8 +195,9 @@ def mark_rest[
         share: The calling warp's part.
         rows: The outputs.
     """
-    # Source 0 comes with all row starts.
-    if ballot(await_note(ep, waiter, epoch, WORK_MAPPED, 0) == NO_SIGNAL) != 0:
+    # The first piece comes with all row starts.
+    var T = await_note(ep, waiter, epoch, WORK_MAPPED, 0, peer=0)
+    if ballot(T == NO_SIGNAL) != 0:
         return
     var out_ = rows.out
     var groups = out_.row_offsets.size - 1
@@ -251,12 +259,15 @@ def dispatch_wait_stage[
     if thread_idx.x == 0:
         _ = ep.begin_wait(stage, ep.last_sent())
     if may_go_on(ep.head):
-        if Int(block_idx.x) < ep.s.n_ranks:
-            map_sources[F, layout](ep, epoch, waiter, output.value, stage)
-        var share = Share(skip=ep.s.n_ranks)
+        var pieces = Pieces(ep.s, Int(grid_dim.x))
+        if Int(block_idx.x) < pieces.n:
+            map_sources[F, layout](
+                ep, epoch, waiter, pieces, output.value, stage
+            )
+        var share = Share(skip=pieces.n)
         keep_weights(ep, epoch, waiter, share, output.value)
         copy_rows[F, layout, slot_bytes[F]()](
-            ep, epoch, waiter, share, Rows[F](output.value)
+            ep, epoch, waiter, pieces, share, Rows[F](output.value)
         )
         mark_rest[F, layout](ep, epoch, waiter, share, Rows[F](output.value))
     if is_last_cta(ep, sending=False) and warp_index() == 0:

@@ -188,7 +188,7 @@ def _gather_blocks(
         if messages == NO_SIGNAL:
             break
         var words = expert_rows(ep.s) + 2 * (b - r)  # of the expert
-        var extra = await_note(ep, waiter, epoch, words, r)
+        var extra = await_note(ep, waiter, epoch, words, r, peer=r)
         if extra == NO_SIGNAL:
             break
         blocks.messages[b] = Int32(messages)

@@ -107,13 +107,15 @@ def dispatch_stage[
         barrier()  # the histogram takes the place of the row slots
     if opening.passed():
         if roles.maps:
-            map_sources[F, layout](ep, epoch, waiter, out_, STAGE_DISPATCH)
+            map_sources[F, layout](
+                ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
+            )
         if roles.sends:
             mark_rest[F, layout](ep, epoch, waiter, roles.share, Rows[F](out_))
         else:
             keep_weights(ep, epoch, waiter, roles.share, out_)
             copy_rows[F, layout, 2 * token_slot_bytes[F]()](
-                ep, epoch, waiter, roles.share, Rows[F](out_)
+                ep, epoch, waiter, roles.pieces, roles.share, Rows[F](out_)
             )
             if not roles.apart:
                 mark_rest[F, layout](

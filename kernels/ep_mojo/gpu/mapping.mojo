@@ -1,10 +1,12 @@
-"""Part of the GPU's dispatch_wait: from the routing tables to the rows, one CTA a source.
+"""Part of the GPU's dispatch_wait: from the routing tables to the rows, a CTA for each piece of a source.
 
-A CTA awaits its source's header, counts its rows and publishes that in the rank's own counters; when all sources are
-counted, it works out where each group begins, gives every choice its row, and publishes that too.
+A CTA awaits its source's header, counts its piece's rows and notes that in the rank's own counters; when all pieces are
+counted, it works out where each group begins, gives every choice its row, and notes that too. No CTA awaits another
+before it has counted all of its own pieces, and counting awaits only headers: so all get there.
 """
 
 from max.gpu import block_dim, block_idx, grid_dim, lane_id, thread_idx
+from max.gpu.primitives import warp
 from max.gpu.sync import barrier
 
 from ..dispatch_tensors import DispatchOutput, table_ids
@@ -21,8 +23,10 @@ from ..routing import group_name
 from ..signal import NO_SIGNAL, Waiter, note, word
 from .launch import Peers, told, warp_index
 from .notes import await_note
-from .routing import Histogram, ballot, count_source, map_source, start_rows
+from .pieces import Pieces
+from .routing import Histogram, ballot, count_piece, map_piece
 from .shared_memory import MAX_WARPS
+from .starts import start_rows
 from .timeline import (
     MARK_ALL_COUNTED,
     MARK_HEADER_SEEN,
@@ -39,10 +43,11 @@ def map_sources[
     ep: Endpoint[True],
     epoch: UInt64,
     waiter: Waiter,
+    pieces: Pieces,
     out_: DispatchOutput,
     stage: Int32,
 ):
-    """Map the sources of this CTA: r = its index, and further ones where there are fewer CTAs than ranks.
+    """Map the pieces of this CTA: v = its index, and further ones where there are fewer CTAs than pieces.
 
     The whole CTA calls this. Shared memory is free for row slots afterwards.
 
@@ -54,6 +59,7 @@ def map_sources[
         ep: The rank.
         epoch: The launch's epoch.
         waiter: The launch's waiter.
+        pieces: The pieces.
         out_: The outputs.
         stage: `STAGE_*`, for the failure record.
     """
@@ -63,90 +69,104 @@ def map_sources[
     var groups = 1 if layout == "rank" else s.n_groups()
     var hist = Histogram(groups)
     var counts = window_view[DType.int32](
-        own, 4 * WORK_COUNTS, s.n_ranks * groups
+        own, 4 * WORK_COUNTS, pieces.n * groups
     )
     var first = Int(block_idx.x)
     var stride = Int(grid_dim.x)
-    var several = first + stride < s.n_ranks
-    for r in range(first, s.n_ranks, stride):
+    var several = first + stride < pieces.n
+    for v in range(first, pieces.n, stride):
+        var piece = pieces.piece(s, v)
         var T = NO_SIGNAL
         if thread_idx.x == 0:
-            T = ep.header_of(waiter, epoch, r)
+            T = ep.header_of(waiter, epoch, piece.source)
         T = told(T)
         if T == NO_SIGNAL:
             return
         mark[MARK_HEADER_SEEN](ep)
-        count_source[layout](
+        count_piece[layout](
             s,
-            table_ids(ep, buffer, r),
+            table_ids(ep, buffer, piece.source),
+            piece,
             T,
-            r,
             ep.me,
             hist,
-            counts.part(r * groups, groups),
+            counts.part(v * groups, groups),
         )
         mark[MARK_ROWS_COUNTED](ep)
         if thread_idx.x == 0:
-            out_.recv_num_tokens[r] = Int32(T)
-            note(own, 4 * WORK_COUNTED + 8 * r, word(epoch, T))
-    for r in range(first, s.n_ranks, stride):
-        if not _all_counted(ep, waiter, epoch):
+            if piece.begin == 0:
+                out_.recv_num_tokens[piece.source] = Int32(T)
+            note(own, 4 * WORK_COUNTED + 8 * v, word(epoch, T))
+    for v in range(first, pieces.n, stride):
+        var piece = pieces.piece(s, v)
+        var T = _all_counted(ep, waiter, epoch, pieces, v)
+        if T == NO_SIGNAL:
             return
         mark[MARK_ALL_COUNTED](ep)
-        var T = Int(out_.recv_num_tokens[r])
         if several:
-            count_source[layout](
+            count_piece[layout](
                 s,
-                table_ids(ep, buffer, r),
+                table_ids(ep, buffer, piece.source),
+                piece,
                 T,
-                r,
                 ep.me,
                 hist,
-                counts.part(r * groups, groups),
+                counts.part(v * groups, groups),
             )
+        var offsets = out_.row_offsets if v == 0 else View[DType.uint32]()
+        var needed = start_rows[layout](
+            s, counts, pieces, v, hist, offsets, out_.counts
+        )
         var fits = 0
-        if warp_index() == 0:
-            var offsets = out_.row_offsets if r == 0 else View[DType.uint32]()
-            var needed = start_rows[layout](
-                s, counts, r, hist, offsets, out_.counts
-            )
+        if thread_idx.x == 0:
             var room = (
                 s.n_ranks * s.max_tokens if layout
                 == "expert_padded" else out_.tokens.size // F.token_bytes
             )
             fits = Int(needed <= room)
-            if thread_idx.x == 0 and fits == 0:
+            if fits == 0:
                 ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
         if told(fits) == 0:
             return
         var block = s.max_tokens * s.top_k
-        map_source[layout](
+        map_piece[layout](
             s,
-            table_ids(ep, buffer, r),
+            table_ids(ep, buffer, piece.source),
+            piece,
             T,
-            r,
             ep.me,
             hist,
-            out_.row_map.part(r * block, block),
+            out_.row_map.part(piece.source * block, block),
             out_.src_info,
         )
         barrier()  # all rows are given; and shared memory is free
         mark[MARK_ROWS_MAPPED](ep)
         if thread_idx.x == 0:
-            note(own, 4 * WORK_MAPPED + 8 * r, word(epoch, T))
+            note(own, 4 * WORK_MAPPED + 8 * v, word(epoch, T))
 
 
 @always_inline
-def _all_counted(ep: Endpoint[True], waiter: Waiter, epoch: UInt64) -> Bool:
-    """Await the counts of all sources; the whole CTA calls this."""
-    var counted = True
+def _all_counted(
+    ep: Endpoint[True],
+    waiter: Waiter,
+    epoch: UInt64,
+    pieces: Pieces,
+    piece: Int,
+) -> Int:
+    """Await the counts of all pieces; the whole CTA calls this. T of one piece's source, or `NO_SIGNAL`."""
+    var T = NO_SIGNAL
     if warp_index() == 0:
-        var lane = Int(lane_id())
-        if lane < ep.s.n_ranks:
-            var T = await_note(ep, waiter, epoch, WORK_COUNTED, lane)
-            counted = T != NO_SIGNAL
-        counted = ballot(not counted) == 0
-    return told(Int(counted)) != 0
+        var v = Int(lane_id())
+        var mine: Int32 = 0
+        if v < pieces.n:
+            mine = Int32(
+                await_note(
+                    ep, waiter, epoch, WORK_COUNTED, v, peer=pieces.source(v)
+                )
+            )
+        if ballot(Int(mine) == NO_SIGNAL) == 0:
+            T = Int(warp.shuffle_idx(mine, UInt32(piece)))
+    return told(T)
 
 
 def cta_bytes[layout: StaticString](peers: Peers) -> Int:

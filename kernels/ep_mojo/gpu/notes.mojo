@@ -7,7 +7,12 @@ from ..signal import Waiter
 
 @always_inline
 def await_note(
-    ep: Endpoint[True], waiter: Waiter, epoch: UInt64, words: Int, which: Int
+    ep: Endpoint[True],
+    waiter: Waiter,
+    epoch: UInt64,
+    words: Int,
+    which: Int,
+    peer: Int,
 ) -> Int:
     """Await what another CTA of this launch notes.
 
@@ -16,7 +21,8 @@ def await_note(
         waiter: The launch's waiter.
         epoch: The launch's epoch.
         words: First of a row of (u64) words, an index of int32: `WORK_*`.
-        which: Index in the row; a failure record names it as the peer.
+        which: Index in the row.
+        peer: The rank that the note is about, for a failure record.
 
     Returns:
         The note's value, or `NO_SIGNAL`.
@@ -30,7 +36,7 @@ def await_note(
         ep.head.base,
         offset,
         epoch,
-        peer=which,
+        peer=peer,
         chunk=CHUNK_HEADER,
         header=offset,
     )

@@ -4,6 +4,7 @@ from max.gpu import block_idx, grid_dim
 
 from ..settings import Settings
 from .launch import warp_index, warps
+from .pieces import Pieces
 from .share import Share
 
 comptime AT_ONCE = 32 * 1024
@@ -18,16 +19,18 @@ comptime MANY_TURNS = 2
 struct DispatchRoles(TrivialRegisterPassable):
     """Who does what in a fused dispatch.
 
-    The first R CTAs send the tables, map, and then copy; in the others some warps send, then mark what no row fills,
-    while the rest copies. Half of them send where each CTA has one chunk of Tmax at most, otherwise as many as have
-    `AT_ONCE` bytes of messages under way: with more the links are no faster, and the rows come later. With fewer than
-    2R CTAs, or one warp in each, every warp sends first and copies then.
+    The first R CTAs send the tables. As many as there are pieces, these among them, map and then copy; in the others
+    some warps send, then mark what no row fills, while the rest copies. Half of them send where each CTA has one chunk
+    of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the links are no faster,
+    and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first and copies then.
     """
 
     var apart: Bool
     """Whether roles differ between warps."""
+    var pieces: Pieces
+    """What CTAs map."""
     var maps: Bool
-    """Whether the CTA maps sources."""
+    """Whether the CTA maps pieces."""
     var sends: Bool
     """Whether the warp sends, and does not copy."""
     var share: Share
@@ -40,30 +43,31 @@ struct DispatchRoles(TrivialRegisterPassable):
         Args:
             s: The settings.
         """
-        var n_ranks = s.n_ranks
         var ctas = Int(grid_dim.x)
         var cta = Int(block_idx.x)
         var w = warp_index()
-        var others = ctas - n_ranks
+        self.pieces = Pieces(s, ctas)
+        var mappers = self.pieces.n
+        var others = ctas - mappers
         var few = s.n_signals(s.max_tokens) <= others
         var senders = warps() // 2
         if not few:
             senders = max(1, min(senders, AT_ONCE // s.message_bytes))
-        self.apart = others >= n_ranks and warps() > 1
-        self.maps = cta < n_ranks
+        self.apart = others >= mappers and warps() > 1
+        self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders
         if not self.apart:
             self.share = Share()
         elif self.sends:
             self.share = Share(
-                w * others + cta - n_ranks, senders * others, others
+                w * others + cta - mappers, senders * others, others
             )
         else:
             var copiers = (warps() - senders) * others
-            var first = copiers + w * n_ranks + cta
+            var first = copiers + w * mappers + cta
             if not self.maps:
-                first = (w - senders) * others + cta - n_ranks
-            self.share = Share(first, copiers + warps() * n_ranks)
+                first = (w - senders) * others + cta - mappers
+            self.share = Share(first, copiers + warps() * mappers)
 
 
 struct CombineRoles(TrivialRegisterPassable):

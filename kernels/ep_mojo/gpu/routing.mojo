@@ -1,7 +1,7 @@
-"""The row map on a GPU: one CTA a source, all of them at once.
+"""The row map on a GPU: a CTA for each piece of a source, all of them at once.
 
-The contract's order, (group, source rank, source token, k), is a stable counting sort. Within a source each warp takes
-a run of consecutive tokens; so with the numbers of rows before each (group, source, warp), every warp gives out its
+The contract's order, (group, source rank, source token, k), is a stable counting sort. Within a piece each warp takes
+a run of consecutive tokens; so with the numbers of rows before each (group, piece, warp), every warp gives out its
 rows by itself, 32 choices at a time, by ballots. Nothing is given out by arrival.
 """
 
@@ -12,10 +12,11 @@ from std.atomic import Atomic, Ordering
 from std.bit import pop_count
 from std.sys import inlined_assembly, is_amd_gpu, is_nvidia_gpu
 
-from ..peers import MAX_RANKS, View, window_view
+from ..peers import View, window_view
 from ..routing import NO_ROW, destination, local_group
 from ..settings import Settings
 from .launch import warp_index, warps
+from .pieces import Piece
 from .shared_memory import SLOTS, shared_memory
 
 
@@ -24,12 +25,14 @@ comptime AHEAD = 4
 
 
 struct Histogram(Movable):
-    """Rows before each (warp, group) of a source, in shared memory: first counts, then starts."""
+    """Rows before each (warp, group) of a piece, in shared memory: first counts, then starts."""
 
     var cells: View[DType.int32]
     """[warps, groups]."""
     var firsts: View[DType.int32]
-    """[groups]: the first row of (group, source)."""
+    """[groups]: rows of the group before the piece, then its first row."""
+    var totals: View[DType.int32]
+    """[groups]: all rows of the group."""
     var groups: Int
     """Groups of rows; 1 with layout "rank"."""
 
@@ -45,6 +48,9 @@ struct Histogram(Movable):
         self.firsts = window_view[DType.int32](
             shared_memory(SLOTS), 4 * n, groups
         )
+        self.totals = window_view[DType.int32](
+            shared_memory(SLOTS), 4 * (n + groups), groups
+        )
         self.groups = groups
 
     @staticmethod
@@ -58,7 +64,7 @@ struct Histogram(Movable):
         Returns:
             Bytes.
         """
-        return 4 * groups * (n_warps + 1)
+        return 4 * groups * (n_warps + 2)
 
 
 @always_inline
@@ -121,32 +127,33 @@ def groups_ahead[
 
 
 @always_inline
-def run_of(tokens: Int) -> Tuple[Int, Int]:
-    """The calling warp's run of a source's tokens.
+def run_of(tokens: Int, begin: Int = 0) -> Tuple[Int, Int]:
+    """The calling warp's run of some consecutive tokens.
 
     Args:
-        tokens: The source's T.
+        tokens: Their number.
+        begin: The first one.
 
     Returns:
         First token, and the one behind the last.
     """
     var each = (tokens + warps() - 1) // warps()
     var first = min(tokens, warp_index() * each)
-    return first, min(tokens, first + each)
+    return begin + first, begin + min(tokens, first + each)
 
 
-def count_source[
+def count_piece[
     layout: StaticString
 ](
     s: Settings,
     ids: View[DType.int16],
+    piece: Piece,
     tokens: Int,
-    source: Int,
     rank: Int,
     hist: Histogram,
     counts: View[DType.int32],
 ):
-    """Count a source's rows; the whole CTA calls this.
+    """Count a piece's rows; the whole CTA calls this.
 
     Parameters:
         layout: Output layout.
@@ -154,10 +161,10 @@ def count_source[
     Args:
         s: The settings.
         ids: The source's table.
+        piece: The piece.
         tokens: The source's T.
-        source: The source.
         rank: The rank whose output it is.
-        hist: Out: rows of the group before each warp's run, within the source.
+        hist: Out: rows of the group before each warp's run, within the piece.
         counts: Int32 [groups], out, in global memory: rows of each group.
     """
     comptime scope = "workgroup" if is_amd_gpu() else "block"
@@ -166,7 +173,7 @@ def count_source[
     for i in range(me, hist.cells.size, threads):
         hist.cells[i] = 0
     barrier()
-    var run = run_of(tokens)
+    var run = run_of(piece.end(tokens) - piece.begin, piece.begin)
     var mine = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var end = run[1] * s.top_k
     for base in range(run[0] * s.top_k, end, AHEAD * WARP_SIZE):
@@ -185,99 +192,25 @@ def count_source[
             sum += n
         comptime if layout != "rank":
             if s.shared_expert and g == 0:
-                sum = Int32(tokens) if source == rank else Int32(0)
+                var own = piece.end(tokens) - piece.begin
+                sum = Int32(own) if piece.source == rank else Int32(0)
         counts[g] = sum
     barrier()
 
 
-def start_rows[
-    layout: StaticString
-](
-    s: Settings,
-    counts: View[DType.int32],
-    source: Int,
-    hist: Histogram,
-    row_offsets: View[DType.uint32],
-    totals: View[DType.int32],
-) -> Int:
-    """Where each group of a source begins, from all sources' counts; the first warp calls this.
-
-    Parameters:
-        layout: Output layout.
-
-    Args:
-        s: The settings.
-        counts: Int32 [R, groups], in global memory.
-        source: The source.
-        hist: `firsts` is written.
-        row_offsets: Uint32, out, as in `routing.row_starts`; absent for all sources but one.
-        totals: Int32, out, as there.
-
-    Returns:
-        Rows that the output must hold; with "expert_padded" the largest group.
-    """
-    var lane = Int(lane_id())
-    comptime if layout == "rank":
-        var n = counts[lane] if lane < s.n_ranks else Int32(0)
-        var before = warp.prefix_sum[exclusive=True](n)
-        if lane == source:
-            hist.firsts[0] = before
-        if row_offsets.present() and lane <= s.n_ranks:
-            row_offsets[lane] = before.cast[DType.uint32]()
-            if lane < s.n_ranks:
-                totals[lane] = n
-        return Int(warp.sum(n))
-    else:
-        var carry = 0
-        var largest: Int32 = 0
-        for base in range(0, hist.groups, WARP_SIZE):
-            var g = base + lane
-            var before: Int32 = 0
-            var total: Int32 = 0
-            if g < hist.groups:
-                var n = Array[Int32, MAX_RANKS](fill=0)
-                comptime for r in range(MAX_RANKS):  # all loads first
-                    if r < s.n_ranks:
-                        n[r] = counts[r * hist.groups + g]
-                comptime for r in range(MAX_RANKS):
-                    before += n[r] if r < source else Int32(0)
-                    total += n[r]
-            var size = total
-            comptime if layout == "expert":
-                var a = Int32(s.alignment)
-                size = (total + a - 1) // a * a
-            var first = Int32(carry) + warp.prefix_sum[exclusive=True](size)
-            carry += Int(warp.sum(size))
-            comptime if layout == "expert_padded":
-                first = Int32(g * s.n_ranks * s.max_tokens)
-                largest = max(largest, total)
-            if g < hist.groups:
-                hist.firsts[g] = first + before
-                if row_offsets.present():
-                    row_offsets[g] = first.cast[DType.uint32]()
-                    totals[g] = total
-        comptime if layout == "expert_padded":
-            carry = hist.groups * s.n_ranks * s.max_tokens
-        if row_offsets.present() and lane == 0:
-            row_offsets[hist.groups] = UInt32(carry)
-        comptime if layout == "expert_padded":
-            return Int(warp.max(largest))
-        return carry
-
-
-def map_source[
+def map_piece[
     layout: StaticString
 ](
     s: Settings,
     ids: View[DType.int16],
+    piece: Piece,
     tokens: Int,
-    source: Int,
     rank: Int,
     hist: Histogram,
     row_map: View[DType.int32],
     src_info: View[DType.int32],
 ):
-    """Give every choice of a source its row; the whole CTA calls this, after `start_rows`.
+    """Give every choice of a piece its row; the whole CTA calls this, after `start_rows`.
 
     Parameters:
         layout: Output layout.
@@ -285,16 +218,16 @@ def map_source[
     Args:
         s: The settings.
         ids: The source's table.
+        piece: The piece.
         tokens: The source's T.
-        source: The source.
         rank: The rank whose output it is.
-        hist: From `count_source` and `start_rows`; used up.
-        row_map: Int32 [Tm, K], out; `NO_ROW` where there is none.
+        hist: From `count_piece` and `start_rows`; used up.
+        row_map: Int32 [Tm, K] of the source, out at the piece's tokens; `NO_ROW` where there is none.
         src_info: Int32 [rows, 2], out at the rows given.
     """
     var K = s.top_k
     var lane = Int(lane_id())
-    var run = run_of(tokens)
+    var run = run_of(piece.end(tokens) - piece.begin, piece.begin)
     var next_row = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var below = (UInt64(1) << UInt64(lane)) - 1
     var end = run[1] * K
@@ -320,10 +253,14 @@ def map_source[
                 if row >= 0:
                     var t = i // K
                     var k = -1 if layout == "rank" else i - t * K
-                    src_info[2 * Int(row)] = Int32(source * s.max_tokens + t)
+                    src_info[2 * Int(row)] = Int32(
+                        piece.source * s.max_tokens + t
+                    )
                     src_info[2 * Int(row) + 1] = Int32(k)
     for i in range(
-        tokens * K + Int(thread_idx.x), s.max_tokens * K, Int(block_dim.x)
+        piece.end(tokens) * K + Int(thread_idx.x),
+        piece.limit * K,
+        Int(block_dim.x),
     ):
         row_map[i] = NO_ROW
 

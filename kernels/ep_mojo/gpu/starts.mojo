@@ -1,0 +1,147 @@
+"""Where the rows of a piece begin on a GPU: from the counts of all pieces, which lie in the order of their rows.
+
+Every CTA that maps a piece works this out for itself; that of the first one writes it to the outputs.
+"""
+
+from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
+from max.gpu.primitives import warp
+from max.gpu.sync import barrier
+
+from ..peers import View
+from ..settings import Settings
+from .launch import warp_index
+from .pieces import Pieces
+from .routing import Histogram
+
+comptime COUNTS_AHEAD = 8
+"""Pieces' counts whose loads are under way at once."""
+
+
+def start_rows[
+    layout: StaticString
+](
+    s: Settings,
+    counts: View[DType.int32],
+    pieces: Pieces,
+    piece: Int,
+    hist: Histogram,
+    row_offsets: View[DType.uint32],
+    totals: View[DType.int32],
+) -> Int:
+    """Where each group of a piece begins, from all pieces' counts; the whole CTA calls this.
+
+    Parameters:
+        layout: Output layout.
+
+    Args:
+        s: The settings.
+        counts: Int32 [pieces, groups], in global memory.
+        pieces: All pieces.
+        piece: The piece.
+        hist: `firsts` is written, by the first warp at last.
+        row_offsets: Uint32, out, as in `routing.row_starts`; absent for all pieces but one.
+        totals: Int32, out, as there.
+
+    Returns:
+        To the first warp, rows that the output must hold; with "expert_padded" the largest group.
+    """
+    comptime if layout == "rank":
+        if warp_index() != 0:
+            return 0
+        return _start_sources(
+            s, counts, pieces, piece, hist, row_offsets, totals
+        )
+    else:
+        for g in range(Int(thread_idx.x), hist.groups, Int(block_dim.x)):
+            _add_pieces(counts, pieces.n, piece, hist, g)
+        barrier()
+        if warp_index() != 0:
+            return 0
+        return _start_groups[layout](s, hist, row_offsets, totals)
+
+
+@always_inline
+def _add_pieces(
+    counts: View[DType.int32], pieces: Int, piece: Int, hist: Histogram, g: Int
+):
+    """Add up a group's rows, those before a piece and all; a thread calls this."""
+    var before: Int32 = 0
+    var total: Int32 = 0
+    for base in range(0, pieces, COUNTS_AHEAD):
+        var n = Array[Int32, COUNTS_AHEAD](fill=0)
+        comptime for i in range(COUNTS_AHEAD):  # all loads first
+            if base + i < pieces:
+                n[i] = counts[(base + i) * hist.groups + g]
+        comptime for i in range(COUNTS_AHEAD):
+            before += n[i] if base + i < piece else Int32(0)
+            total += n[i]
+    hist.firsts[g] = before
+    hist.totals[g] = total
+
+
+@always_inline
+def _start_groups[
+    layout: StaticString
+](
+    s: Settings,
+    hist: Histogram,
+    row_offsets: View[DType.uint32],
+    totals: View[DType.int32],
+) -> Int:
+    """From rows before the piece to first rows, a lane a group; returns what `start_rows` does."""
+    var lane = Int(lane_id())
+    var carry = 0
+    var largest: Int32 = 0
+    for base in range(0, hist.groups, WARP_SIZE):
+        var g = base + lane
+        var total = hist.totals[g] if g < hist.groups else Int32(0)
+        var size = total
+        comptime if layout == "expert":
+            var a = Int32(s.alignment)
+            size = (total + a - 1) // a * a
+        var first = Int32(carry) + warp.prefix_sum[exclusive=True](size)
+        carry += Int(warp.sum(size))
+        comptime if layout == "expert_padded":
+            first = Int32(g * s.n_ranks * s.max_tokens)
+            largest = max(largest, total)
+        if g < hist.groups:
+            hist.firsts[g] += first
+            if row_offsets.present():
+                row_offsets[g] = first.cast[DType.uint32]()
+                totals[g] = total
+    comptime if layout == "expert_padded":
+        carry = hist.groups * s.n_ranks * s.max_tokens
+    if row_offsets.present() and lane == 0:
+        row_offsets[hist.groups] = UInt32(carry)
+    comptime if layout == "expert_padded":
+        return Int(warp.max(largest))
+    return carry
+
+
+@always_inline
+def _start_sources(
+    s: Settings,
+    counts: View[DType.int32],
+    pieces: Pieces,
+    piece: Int,
+    hist: Histogram,
+    row_offsets: View[DType.uint32],
+    totals: View[DType.int32],
+) -> Int:
+    """`start_rows` for layout "rank", whose groups are the sources; a lane a piece, then a lane a source."""
+    var lane = Int(lane_id())
+    var n = counts[lane] if lane < pieces.n else Int32(0)
+    var before = warp.prefix_sum[exclusive=True](n)
+    var total = warp.sum(n)
+    if lane == piece:
+        hist.firsts[0] = before
+    var begin = min(lane * pieces.of_source, WARP_SIZE - 1)
+    var start = warp.shuffle_idx(before, UInt32(begin))
+    if lane >= s.n_ranks:
+        start = total
+    var next = warp.shuffle_down(start, 1)
+    if row_offsets.present() and lane <= s.n_ranks:
+        row_offsets[lane] = start.cast[DType.uint32]()
+        if lane < s.n_ranks:
+            totals[lane] = next - start
+    return Int(total)

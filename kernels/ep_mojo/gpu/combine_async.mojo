@@ -43,7 +43,7 @@ from .routing import ballot
 from .send_sums import send_sums
 from .share import Share
 from .shared_rows import finish_stores, release_slots, store_row
-from .sums import combine_bytes
+from .slices import combine_bytes
 from .timeline import (
     MARK_COMBINE_SUM_READY,
     MARK_COMBINE_SUMS_ARRIVED,
@@ -157,8 +157,7 @@ def _send_rows[
     share: Share,
     mut opening: Opening,
 ):
-    """Store rows as they are: every one to its slot (token, k); with layout "rank" a token's one to (my rank, token).
-    """
+    """Store rows as they are: each to its slot (token, k); with layout "rank" a token's only one to (my rank, token)."""
     comptime size = row_bytes[dtype, hidden]()
     var s = ep.s
     var buffer = ep.buffer(epoch)

@@ -31,7 +31,7 @@ from .precedence import precedence
 from .receive_sums import receive_sums
 from .routing import ballot
 from .share import Share
-from .sums import combine_bytes
+from .slices import combine_bytes
 
 
 @always_inline
@@ -217,7 +217,12 @@ def combine_wait[
     Raises:
         What the driver raises.
     """
-    var shape = Shape(ctx, peers.s, items=max(1, x.rows), warp_bytes=combine_bytes[dtype, hidden]())
+    var shape = Shape(
+        ctx,
+        peers.s,
+        items=max(1, x.rows),
+        warp_bytes=combine_bytes[dtype, hidden](),
+    )
     ctx.enqueue_function[
         combine_wait_stage[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce

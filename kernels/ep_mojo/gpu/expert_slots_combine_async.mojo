@@ -87,7 +87,9 @@ def _send_rows[
     var n = min(src_info.size // 2, rows.size // size)
     var limit = s.n_ranks * s.max_tokens
     var lane = Int(lane_id())
-    var slot = warp_slot(warp_memory(_slot_bytes[dtype, hidden]()), sending=True)
+    var slot = warp_slot(
+        warp_memory(_slot_bytes[dtype, hidden]()), sending=True
+    )
     var share = Share()
     var pieces = (n + WARP_SIZE - 1) // WARP_SIZE
     for piece in range(share.first, pieces, share.stride):

@@ -42,7 +42,7 @@ from .opening import Opening
 from .precedence import precedence
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
-from .sums import combine_bytes
+from .slices import combine_bytes
 from .timeline import (
     MARK_BEGUN,
     MARK_COMBINE_BEGUN,

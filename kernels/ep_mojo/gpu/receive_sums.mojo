@@ -24,17 +24,8 @@ from .ring import Ring
 from .routing import ballot
 from .share import Share
 from .shared_rows import order_for_bulk
-from .sums import (
-    BLOCK,
-    UNIT,
-    Batch,
-    Span,
-    Sums,
-    blocks,
-    combine_bytes,
-    piece_bytes,
-    sum_all,
-)
+from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
+from .sums import Batch, Sums, sum_all
 from .timeline import (
     MARK_COMBINE_SIGNALS_SEEN,
     MARK_COMBINE_TOKEN_WRITTEN,
@@ -230,12 +221,12 @@ struct TokenSums[
         """Biases, then the shared expert's row.
 
         Parameters:
-            units: Units of a piece.
+            units: Units of a slice.
 
         Args:
             sum: Zeros.
             token: Which token.
-            span: The piece.
+            span: The slice.
         """
         comptime bias_bytes = row_bytes[Self.bias_dtype, Self.hidden]()
         comptime shared_bytes = row_bytes[Self.wire, Self.hidden]()
@@ -273,20 +264,17 @@ struct TokenSums[
         batch: Batch,
         token: Int,
         span: Span,
-    ) -> Bool:
+    ):
         """Round a sum into the output.
 
         Parameters:
-            units: Units of a piece.
+            units: Units of a slice.
 
         Args:
             sum: The lane's channels.
             batch: The token's batch.
             token: Which token.
-            span: The piece.
-
-        Returns:
-            True.
+            span: The slice.
         """
         comptime out_bytes = row_bytes[Self.out_dtype, Self.hidden]()
         var y = self.x.y.bytes(token * out_bytes)
@@ -301,7 +289,6 @@ struct TokenSums[
                             y, Int(span.begin) + c, sum[u]
                         )
         mark[MARK_COMBINE_TOKEN_WRITTEN](self.ep)
-        return True
 
     @always_inline
     def finish(mut self, batch: Batch) -> Bool:
@@ -366,7 +353,7 @@ def receive_sums[
         waiter: The launch's waiter.
         share: The calling warp's chunks.
     """
-    comptime size = piece_bytes[dtype, hidden]()
+    comptime size = slice_bytes[dtype, hidden]()
     var chunks = max(1, ep.s.n_signals(T))
     # Few tokens: several warps sum one row, each a part of its channels.
     var parts = max(1, min(MAX_PARTS, share.stride // chunks))

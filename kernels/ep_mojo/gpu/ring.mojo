@@ -5,8 +5,8 @@
     release    done with it: its room can be filled again
     drain      wait for all that is under way, in a launch that gives up
 
-Rows are only read here, never stored from: what leaves again is written somewhere else. So a row may be brought in while
-bulk stores of other shared memory are under way (the PTX test knows these loads by their comment).
+Rows are only read here, never stored from: what leaves again is written somewhere else. So a row may be brought in
+while bulk stores of other shared memory are under way (the PTX test knows these loads by their comment).
 """
 
 from max.gpu import lane_id

@@ -7,8 +7,8 @@ from .launch import warp_index, warps
 from .pieces import Pieces
 from .share import Share
 
-comptime AT_ONCE = 32 * 1024
-"""Bytes of messages that a CTA has on their way to each destination, where there are many. Measured, as is what
+comptime AT_ONCE = 4 * 1024 * 1024
+"""Bytes of messages that a launch has on their way to each destination, where there are many. Measured, as is what
 follows: docs/performance.md."""
 comptime SUMMERS = 4
 """One warp in so many only sums, where there are many chunks."""
@@ -52,7 +52,9 @@ struct DispatchRoles(TrivialRegisterPassable):
         var few = s.n_signals(s.max_tokens) <= others
         var senders = warps() // 2
         if not few:
-            senders = max(1, min(senders, AT_ONCE // s.message_bytes))
+            senders = max(
+                1, min(senders, AT_ONCE // (max(1, others) * s.message_bytes))
+            )
         self.apart = others >= mappers and warps() > 1
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders

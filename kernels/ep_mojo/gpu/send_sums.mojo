@@ -1,6 +1,6 @@
 """The sums that combine sends back: for each token of a source, its rows on this rank, weighted.
 
-A warp sums in shared memory's rows (`sums.mojo`), rounds a piece of the sum once into shared memory, and stores that to
+A warp sums in shared memory's rows (`sums.mojo`), rounds a slice of the sum once into shared memory, and stores that to
 the source's window, slot (my rank, token). When a chunk's sums have arrived, its signal follows.
 """
 
@@ -22,18 +22,9 @@ from .routing import ballot
 from .share import MAX_CREW, Crew, Share
 from .launch import warp_memory
 from .shared_memory import RING_ROWS
-from .shared_rows import finish_stores, release_slots, store_piece
-from .sums import (
-    BLOCK,
-    UNIT,
-    Batch,
-    Span,
-    Sums,
-    blocks,
-    combine_bytes,
-    piece_bytes,
-    sum_all,
-)
+from .shared_rows import finish_stores, release_slots, store_slice
+from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
+from .sums import Batch, Sums, sum_all
 from .timeline import (
     MARK_COMBINE_SUM_READY,
     MARK_COMBINE_SUMS_ARRIVED,
@@ -73,7 +64,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
     """The chunk that is fetched from next."""
     var done: Int
     """Tokens of it that have been fetched."""
-    var piece: Bytes
+    var slice: Bytes
     """Shared memory for a sum that leaves."""
     var opening: Opening
     """What the first store waits for."""
@@ -87,7 +78,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         tokens: Int32,
         items: Int,
         share: Share,
-        piece: Bytes,
+        slice: Bytes,
         opening: Opening,
     ):
         """Begin.
@@ -100,7 +91,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
             tokens: Lane r: tokens of source r.
             items: Chunks of all sources.
             share: The calling warp's, of all sources in turn.
-            piece: `piece_bytes` of shared memory.
+            slice: `slice_bytes` of shared memory.
             opening: What the first store waits for.
         """
         self.ep = ep
@@ -113,7 +104,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         self.crew = Crew(share, items, MAX_CREW)
         self.item = self.crew.share.first
         self.done = 0
-        self.piece = piece
+        self.slice = slice
         self.opening = opening.copy()
 
     @always_inline
@@ -140,6 +131,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
             var n = min(WarpTeam.lanes // s.top_k, end - begin)
             batch.chunk = Int32(chunk)
             batch.source = Int32(source)
+            batch.to = self.ep.recv[source]
             batch.token = Int32(begin)
             batch.tokens = Int32(n)
             batch.ends = begin + n == end
@@ -193,12 +185,12 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         """Nothing comes before the rows.
 
         Parameters:
-            units: Units of a piece.
+            units: Units of a slice.
 
         Args:
             sum: Zeros.
             token: Which token.
-            span: The piece.
+            span: The slice.
         """
         pass
 
@@ -223,20 +215,17 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         batch: Batch,
         token: Int,
         span: Span,
-    ) -> Bool:
-        """Round a sum, and store it to its source.
+    ):
+        """Round a sum, and store it to its source, in a launch that may go on.
 
         Parameters:
-            units: Units of a piece.
+            units: Units of a slice.
 
         Args:
             sum: The lane's channels.
             batch: The token's batch.
             token: Which token.
-            span: The piece.
-
-        Returns:
-            False where the launch may not go on.
+            span: The slice.
         """
         comptime item = size_of[Scalar[Self.wire]]()
         comptime V = WarpTeam.sum_width
@@ -247,20 +236,17 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
                     block * BLOCK, min(units, (block + 1) * BLOCK)
                 ):
                     store_f32[Self.wire, V](
-                        self.piece, u * UNIT + Int(lane_id()) * V, sum[u]
+                        self.slice, u * UNIT + Int(lane_id()) * V, sum[u]
                     )
         mark[MARK_COMBINE_SUM_READY](self.ep)
         if not self.opening.passed():
-            return False
+            return  # `finish` says so when the crew has met
         var at = partial_offset(self.ep.s, self.buffer, self.ep.me, token)
-        store_piece(
-            self.piece,
-            self.ep.recv[Int(batch.source)].unsafe_offset(
-                at + Int(span.begin) * item
-            ),
+        store_slice(
+            self.slice,
+            batch.to.unsafe_offset(at + Int(span.begin) * item),
             Int(span.size) * item,
         )
-        return True
 
     @always_inline
     def finish(mut self, batch: Batch) -> Bool:
@@ -319,7 +305,7 @@ def send_sums[
         share: The calling warp's chunks, of all sources in turn.
         opening: What the first store waits for.
     """
-    comptime size = piece_bytes[dtype, hidden]()
+    comptime size = slice_bytes[dtype, hidden]()
     comptime mine = combine_bytes[dtype, hidden]()
     var ring = Ring[size](warp_memory(mine), sending=True)
     var sums = SourceSums[dtype, hidden](

@@ -5,7 +5,7 @@
     64       an mbarrier for each warp and half of the launch, counting bytes of bulk loads (`RowSlot`)
     320      mbarriers at which several warps meet (`Crew`)
     384      an mbarrier for each row of each warp's ring, and half of the launch (`Ring`)
-    1152     the warps' row slots and rings; a histogram while rows are mapped
+    896      the warps' row slots and rings; a histogram while rows are mapped
 """
 
 from max.gpu.memory import external_memory
@@ -28,9 +28,9 @@ comptime CREW_BARRIERS = 320
 """Byte offset of the crews' mbarriers."""
 comptime RING_BARRIERS = 384
 """Byte offset of the mbarriers of the warps' rings."""
-comptime RING_ROWS = 3
+comptime RING_ROWS = 2
 """Rows that a warp has under way into shared memory, where they are summed."""
-comptime SLOTS = 1152
+comptime SLOTS = 896
 """Byte offset of the warps' row slots."""
 comptime BARRIER_BYTES = 16
 """Bytes of one mbarrier, rounded up."""

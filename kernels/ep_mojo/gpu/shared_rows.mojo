@@ -5,7 +5,7 @@ the others have their hands free. Everywhere else the lanes of the warp move the
 the same, and so is what the caller must do:
 
     load           global -> slot, complete when it returns
-    store_row      slot -> global, to as many places as there are bits; `store_piece` a piece to one place
+    store_row      slot -> global, to as many places as there are bits; `store_slice` a slice to one place
     SlotTeam       copies slot -> global on the way of a format
     finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
     release_slots  the slots may be written again
@@ -125,11 +125,11 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
 
 
 @always_inline
-def store_piece(piece: Bytes, target: Bytes, n: Int):
-    """Store a piece of a row; all lanes of the warp call this, and `finish_stores` comes before any signal.
+def store_slice(slice: Bytes, target: Bytes, n: Int):
+    """Store a slice of a row; all lanes of the warp call this, and `finish_stores` comes before any signal.
 
     Args:
-        piece: Shared memory that the warp has written with ordinary stores.
+        slice: Shared memory that the warp has written with ordinary stores.
         target: Where to, aligned to 16.
         n: Bytes, a multiple of 16.
     """
@@ -137,10 +137,10 @@ def store_piece(piece: Bytes, target: Bytes, n: Int):
         order_for_bulk()
         syncwarp()
         if lane_id() == 0:
-            _store_in_bulk(piece, target, n)
+            _store_in_bulk(slice, target, n)
     else:
         syncwarp()
-        copy_bytes[WarpTeam](piece, target, n)
+        copy_bytes[WarpTeam](slice, target, n)
 
 
 struct SlotTeam(Team):

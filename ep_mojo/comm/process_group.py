@@ -68,8 +68,9 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def __init__(self, cfg: EPConfig, group: Any = None, *, device: Any = None):
         """See `Communicator.process_group`."""
-        self._calls = ProcessGroup(group)
         self._watch: PeerWatch | None = None
+        own = weakref.ref(self)  # so that a communicator that is forgotten goes at once
+        self._calls = ProcessGroup(group, lambda: (comm := own()) and comm._look())
         cards = self._calls.agree(lambda: self._introduce(cfg, device), "introducing its ranks")
         check_cards(cards)
         self._pids = [card.pid for card in cards]
@@ -77,7 +78,6 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         self.compiles_once = self._provider.compiles_once
         try:
             offers = self._calls.agree(lambda: self._create(cards[0].group), "making windows")
-            self._calls.look = self._look
             self._calls.agree(lambda: self._attach(offers), "mapping windows")
         except BaseException:
             if self._watch is not None:
@@ -138,7 +138,7 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             specs = self._calls.together(lambda: [self._check_graph(g) for g in graphs], "checking graphs")
             if not self.compiles_once:
                 return self._calls.together(lambda: load_graphs(self.session, graphs, specs), "compiling")
-            check_same(self._calls.gather([signature(g) for g in graphs], "comparing graphs"))
+            check_same(self._calls.agree(lambda: [signature(g) for g in graphs], "comparing graphs"))
             models = self._compile_once(graphs)
             return [CompiledGraph(g.name, s, m) for g, s, m in zip(graphs, specs, models, strict=True)]
 
@@ -190,6 +190,8 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def _look(self) -> None:
         """Raise if there is nobody to wait for, or nobody that waits."""
+        if self._watch is None:  # peers have not introduced themselves
+            return
         self._live()
         if lost := self.lost:
             raise self._lost_error(lost)

@@ -63,9 +63,11 @@ class PeerWatch:
     def gone(self) -> set[int]:
         """Ranks whose process is gone."""
         poller = select.poll()
-        for fd in self._pidfds:
+        ranks = dict(self._pidfds)
+        for fd in ranks:
             poller.register(fd, select.POLLIN)
-        self._gone |= {self._pidfds[fd] for fd, _ in poller.poll(0)}
+        # A descriptor that is closed meanwhile, by a destroy() of another thread, is POLLNVAL.
+        self._gone |= {ranks[fd] for fd, event in poller.poll(0) if event & select.POLLIN}
         return set(self._gone)
 
     def start(self, memories: Sequence[RankMemory], me: int) -> None:

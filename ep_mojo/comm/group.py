@@ -127,7 +127,9 @@ class ProcessGroup:
         try:
             answers = self.gather(mine, what)
         except EPError as e:
-            raise e if own is None else own from e
+            if own is None:
+                raise
+            raise own from e
         errors = {r: value for r, (ok, value) in enumerate(answers) if not ok}
         if own is not None:
             errors[self.rank] = own

@@ -34,7 +34,7 @@ class PeerWatch:
         """`pids`: of all ranks; `me`: the own rank.
 
         Raises:
-            OSError: There are no file descriptors left.
+            SharedMemoryError: There are no file descriptors left.
         """
         self._pidfds: dict[int, int] = {}
         self._gone: set[int] = set()
@@ -43,12 +43,12 @@ class PeerWatch:
         try:
             for rank, pid in enumerate(pids):
                 if rank != me:
-                    self._open(rank, pid)
+                    self._open(rank, pid, me)
         except BaseException:
             self.stop()
             raise
 
-    def _open(self, rank: int, pid: int) -> None:
+    def _open(self, rank: int, pid: int, me: int) -> None:
         if not hasattr(os, "pidfd_open"):
             return
         try:
@@ -56,8 +56,8 @@ class PeerWatch:
         except ProcessLookupError:
             self._gone.add(rank)
         except OSError as e:
-            if e.errno in shm.NO_DESCRIPTORS:
-                raise
+            if named := shm.no_descriptors(me, e):
+                raise named from e
             # else a kernel or a sandbox without pidfds
 
     def gone(self) -> set[int]:

@@ -177,6 +177,7 @@ def try_calls(key, names):
         "reset": comm.reset,
         "check": comm.check,
         "compile": lambda: comm.compile_all([]),
+        "make": lambda: ep.Communicator.process_group(comm.cfg, comm.group),
         "destroy": comm.destroy,
     }
     return [outcome(calls[name]) for name in names]
@@ -280,6 +281,17 @@ def survivors_start_again(key, left):
     kept["fresh"] = ep.Communicator.process_group(CFGS[len(left)], group)
     one_round("fresh", seed=8)
     return kept["fresh"].rank
+
+
+def reset_in_vain(key, victim):
+    """`victim` dies while the others wait for it to reset."""
+    comm = kept.get(key)
+    if comm is None:
+        return None
+    if comm.rank == victim:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return outcome(comm.reset)
 
 
 # What is left behind

@@ -173,9 +173,11 @@ def refuse_here(what):
         group = "group"
     elif what == "outside":
         others = [dist.new_group([r]) for r in range(4)]
+        dist.barrier()
         group = others[(rank() + 1) % 4]
     else:
         group = dist.new_group(range(4))
+        dist.barrier()  # all have connected
         dist.destroy_process_group(group)
     return outcome(lambda: ep.Communicator.process_group(CFG, group))
 

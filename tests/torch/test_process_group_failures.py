@@ -156,6 +156,18 @@ def test_ranks_that_go_one_after_the_other(dying):
 
 
 def expect_everything_to_be_lost(pool, key, rank, lost):
-    for result in pool.run(calls.try_calls, key, ["check", "reset", "round", "compile"], ranks=[rank])[rank]:
+    for result in pool.run(calls.try_calls, key, ["check", "reset", "round", "compile", "make"], ranks=[rank])[rank]:
         expect_lost(result, rank, lost, "is gone")
     assert pool.run(calls.try_calls, key, ["destroy", "destroy"], ranks=[rank])[rank][1][0] is None
+
+
+def test_a_rank_that_dies_while_others_wait_for_it():
+    """In reset, and before it introduces itself to a later communicator: nobody waits for the group's timeout."""
+    with Pool(3) as pool:
+        pool.run(calls.open_comm, 3, calls.CFGS[3])
+        results = pool.run(calls.reset_in_vain, 3, 1, raise_errors=False)
+        assert isinstance(results[1], Died)
+        again = pool.run(calls.try_calls, 3, ["make"], ranks=[0, 2])
+        for rank in (0, 2):
+            expect_lost(results[rank], rank, 1, "is gone")
+            expect_lost(again[rank][0], rank, 1, "is gone")

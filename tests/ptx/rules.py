@@ -9,10 +9,10 @@ A small data-flow analysis over the control-flow graph of each function. On some
     acquired   an acquire that no proxy fence has followed
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
-store at system scope while unfenced; a bulk load while acquired; an ordinary store to what may be shared memory, or a bulk load into it, while it
-may be read. And without looking at paths: any non-coherent or relaxed load, a release at a scope below the device, an
-mbarrier at which threads meet without order, fewer
-signals than the kernel has, arithmetic that flushes or approximates, and jumps that this analysis does not follow.
+store at system scope while unfenced; a bulk load while acquired; an ordinary store to what may be shared memory, or a
+bulk load into it, while it may be read. And without looking at paths: any non-coherent or relaxed load, a release at a
+scope below the device, an mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic
+that flushes or approximates, and jumps that this analysis does not follow.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def errors(function: Function) -> list[str]:
                 work.append(j)
     for i, state in sorted(states.items()):
         if i < len(lines):
-            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines, i, state)]
+            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], state)]
     return found
 
 
@@ -145,8 +145,8 @@ def _may_be_shared(text: str) -> bool:
     return _is_store(text) and not re.search(r"\.(global|release)\b", text)
 
 
-def _broken(lines: list[str], i: int, state: int) -> list[str]:
-    text, found = lines[i], []
+def _broken(text: str, state: int) -> list[str]:
+    found = []
     if re.search(r"\bst\.release\.(sys|gpu)", text) and state & PENDING:
         found.append("a signal while bulk stores may be under way")
     if re.search(r"\bst\.(relaxed\.sys|mmio|volatile)", text):

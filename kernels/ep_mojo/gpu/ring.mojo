@@ -26,7 +26,7 @@ from .shared_memory import (
     shared_memory,
 )
 from .launch import warp_index
-from .shared_rows import order_for_bulk
+from .shared_rows import order_for_bulk, order_reads_for_bulk
 
 
 struct Ring[row_bytes: Int](Movable):
@@ -102,6 +102,7 @@ struct Ring[row_bytes: Int](Movable):
             if lane_id() == 0:
                 var barrier = self._barrier(self.next)
                 barrier.expect(n)
+                order_reads_for_bulk()
                 inlined_assembly[
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3]; // ring",
                     NoneType,

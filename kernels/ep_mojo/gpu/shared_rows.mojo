@@ -33,6 +33,14 @@ def order_for_bulk():
     inlined_assembly["fence.proxy.async;", NoneType, constraints="~{memory}"]()
 
 
+@always_inline
+def order_reads_for_bulk():
+    """Order reads of shared memory that this thread has done or seen before bulk copies into it that come after it."""
+    inlined_assembly[
+        "fence.proxy.async.shared::cta;", NoneType, constraints="~{memory}"
+    ]()
+
+
 struct RowSlot(Movable):
     """Room for one row in shared memory, loaded by one warp and read by its crew."""
 

@@ -32,8 +32,8 @@ FORBIDDEN = {
     r"\bbrx": "a jump that is not followed",
 }
 RING = "ring."
-"""In front of a load into a warp's ring (`gpu/ring.mojo`), from which nothing is stored in bulk: so bulk stores may still
-read other shared memory."""
+"""In front of a load into a warp's ring (`gpu/ring.mojo`), from which nothing is stored in bulk: so bulk stores may
+still read other shared memory."""
 LABEL = re.compile(r"^([$\w]+):$")
 BRANCH = re.compile(r"^(@!?%?\w+\s+)?bra(?:\.uni)?\s+([$\w]+);$")
 

@@ -118,7 +118,7 @@ def dispatch_async(
 
 
 def dispatch_wait(
-    ranks: Sequence[Rank], pending: Sequence[PendingDispatch], *, n_sms: int | None = None
+    ranks: Sequence[Rank], pending: Sequence[PendingDispatch], *, n_sms: int | None = None, rows: Any = None
 ) -> list[Handle]:
     """Receive what `dispatch_async` sent.
 
@@ -126,6 +126,8 @@ def dispatch_wait(
         ranks: The same ranks.
         pending: From `dispatch_async`.
         n_sms: See `dispatch_async`.
+        rows: Rows of the outputs, a number or a dimension of the graph, in place of cfg.rows_capacity. More than that
+            arrive: `CapacityError`. Not for "expert_padded".
 
     Returns:
         One `Handle` a rank.
@@ -138,7 +140,8 @@ def dispatch_wait(
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = add_op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters, budget)
+        types = handle_types(rank.cfg, rank.device, rows)
+        outputs = add_op("dispatch_wait", rank, "dispatch", [], types, parameters, budget)
         handles.append(_handle(rank.cfg, outputs, p))
     return handles
 
@@ -153,11 +156,13 @@ def dispatch(
     x_scales: Values | None = None,
     input_scale: Values | None = None,
     n_sms: int | None = None,
+    rows: Any = None,
 ) -> list[Handle]:
     """Send and receive: the fused op where ranks run by themselves, else all sends and then all waits.
 
     Args:
         ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale, n_sms: See `dispatch_async`.
+        rows: See `dispatch_wait`.
 
     Returns:
         One `Handle` a rank.
@@ -177,12 +182,13 @@ def dispatch(
             input_scale=input_scale,
             n_sms=n_sms,
         )
-        return dispatch_wait(ranks, pending, n_sms=n_sms)
+        return dispatch_wait(ranks, pending, n_sms=n_sms, rows=rows)
     handles, budget = [], check_budget(n_sms)
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     for rank, (values, pending) in zip(ranks, calls, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = add_op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
+        types = handle_types(rank.cfg, rank.device, rows)
+        outputs = add_op("dispatch", rank, "dispatch", values, types, parameters, budget)
         handles.append(_handle(rank.cfg, outputs, pending))
     return handles
 

@@ -1,0 +1,126 @@
+"""What the modes of a `Buffer` share: the group, its queue, and the rounds that have been made so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import EPConfig
+from ..errors import CapacityError, EPError, OrderError, ShapeError
+from . import graphs
+from .board import board_of
+from .graphs import Builder
+from .rounds import Rounds
+from .streams import queue_for
+
+
+class Session:
+    """One Buffer's side of the group. Handles refer to it, so that a handle of another Buffer is noticed.
+
+    Attributes:
+        group, board: The ranks.
+        rank, size: This process among them.
+        device: Where all tensors are.
+        queue: Where rounds run.
+        timeout_s: The longest wait for a peer, in seconds.
+        destroyed: Whether `destroy` was called.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float):
+        self.group, self.board = group, board_of(group)
+        self.rank, self.size = group.rank(), group.size()
+        self.device, self.queue = device, queue_for(device)
+        self.timeout_s = timeout_s
+        self._rounds: dict[tuple[Any, EPConfig], Rounds] = {}
+        self.destroyed = False
+
+    def live(self) -> None:
+        """Raise `OrderError` after `destroy`."""
+        if self.destroyed:
+            raise OrderError(
+                "the Buffer was destroyed", allowed="use before destroy()", remedy="make a new Buffer, on all ranks"
+            )
+
+    def rounds(self, cfg: EPConfig, build: Callable[[Builder], None]) -> Rounds:
+        """The rounds of a config. The first call makes them, together with all ranks.
+
+        Raises:
+            ConfigMismatchError, PeerTimeoutError, EPError: See `Rounds`.
+        """
+        key = (build, cfg)
+        if key not in self._rounds:
+            self._rounds[key] = Rounds(self.group, self.board, cfg, build, self.timeout_s)
+        return self._rounds[key]
+
+    def made(self) -> list[Rounds]:
+        """All rounds so far, in the order in which all ranks made them."""
+        return list(self._rounds.values())
+
+    @contextmanager
+    def announcing(self, rounds: Rounds, tokens: int, error: Callable[[int, int], CapacityError]) -> Iterator[None]:
+        """Around a dispatch: tokens over the maximum are a `CapacityError` on all ranks, whichever has them.
+
+        The engine refuses such a dispatch on the rank that has them, and says to all peers that this round has failed;
+        the note that it left says why. Where nobody has too many, nothing is asked or sent.
+
+        Args:
+            rounds: Whose dispatch it is.
+            tokens: T of this rank.
+            error: The error, of a rank and its T.
+        """
+        if tokens > rounds.cfg.max_tokens_per_rank:
+            self.board.leave(rounds.name, str(tokens))
+        try:
+            yield
+        except EPError as raised:
+            failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
+            notes = self.board.notes(rounds.name) if failed else {}
+            if not notes:
+                raise
+            rank = max(notes, key=lambda r: int(notes[r]))
+            raise error(rank, int(notes[rank])) from raised
+
+    def window(self, dtype: torch.dtype, size: Sequence[int] | None, offset: int, low_latency: bool) -> torch.Tensor:
+        """See `Buffer.get_local_buffer_tensor`."""
+        build = graphs.low_latency if low_latency else graphs.normal
+        found = [rounds for (by, _), rounds in self._rounds.items() if by is build]
+        if not found:
+            raise OrderError(
+                "there are no windows yet",
+                field="use_rdma_buffer",
+                value=low_latency,
+                allowed="after the first round of that mode",
+                remedy="dispatch first",
+            )
+        memory = found[-1].window()
+        flat = memory[: memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)[offset:]
+        if size is None:
+            return flat
+        wanted = math.prod(size)
+        if wanted > flat.numel():
+            raise ShapeError(
+                field="size",
+                value=list(size),
+                allowed=f"up to {flat.numel()} elements behind offset {offset}",
+                remedy="ask for less",
+            )
+        return flat[:wanted].view(*size)
+
+    def reset(self) -> None:
+        """Let all rounds work again after a failure. All ranks call it."""
+        self.live()
+        for rounds in self.made():
+            rounds.reset()
+            self.board.take_back(rounds.name)  # all ranks are past the failure: their resets began
+
+    def destroy(self) -> None:
+        """Give up all windows. Can be called again."""
+        self.destroyed = True
+        made, self._rounds = self.made(), {}
+        for rounds in made:
+            rounds.destroy()

@@ -20,7 +20,7 @@ import numpy as np
 from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_buffer
-from ..errors import CapacityError, ConfigError, DTypeError, OrderError, PeerTimeoutError, ShapeError, UnsupportedError
+from ..errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
 from . import windows
 from .arguments import InputSpec, graph_specs, model_specs, place
 
@@ -120,7 +120,7 @@ class Communicator(ABC):
         if cls is Communicator:
             raise UnsupportedError(
                 "a Communicator says where its ranks are, and so has no constructor",
-                allowed="Communicator.cpu, processes, one_gpu, gpus or planned",
+                allowed="Communicator.cpu, processes, process_group, one_gpu, gpus or planned",
                 remedy="call one of these with the config: Communicator.gpus(cfg)",
             )
         return super().__new__(cls)
@@ -157,6 +157,36 @@ class Communicator(ABC):
         from .processes import ProcessCommunicator
 
         return ProcessCommunicator(cfg, start_timeout_s=start_timeout_s, workers_of=workers_of)
+
+    @staticmethod
+    def process_group(cfg: EPConfig, group: Any = None, *, device: Any = None) -> Communicator:
+        """This process is one rank of a `torch.distributed` group: all processes of it call this, with one config.
+
+        A graph holds one rank, this one; `execute` takes and gives what is its own. `compile_all` and `reset` are calls
+        of the whole group too; `execute`, `check` and `destroy` are not. A peer that ends, or destroys its
+        communicator, is a `PeerLostError` for those that wait for more of it.
+
+        Args:
+            cfg: The config; n_ranks is the size of the group. n_sms and timeout_s may differ by rank.
+            group: The group, over gloo (or cpu:gloo,cuda:nccl). None: the default group.
+            device: None or "cpu": windows in shared memory, all processes on one host.
+
+        Raises:
+            MissingDependencyError: torch is not installed.
+            OrderError: torch.distributed has no process group yet.
+            DTypeError: `group` is no group.
+            ConfigError: Not a config, another number of ranks than the group has, or not a member of the group.
+            ConfigMismatchError: Two ranks have different configs.
+            UnsupportedError: A device other than the host, a group without gloo, ranks on several hosts.
+            DeviceError: `device` is none.
+            SharedMemoryError: There is not enough shared memory, or another rank's cannot be opened.
+            PeerLostError, PeerTimeoutError: A process of the group is gone, or does not come.
+
+            All but the first three and the membership are raised on all ranks, wherever the cause is.
+        """
+        from .process_group import ProcessGroupCommunicator
+
+        return ProcessGroupCommunicator(cfg, group, device=device)
 
     @staticmethod
     def one_gpu(cfg: EPConfig, device: Device | int = 0) -> Communicator:
@@ -453,25 +483,3 @@ def host_inputs(
 def arg_labels(n: int, n_ranks: int) -> list[str]:
     """What errors call the arguments of `execute`."""
     return [f"args[{i}] (input {i // n_ranks} of rank {i % n_ranks})" for i in range(n)]
-
-
-def raise_first(errors: dict[int, Exception]) -> None:
-    """Raise the error that explains most; it carries all of them as `by_rank`. Nothing to raise: return."""
-    if not errors:
-        return
-    rank = min(errors, key=lambda r: (_weight(errors[r]), -_rows(errors[r]), r))
-    error = errors[rank]
-    error.by_rank = dict(errors)  # type: ignore[attr-defined]
-    raise error
-
-
-def _weight(error: Exception) -> int:
-    """Causes before consequences: a peer that failed makes others fail, or wait in vain."""
-    if not isinstance(error, PeerTimeoutError):
-        return 0
-    return 2 if getattr(error, "peer_failed", False) else 1
-
-
-def _rows(error: Exception) -> int:
-    """Rows that a `CapacityError` asks for: who has raised `max_rows` for one rank need not come back for the next."""
-    return error.rows if isinstance(error, CapacityError) else 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,12 +39,32 @@ def load_graphs(session: Any, graphs: Sequence[Any], specs: Sequence[tuple[Input
     """Compile and load graphs in this process."""
     models: dict[int, Any] = {}
     for compiled, members in compile_modules(session, graphs):
-        by_name = session.init_all(compiled)
-        if len(by_name) == 1:  # MAX's own cache may give it the name of an equal graph
-            models[members[0]] = next(iter(by_name.values()))
-        else:
-            models |= {i: by_name[graphs[i].name] for i in members}
+        models |= zip(members, load_compiled(session, compiled, [graphs[i].name for i in members]), strict=True)
     return [CompiledGraph(g.name, specs[i], models[i]) for i, g in enumerate(graphs)]
+
+
+def load_compiled(session: Any, compiled: Any, names: Sequence[str]) -> list[Any]:
+    """The models of what `session.compile` gave, in the order of the graphs' names."""
+    by_name = session.init_all(compiled)
+    if len(by_name) == len(names) == 1:  # MAX's own cache may give it the name of an equal graph
+        return list(by_name.values())
+    return [by_name[name] for name in names]
+
+
+def export(compiled: Any) -> bytes:
+    """What `load_artefact` makes models of, in this process or another: compiled code, and no weights."""
+    with tempfile.TemporaryDirectory(prefix="ep-mojo-") as folder:
+        path = os.path.join(folder, "graphs.mef")
+        compiled.export_mef(path)
+        with open(path, "rb") as f:
+            return f.read()
+
+
+def load_artefact(session: Any, artefact: bytes, names: Sequence[str]) -> list[Any]:
+    """The models of what `export` gave, in the order of the graphs' names."""
+    import max.engine.api
+
+    return load_compiled(session, max.engine.api.read(io.BytesIO(artefact)), names)
 
 
 def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:

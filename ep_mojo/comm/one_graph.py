@@ -12,7 +12,8 @@ from ..dtypes import to_numpy
 from ..errors import UnsupportedError
 from . import windows
 from .arguments import check_args, chosen_ranks, make_buffers
-from .base import Communicator, CompiledGraph, arg_labels, raise_first
+from .base import Communicator, CompiledGraph, arg_labels
+from .causes import raise_first
 from .models import load_graphs, run_model
 
 if TYPE_CHECKING:

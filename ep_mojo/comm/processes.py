@@ -10,7 +10,6 @@ import inspect
 import itertools
 import os
 import pickle
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -28,9 +27,10 @@ from ..errors import (
 )
 from . import shm, windows, worker
 from .arguments import check_args, chosen_ranks
-from .base import Communicator, CompiledGraph, arg_labels, raise_first
+from .base import Communicator, CompiledGraph, arg_labels
+from .causes import raise_first
 from .launcher import Look, Patience, Worker, collect, dismiss, dismiss_at_exit, lost_error
-from .models import compile_modules
+from .models import compile_modules, export
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -155,7 +155,7 @@ class ProcessCommunicator(Communicator):
 
                 self._session = InferenceSession(devices=[CPU()])
             for compiled, members in compile_modules(self._session, graphs):
-                load = "load", {models[i].key: models[i].name for i in members}, pickle.PickleBuffer(_export(compiled))
+                load = "load", {models[i].key: models[i].name for i in members}, pickle.PickleBuffer(export(compiled))
                 self._ask(ranks, lambda rank, load=load: load)
             return models
 
@@ -333,15 +333,6 @@ class ProcessCommunicator(Communicator):
 
 def _is_nested(per_rank: Any, n_ranks: int) -> bool:
     return hasattr(per_rank, "__len__") and len(per_rank) == n_ranks and all(isinstance(a, Iterable) for a in per_rank)
-
-
-def _export(compiled: Any) -> bytes:
-    """What `max.engine.api.read` makes a compiled model of."""
-    with tempfile.TemporaryDirectory(prefix="ep-mojo-") as folder:
-        path = os.path.join(folder, "graphs.mef")
-        compiled.export_mef(path)
-        with open(path, "rb") as f:
-            return f.read()
 
 
 def _survivors(other: Communicator, cfg: EPConfig) -> list[Worker]:

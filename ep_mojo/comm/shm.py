@@ -1,15 +1,17 @@
-"""A rank's block in POSIX shared memory: made by the parent, mapped by every worker.
+"""A rank's block in POSIX shared memory: mapped by every rank, made by the parent of the workers or by the rank itself.
 
 The memory never outlives the processes that map it. On Linux a block has no name at any moment (O_TMPFILE in /dev/shm);
 elsewhere the name goes in the same breath in which it was made. Workers get file descriptors over their control
-sockets. Pages are reserved when the block is made, so that a full /dev/shm is a `SharedMemoryError` there and not a bus
-error later.
+sockets; ranks of a process group open their peers' descriptors by /proc, or the block by its name where there is no
+/proc: then the name goes when all have it. Pages are reserved when the block is made, so that a full /dev/shm is a
+`SharedMemoryError` there and not a bus error later.
 
 Header of a block (first page; little endian):
 
     0       magic "EPMOJSHM", u32 layout version, i32 rank, u32 n_ranks, u32 0, u64 config hash, u64 group,
             u64 bytes of the block, u64 bytes of each part in the order of `windows.PARTS`
-    1024    u8 [R] lost: 1 once the process of that rank is gone; written by the parent
+    1024    u8 [R] lost: 1 once the process of that rank is gone, 2 once it has left by itself; written by the parent,
+            or by any rank of a process group
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def new_group() -> int:
     return secrets.randbits(63)
 
 
-def create(cfg: EPConfig, rank: int, group: int, fds: list[int]) -> RankMemory:
+def create(cfg: EPConfig, rank: int, group: int, fds: list[int], names: list[str] | None = None) -> RankMemory:
     """Make and reserve a rank's block: windows zero, header and counters head written.
 
     Args:
@@ -54,6 +56,7 @@ def create(cfg: EPConfig, rank: int, group: int, fds: list[int]) -> RankMemory:
         rank: Whose block it is.
         group: From `new_group`.
         fds: The block's file descriptor is appended, as soon as there is one; the caller closes it, come what may.
+        names: Where given, the block gets a name, which is appended; the caller unlinks it, come what may.
 
     Raises:
         SharedMemoryError: There is not enough shared memory, or there are no more file descriptors.
@@ -61,9 +64,9 @@ def create(cfg: EPConfig, rank: int, group: int, fds: list[int]) -> RankMemory:
     size = windows.block_bytes(cfg)
     try:
         with deferred():
-            fds.append(_open_unnamed())
+            fds.append(_open_unnamed() if names is None else _open_named(names))
     except (OSError, ImportError) as e:
-        raise _no_descriptors(rank, e) or SharedMemoryError(
+        raise no_descriptors(rank, e) or SharedMemoryError(
             f"rank {rank}: shared memory cannot be opened ({e})",
             field="bytes needed",
             value=size,
@@ -74,13 +77,20 @@ def create(cfg: EPConfig, rank: int, group: int, fds: list[int]) -> RankMemory:
         _reserve(fds[-1], size)
         memory = RankMemory(cfg, rank, mmap.mmap(fds[-1], size))
     except (OSError, ValueError, OverflowError) as e:
-        raise _no_descriptors(rank, e) or _too_small(size, free_bytes(), f"rank {rank}: {e}") from e
+        raise no_descriptors(rank, e) or _too_small(size, free_bytes(), f"rank {rank}: {e}") from e
     header = HEADER.pack(
         MAGIC, layout.LAYOUT_VERSION, rank, cfg.n_ranks, 0, cfg.config_hash(), group, size, *_sizes(cfg)
     )
     memory.header[: HEADER.size] = np.frombuffer(header, np.uint8)
     layout.write_head(memory.counters, cfg, rank)
     return memory
+
+
+def check_free(cfg: EPConfig) -> None:
+    """Raise `SharedMemoryError` if the blocks of all ranks do not fit, with the bytes needed and free."""
+    need, free = cfg.n_ranks * windows.block_bytes(cfg), free_bytes()
+    if free is not None and need > free:
+        raise _too_small(need, free, f"{cfg.n_ranks} ranks")
 
 
 def create_all(cfg: EPConfig, fds: list[int]) -> tuple[list[RankMemory], int]:
@@ -96,9 +106,7 @@ def create_all(cfg: EPConfig, fds: list[int]) -> tuple[list[RankMemory], int]:
     Raises:
         SharedMemoryError: They do not fit, with the bytes needed and free; or there are no more file descriptors.
     """
-    need, free = cfg.n_ranks * windows.block_bytes(cfg), free_bytes()
-    if free is not None and need > free:
-        raise _too_small(need, free, f"{cfg.n_ranks} ranks")
+    check_free(cfg)
     group = new_group()
     return [create(cfg, rank, group, fds) for rank in range(cfg.n_ranks)], group
 
@@ -176,6 +184,24 @@ def free_bytes() -> int | None:
     return min((n for n in known if n is not None), default=None)
 
 
+def open_path(path: str) -> int:
+    """A descriptor of a peer's block, by /proc or by name. Raises OSError."""
+    if path.startswith("/proc/"):
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    import _posixshmem
+
+    return _posixshmem.shm_open(path, os.O_RDWR, mode=0o600)
+
+
+def unlink_all(names: list[str]) -> None:
+    """Take the names of blocks away, and empty the list."""
+    import _posixshmem
+
+    with deferred():
+        while names:
+            _posixshmem.shm_unlink(names.pop())
+
+
 def close_all(fds: list[int]) -> None:
     """Close file descriptors, and empty the list."""
     with deferred():
@@ -183,7 +209,7 @@ def close_all(fds: list[int]) -> None:
             os.close(fds.pop())
 
 
-def _no_descriptors(rank: int, error: Exception) -> SharedMemoryError | None:
+def no_descriptors(rank: int, error: Exception) -> SharedMemoryError | None:
     """The error where it is file descriptors that have run out."""
     if getattr(error, "errno", None) not in NO_DESCRIPTORS:
         return None
@@ -202,11 +228,19 @@ def _open_unnamed() -> int:
             if e.errno in NO_DESCRIPTORS:
                 raise
             # else a file system without O_TMPFILE
+    names: list[str] = []
+    try:
+        return _open_named(names)
+    finally:
+        unlink_all(names)
+
+
+def _open_named(names: list[str]) -> int:
     import _posixshmem
 
     name = f"/epmojo-{secrets.token_hex(8)}"
     fd = _posixshmem.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
-    _posixshmem.shm_unlink(name)
+    names.append(name)
     return fd
 
 

@@ -156,17 +156,48 @@ class RankMemory:
                 undo: for communicators that have lost a process and so will never work again. Any other one is undone
                 by a `restart` that is not below it.
         """
+        for window, places in self._failure_places(peer):
+            window[np.array(sum(places, []))] = layout.word(epoch, layout.FAILED)
+
+    def publish_departure(self, peer: int, sent: Sequence[int]) -> bool:
+        """`publish_failure` for a peer that sends no more, but not in place of what it has sent.
+
+        Rounds of it that this rank has yet to receive stay good, so their places are left out.
+
+        Args:
+            peer: Who has gone.
+            sent: Its epochs, as `layout.read_epochs` gives them.
+
+        Returns:
+            Whether no place was left out; otherwise call it again when this rank has gone on.
+        """
+        own, buffers, complete = layout.read_epochs(self.counters), self.cfg.num_buffers, True
+        for side, (window, places) in enumerate(self._failure_places(peer)):
+            first, last = own[2 * side + 1] + 1, sent[2 * side]
+            # A peer that aborted is further ahead than its buffers allow: it has said FAILED itself.
+            kept = {e % buffers for e in range(first, last + 1)} if last - first < buffers else set()
+            words = sum((where for b, where in enumerate(places) if b not in kept), [])
+            window[np.array(words, np.int64)] = layout.word(LAST_EPOCH, layout.FAILED)
+            complete &= not kept
+        return complete
+
+    def _failure_places(self, peer: int) -> list[tuple[np.ndarray, list[list[int]]]]:
+        """Of dispatch and of combine: the count window as uint64, and by buffer where `peer` says FAILED in it."""
         dispatch, combine = layout.DispatchWindow(self.cfg), layout.CombineWindow(self.cfg)
         if self.cfg.slots == "rank":
             buffers = range(self.cfg.num_buffers)
-            in_dispatch = [dispatch.header(b, peer) for b in buffers]
-            in_combine = [combine.header(b, peer) for b in buffers]
+            offsets = [[dispatch.header(b, peer)] for b in buffers], [[combine.header(b, peer)] for b in buffers]
         else:
             experts = range(self.cfg.n_local_experts)
-            in_dispatch = [dispatch.expert_count(e, peer) for e in experts]
-            in_combine = [combine.expert_signal(peer * self.cfg.n_local_experts + e) for e in experts]
-        for window, offsets in ((self.dispatch_count, in_dispatch), (self.combine_count, in_combine)):
-            window.view(np.uint64)[np.array(offsets) // 8] = layout.word(epoch, layout.FAILED)
+            first = peer * self.cfg.n_local_experts
+            offsets = (
+                [[dispatch.expert_count(e, peer) for e in experts]],
+                [[combine.expert_signal(first + e) for e in experts]],
+            )
+        return [
+            (window.view(np.uint64), [[offset // 8 for offset in where] for where in places])
+            for window, places in zip((self.dispatch_count, self.combine_count), offsets, strict=True)
+        ]
 
     def restart(self, epoch: int) -> None:
         """Write what a new round after `epoch` needs: epochs, everybody's credits, no error record."""

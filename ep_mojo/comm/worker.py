@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import io
 import itertools
 import os
 import pickle
@@ -19,23 +18,21 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import EPConfig
-from ..dtypes import to_numpy
-from ..errors import ConfigError, EPError, PeerLostError, UnsupportedError
-from . import shm, windows
-from .arguments import check_args, chosen_ranks, make_buffers
-from .base import Communicator, CompiledGraph, host_inputs
+from ..errors import ConfigError, EPError, UnsupportedError
+from . import shm
+from .base import CompiledGraph
 from .channel import Channel, ChannelError
 from .launcher import LOST_REMEDY
-from .models import load_graphs, run_model
+from .models import load_artefact, load_graphs
+from .one_rank import OneRankCommunicator
 
 if TYPE_CHECKING:
-    from max.driver import Buffer
-    from max.engine import InferenceSession, Model
+    from max.engine import Model
     from max.graph import Graph
 
 inside_worker = False
@@ -81,7 +78,7 @@ class FunctionRef:
         return sys.modules[alias]
 
 
-class WorkerCommunicator(Communicator):
+class WorkerCommunicator(OneRankCommunicator):
     """The communicator inside a worker: what functions given to `run` get. It is one rank.
 
     Attributes:
@@ -89,9 +86,8 @@ class WorkerCommunicator(Communicator):
         memories: All ranks' windows, mapped here; `memories[rank]` are its own.
     """
 
-    graph_ranks = 1
-    fused_allowed = True
     loads_models = None
+    lost_remedy = LOST_REMEDY
 
     def __init__(self, cfg: EPConfig, rank: int, group: int, fds: Sequence[int], models: dict[int, Any]):
         """Map the blocks of all ranks, and check that all were made for this config."""
@@ -100,29 +96,6 @@ class WorkerCommunicator(Communicator):
         self.memories = [shm.attach(fd, cfg, r, group, rank) for r, fd in enumerate(fds)]
         self._own.check_head()
         self._models = models
-        self._inputs: list[Buffer] | None = None
-        self._session: InferenceSession | None = None
-
-    @property
-    def _own(self) -> Any:
-        return self.memories[self.rank]
-
-    @property
-    def session(self) -> InferenceSession:
-        """The MAX session of this process."""
-        if self._session is None:
-            from max.driver import CPU
-            from max.engine import InferenceSession
-
-            self._session = InferenceSession(devices=[CPU()])
-        return self._session
-
-    def inputs(self) -> list[Buffer]:
-        """See `Communicator.inputs`."""
-        self._live()
-        if self._inputs is None:
-            self._inputs = host_inputs(self.cfg, False, self.memories, [self.rank])
-        return self._inputs
 
     def compile_all(self, graphs: Sequence[Graph]) -> list[CompiledGraph]:
         """Compile graphs in this process. The parent's `compile_all` does it once for all."""
@@ -142,69 +115,6 @@ class WorkerCommunicator(Communicator):
             )
         return loaded
 
-    def execute(
-        self,
-        model: CompiledGraph,
-        *args: Any,
-        ranks: Iterable[int] | None = None,
-        check: bool = True,
-        as_buffers: bool = False,
-    ) -> list[Any]:
-        """Run a graph on this rank: `args` and outputs are its own. Other ranks have to run the same stages.
-
-        Args:
-            model: From the parent's `compile`, or this one's.
-            args: The graph's own inputs for this rank.
-            ranks: Not to be given here.
-            check: Whether to raise the error that this rank recorded.
-            as_buffers: Return MAX buffers, not NumPy arrays.
-
-        Raises:
-            PeerLostError: The rank failed because the process of a peer is gone.
-            EPError: Whatever the arguments or the ops are to blame for, by name. After an error that an op raised, as
-                after one on record, this rank and its peers fail until the parent's `reset`.
-        """
-        if ranks is not None and chosen_ranks(ranks, self.cfg.n_ranks) != [self.rank]:
-            raise UnsupportedError(field="ranks", value=ranks, allowed=str([self.rank]), remedy="leave it out")
-        with self._exclusive():
-            specs = self._specs(model)
-            values = check_args(specs, args, [f"args[{i}] of rank {self.rank}" for i in range(len(args))])
-            self._own.check_head()
-            loaded, buffers = self.load(model), [*make_buffers(specs, values), *self.inputs()]
-            try:
-                outputs = run_model(loaded, buffers)
-            except Exception:
-                windows.abort_alone(self._own, self.memories)  # peers must not wait for this rank until their deadline
-                raise
-            if check:
-                self._raise_recorded()
-            return outputs if as_buffers else [to_numpy(o) for o in outputs]
-
-    execute_local = execute
-
-    def check(self) -> None:
-        """Raise this rank's recorded error; `PeerLostError` where the process of a peer is gone."""
-        with self._exclusive():
-            self._own.check_head()
-            self._raise_recorded()
-
-    def _raise_recorded(self) -> None:
-        error = self._own.error()
-        lost = [r for r, flag in enumerate(shm.lost_flags(self._own)) if flag]
-        if lost:
-            # This rank may run nothing more: its peers must not wait for it until their deadline.
-            for memory in self.memories:
-                memory.publish_failure(self.rank)
-            why = "" if error is None else f" ({error})"
-            raised = PeerLostError(
-                f"rank {self.rank}: the process of rank {', '.join(map(str, lost))} is gone{why}",
-                remedy=LOST_REMEDY,
-            )
-            raised.rank = lost[0]  # type: ignore[attr-defined]
-            raise raised
-        if error is not None:
-            raise error
-
     def reset(self) -> None:
         """Not here: all ranks are reset together.
 
@@ -212,9 +122,6 @@ class WorkerCommunicator(Communicator):
             UnsupportedError: Always.
         """
         raise UnsupportedError("reset() inside a worker", remedy="call reset() of the parent's communicator")
-
-    def _release(self) -> None:
-        self.memories, self._inputs, self._session = [], None, None
 
 
 class Server:
@@ -276,10 +183,8 @@ class Server:
 
     def do_load(self, names: dict[int, str], artefact: bytes) -> None:
         """Make compiled graphs ready to run. `names`: the graph of each key."""
-        import max.engine.api
-
-        models = self.comm.session.init_all(max.engine.api.read(io.BytesIO(artefact)))
-        self.models |= {key: models[name] for key, name in names.items()}
+        models = load_artefact(self.comm.session, artefact, list(names.values()))
+        self.models |= dict(zip(names, models, strict=True))
 
     def do_execute(self, model: CompiledGraph, args: list[Any], check: bool) -> list[Any]:
         """Run a graph on this rank."""
@@ -291,17 +196,20 @@ class Server:
         return call(self.comm, *pickle.loads(args))
 
 
-def portable(error: BaseException) -> Exception:
-    """`error` as something that the parent can unpickle, with the traceback as a note. Never raises."""
+def portable(error: BaseException, where: str = "a worker") -> Exception:
+    """`error` as something that another process can unpickle, with the traceback as a note. Never raises.
+
+    `where`: what the text calls this process.
+    """
     trace = ""
     with contextlib.suppress(BaseException):  # whatever the methods of a user's class do
         trace = "".join(traceback.format_exception(error)).rstrip()
         if isinstance(error, Exception):
-            error.add_note(f"In the worker process {os.getpid()}:\n{trace}")
+            error.add_note(f"In {where}, process {os.getpid()}:\n{trace}")
             again = pickle.loads(pickle.dumps(error))
             if type(again) is type(error) and str(again) == str(error):
                 return error
-    return EPError(f"{type(error).__name__} in a worker: {text_of(error)}\n{trace}")
+    return EPError(f"{type(error).__name__} in {where}: {text_of(error)}\n{trace}")
 
 
 def text_of(error: BaseException) -> str:

@@ -1,0 +1,196 @@
+"""A `torch.distributed` process group as a communicator needs it: who is in it, and how its processes agree.
+
+Every call of the group that all processes make is here. It runs in a thread of its own, so that whoever waits for it
+still sees a peer go and a Ctrl-C come; the group's own timeout bounds it. Nothing here moves tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ConfigError, DTypeError, MissingDependencyError, OrderError, PeerTimeoutError, UnsupportedError
+from .causes import raise_first
+from .worker import portable, text_of
+
+TICK_S = 0.05
+"""How often who waits looks around."""
+GRACE_S = 2.0
+"""How long after a failure of the group to look for a peer that is gone."""
+HOST_BACKENDS = ("gloo",)
+
+Look = Callable[[], None]
+
+
+class ProcessGroup:
+    """One group, and this process's place in it.
+
+    Attributes:
+        group: The `torch.distributed` group.
+        rank: This process's rank in it.
+        size: How many processes it has.
+        look: Called now and then while this process waits for the others. It may raise.
+    """
+
+    def __init__(self, group: Any = None):
+        """`group`: None for the default one.
+
+        Raises:
+            MissingDependencyError: torch, or its `torch.distributed`, is not installed.
+            OrderError: There is no process group yet.
+            DTypeError, ConfigError: `group` is no group, or one that this process is not in.
+            UnsupportedError: The group cannot move what is on the host.
+        """
+        dist = torch_distributed()
+        if not dist.is_initialized():
+            raise OrderError(
+                "torch.distributed has no process group yet",
+                allowed="a call after torch.distributed.init_process_group",
+                remedy='call torch.distributed.init_process_group("gloo") first, in every process',
+            )
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ConfigError(
+                "this process is not in the group",
+                field="group",
+                value=group,
+                allowed="a group that this process belongs to",
+                remedy="call it in the processes of the group only: those whose ranks new_group was given",
+            )
+        if group is None:
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            raise DTypeError(
+                field="group",
+                value=type(group).__name__,
+                allowed="a torch.distributed.ProcessGroup, or None for the default group",
+                remedy="pass what torch.distributed.new_group returned",
+            )
+        backends = dist.get_backend_config(group)
+        by_device = dict(part.split(":", 1) for part in str(backends).split(",") if ":" in part)
+        if by_device.get("cpu") not in HOST_BACKENDS:
+            raise UnsupportedError(
+                "the group cannot move what is on the host",
+                field="backend of the group",
+                value=str(backends),
+                allowed="gloo for the CPU: gloo, or cpu:gloo,cuda:nccl",
+                remedy='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or pass group='
+                'torch.distributed.new_group(backend="gloo")',
+            )
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.look: Look = lambda: None
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """Every rank's `value`, by rank, as soon as all have called this. `what` is for errors: "doing so and so".
+
+        Raises:
+            PeerTimeoutError: The group gave up: its timeout, or a process of it is gone.
+            Exception: What `look` raised.
+        """
+
+        def call() -> list[Any]:
+            found = [None] * self.size
+            torch_distributed().all_gather_object(found, value, group=self.group)
+            return found
+
+        return self._wait(call, what)
+
+    def agree(self, make: Callable[[], Any], what: str) -> list[Any]:
+        """What `make()` returned on every rank, by rank. Where it raised on one, that is raised on all ranks.
+
+        Of several errors the one that explains most; `by_rank` has all of them. The rest as for `gather`.
+        """
+        try:
+            mine = True, make()
+        except Exception as e:
+            mine = False, portable(e, f"rank {self.rank}")
+            own = e
+        answers = self.gather(mine, what)
+        errors = {r: value for r, (ok, value) in enumerate(answers) if not ok}
+        if not mine[0]:
+            errors[self.rank] = own
+        raise_first(errors)
+        return [value for _, value in answers]
+
+    def together(self, make: Callable[[], Any], what: str) -> Any:
+        """What `make()` returned here, if it raised on no rank. Otherwise as `agree`."""
+        kept = []
+        self.agree(lambda: kept.append(make()), what)
+        return kept[0]
+
+    def from_first(self, make: Callable[[], Any], meanwhile: Callable[[], Any], what: str) -> Any:
+        """What `make()` returned on rank 0, on all ranks; the others call `meanwhile`. Errors as for `agree`."""
+        kept: list[Any] = []
+
+        def call() -> None:
+            dist = torch_distributed()
+            dist.broadcast_object_list(kept, src=dist.get_global_rank(self.group, 0), group=self.group)
+
+        def first() -> None:
+            kept.append(make())
+
+        if self.rank != 0:
+            meanwhile()
+            kept.append(None)
+        self.agree(first if self.rank == 0 else lambda: None, what)
+        self._wait(call, what)
+        return kept[0]
+
+    def _wait(self, call: Callable[[], Any], what: str) -> Any:
+        self.look()
+        answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+        def answer() -> None:
+            try:
+                answers.put((True, call()))
+            except BaseException as e:
+                answers.put((False, e))
+
+        threading.Thread(target=answer, name="ep-mojo-group", daemon=True).start()
+        while True:
+            try:
+                ok, value = answers.get(timeout=TICK_S)
+                break
+            except queue.Empty:
+                self.look()
+        if ok:
+            return value
+        if not isinstance(value, RuntimeError):  # what torch.distributed raises derives from it
+            raise value
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end:  # the group may know of a lost peer a moment before this process does
+            self.look()
+            time.sleep(TICK_S)
+        raise PeerTimeoutError(
+            f"rank {self.rank}: the process group failed while {what}: {text_of(value)}",
+            allowed="all processes of the group make the same calls in the same order, within the group's timeout",
+            remedy="see what the other ranks did; make a new process group where a process is gone",
+        ) from value
+
+
+def torch_distributed() -> Any:
+    """The module `torch.distributed`, imported when it is first needed.
+
+    Raises:
+        MissingDependencyError: torch is not installed, or was built without it.
+    """
+    try:
+        dist = importlib.import_module("torch.distributed")
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "torch":
+            raise
+        raise MissingDependencyError(
+            "process groups need the package 'torch', which is not installed here",
+            remedy="pip install 'ep-mojo[torch]', or '.[torch]' in the checkout",
+        ) from e
+    if not dist.is_available():
+        raise MissingDependencyError(
+            "this torch was built without torch.distributed",
+            remedy="install another build of it: pip install 'ep-mojo[torch]'",
+        )
+    return dist

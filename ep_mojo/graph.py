@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import EPConfig
 from .errors import DeviceError
-from .formats import BF16, BlockwiseFP8, CustomFormat, check_int
+from .formats import BF16, BlockwiseFP8, CustomFormat, TokenFormat, check_int
 from .graph_checks import (
     check_budget,
     check_combine,
@@ -118,7 +118,7 @@ def dispatch_async(
 
 
 def dispatch_wait(
-    ranks: Sequence[Rank], pending: Sequence[PendingDispatch], *, n_sms: int | None = None, rows: Any = None
+    ranks: Sequence[Rank], pending: Sequence[PendingDispatch], *, n_sms: int | None = None
 ) -> list[Handle]:
     """Receive what `dispatch_async` sent.
 
@@ -126,8 +126,6 @@ def dispatch_wait(
         ranks: The same ranks.
         pending: From `dispatch_async`.
         n_sms: See `dispatch_async`.
-        rows: Rows of the outputs, a number or a dimension of the graph, in place of cfg.rows_capacity. More than that
-            arrive: `CapacityError`. Not for "expert_padded".
 
     Returns:
         One `Handle` a rank.
@@ -140,8 +138,7 @@ def dispatch_wait(
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        types = handle_types(rank.cfg, rank.device, rows)
-        outputs = add_op("dispatch_wait", rank, "dispatch", [], types, parameters, budget)
+        outputs = add_op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters, budget)
         handles.append(_handle(rank.cfg, outputs, p))
     return handles
 
@@ -156,13 +153,11 @@ def dispatch(
     x_scales: Values | None = None,
     input_scale: Values | None = None,
     n_sms: int | None = None,
-    rows: Any = None,
 ) -> list[Handle]:
     """Send and receive: the fused op where ranks run by themselves, else all sends and then all waits.
 
     Args:
         ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale, n_sms: See `dispatch_async`.
-        rows: See `dispatch_wait`.
 
     Returns:
         One `Handle` a rank.
@@ -182,13 +177,12 @@ def dispatch(
             input_scale=input_scale,
             n_sms=n_sms,
         )
-        return dispatch_wait(ranks, pending, n_sms=n_sms, rows=rows)
+        return dispatch_wait(ranks, pending, n_sms=n_sms)
     handles, budget = [], check_budget(n_sms)
     calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     for rank, (values, pending) in zip(ranks, calls, strict=True):
         parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
-        types = handle_types(rank.cfg, rank.device, rows)
-        outputs = add_op("dispatch", rank, "dispatch", values, types, parameters, budget)
+        outputs = add_op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
         handles.append(_handle(rank.cfg, outputs, pending))
     return handles
 
@@ -385,10 +379,14 @@ def add_op(
 
 
 def _format_parameters(cfg: EPConfig) -> dict[str, Any]:
-    fmt = cfg.dispatch_format
+    return format_parameters(cfg.hidden_size, cfg.dispatch_format)
+
+
+def format_parameters(hidden_size: int, fmt: TokenFormat) -> dict[str, Any]:
+    """Parameters of the ops of dispatch that name the format."""
     names = {BF16: "bf16", BlockwiseFP8: "blockwise_fp8"}
     return {
-        "hidden": cfg.hidden_size,
+        "hidden": hidden_size,
         "format": fmt.struct if isinstance(fmt, CustomFormat) else names[type(fmt)],
         "scale": getattr(fmt, "scale", "float32"),
         "by_column": fmt.scales_layout == "column",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import EPConfig
 from .errors import ShapeError
@@ -114,21 +114,14 @@ def graph_dtype(dtype: str, on_host: bool = True) -> str:
     return "uint8" if on_host and dtype.startswith("float8") else dtype
 
 
-def handle_types(cfg: EPConfig, device: DeviceRef | None = None, rows: Any = None) -> list[TensorType]:
-    """MAX types of `HANDLE_TENSORS` for a config, on a device (None: the host).
-
-    Args:
-        cfg: The config.
-        device: Where they are.
-        rows: Rows of the output, a number or a symbol, for the layouts that take `max_rows`; None: cfg.rows_capacity.
-    """
+def handle_types(cfg: EPConfig, device: DeviceRef | None = None) -> list[TensorType]:
+    """MAX types of `HANDLE_TENSORS` for a config, on a device (None: the host)."""
     from max.dtype import DType
     from max.graph import DeviceRef, TensorType
 
     device = device or DeviceRef.CPU()
     on_host = device.is_cpu()
-    R, K, G, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.scales_per_token
-    N = cfg.rows_capacity if rows is None or cfg.output_layout == "expert_padded" else rows
+    R, K, G, N, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.rows_capacity, cfg.scales_per_token
     fmt, by_rank = cfg.dispatch_format, cfg.output_layout == "rank"
     tokens = [G, N // G] if cfg.output_layout == "expert_padded" else [N]
     scales = ([S, N] if fmt.scales_layout == "column" else [N, S]) if S else [0, 0]

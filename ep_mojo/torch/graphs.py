@@ -1,41 +1,47 @@
-"""The MAX graphs behind the calls: what each takes and gives. One rank a graph; T and N are symbols.
+"""The MAX graphs behind the calls. All sizes but H are symbols, so that one compilation serves every R, E, K, T and
+Tmax.
 
-R ranks, L local experts, K choices, S scales a row, T tokens of this rank, N rows of its output. `size` is int8 [N, 0]:
-it carries nothing but N. On the host float8 goes as uint8.
+A set of graphs is compiled once a process, for all communicators. `GraphSet`s differ in what the engine fixes at
+compile
+time: H, format, layout, reduce mode, element types. R ranks, G groups of rows (local experts, or source ranks in layout
+"rank"), K choices, S scales a row, T tokens of this rank, N rows of its output, Tm = Tmax. Sizes that no input has come
+as the shape of `sizes`, an int8 tensor of size 0 in host memory. On the host float8 goes as uint8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from .. import graph as ops
-from .. import into
-from ..config import EPConfig
-from ..formats import BF16
-from ..handle import Handle, graph_dtype, handle_types
+from ..comm.base import Rank
+from ..formats import BF16, TokenFormat
+from ..graph import _or_absent, add_op, format_parameters
+from ..handle import HANDLE_TENSORS, graph_dtype
 from ..kernels import kernel_library
 
 if TYPE_CHECKING:
-    from max.graph import DeviceRef, Graph, Module, TensorValue
+    from max.graph import DeviceRef, Graph, Module, TensorValue, Type
 
     from ..comm import Communicator
-    from ..comm.base import Rank
+    from ..config import EPConfig
 
-RECEIVED = ("tokens", "scales", "row_offsets", "counts", "src_info", "recv_weights", "row_map", "recv_num_tokens")
-"""Outputs of a dispatch, as in `Handle`; row_offsets as int32. In layout "rank" local_ids (int64) and local_weights
-come behind them."""
 FOR_COMBINE = ("row_map", "recv_weights", "recv_num_tokens")
-"""What combine needs of them."""
+"""What combine needs of a handle."""
+PER_TOKEN = ("R", "Tm", "K")
 
 Input = tuple
-Body = Callable[["list[Rank]", "list[TensorValue]"], "Sequence[TensorValue]"]
+"""(dtype, shape), of what a graph writes (dtype, shape, "written"), of what stays on the host (dtype, shape,
+"host").
+"""
+Body = Callable[["Rank", "list[TensorValue]"], "Sequence[TensorValue]"]
 
 
 class Builder:
-    """Adds graphs to one module, for one communicator.
+    """Adds graphs of one rank to a module.
 
     Attributes:
+        comm: Any communicator of one rank on the device that the graphs are for.
         graphs: By name.
     """
 
@@ -44,164 +50,240 @@ class Builder:
         self.graphs: dict[str, Graph] = {}
 
     @property
-    def cfg(self) -> EPConfig:
-        """The communicator's config."""
-        return self.comm.cfg
-
-    @property
     def device(self) -> DeviceRef:
         """Where the rank's tensors are."""
         return self.comm.device_refs()[0]
 
     def add(self, name: str, inputs: Sequence[Input], body: Body) -> None:
-        """Add a graph.
+        """Add a graph with these inputs; `body` gets the rank and the inputs, and returns the outputs."""
+        from max.graph import BufferType, Graph
 
-        Args:
-            name: Its name.
-            inputs: (dtype, shape) of its own inputs; (dtype, shape, True) of those that it writes.
-            body: Gets the rank (a list of one) and the inputs; returns the outputs.
-        """
-        from max.dtype import DType
-        from max.graph import BufferType, Graph, TensorType
-
-        types = [
-            (BufferType if written else TensorType)(getattr(DType, dtype), list(shape), self.device)
-            for dtype, shape, *written in inputs
-        ]
-        all_types, extensions = [*types, *self.comm.input_types()], [kernel_library()]
-        with Graph(name, input_types=all_types, custom_extensions=extensions, module=self.module) as graph:
-            ranks = self.comm.bind(graph.inputs[len(types) :])
-            own = [
-                v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(graph.inputs, types, strict=False)
-            ]
-            graph.output(*body(ranks, own))
+        types = [self.type(*each) for each in inputs]
+        ours, extensions = self._open_inputs(), [kernel_library()]
+        with Graph(name, input_types=[*types, *ours], custom_extensions=extensions, module=self.module) as graph:
+            values = list(graph.inputs)
+            own = [v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(values, types, strict=False)]
+            graph.output(*body(self._rank(values[len(types) :]), own))
         self.graphs[name] = graph
 
-    def tokens(self, encoded: bool) -> list[Input]:
-        """Inputs for tokens: bfloat16, or in the format with its scales."""
-        cfg = self.cfg
-        if not encoded:
-            return [("bfloat16", ["T", cfg.hidden_size])]
-        dtype = graph_dtype(cfg.dispatch_format.token_dtype, self.device.is_cpu())
-        return [(dtype, ["T", cfg.hidden_size]), (cfg.dispatch_format.scale_dtype, ["T", cfg.scales_per_token])]
-
-    def choices(self, *dtypes: str) -> list[Input]:
-        """Inputs [T, K], for ids and weights."""
-        return [(dtype, ["T", self.cfg.top_k]) for dtype in dtypes]
-
-    def map(self) -> list[Input]:
-        """Inputs that combine takes from a handle: `FOR_COMBINE`."""
-        cfg = self.cfg
-        per_token = [cfg.n_ranks, cfg.max_tokens_per_rank, cfg.top_k]
-        return [("int32", per_token), ("float32", per_token), ("int32", [cfg.n_ranks])]
-
-    def received(self, handle: Handle) -> list[TensorValue]:
-        """The outputs of a dispatch: see `RECEIVED`."""
+    def type(self, dtype: str, shape: Sequence[Any], how: str = "") -> Type:
+        """The MAX type of an input or output."""
         from max.dtype import DType
+        from max.graph import BufferType, DeviceRef, TensorType
 
-        found = {name: getattr(handle, name) for name in RECEIVED}
-        found["row_offsets"] = handle.row_offsets.cast(DType.int32)
-        values = list(found.values())
-        if self.cfg.output_layout == "rank":
-            values += [handle.local_ids.cast(DType.int64), handle.local_weights]
-        return values
+        made = BufferType if how == "written" else TensorType
+        return made(getattr(DType, dtype), list(shape), DeviceRef.CPU() if how == "host" else self.device)
+
+    def _open_inputs(self) -> list[Type]:
+        """The communicator's inputs, with symbols for the sizes that follow from R and E."""
+        types = self.comm.input_types()
+        settings, tables, order, counters = types[0], types[1:7], types[7], types[8]
+        for table in tables:
+            table.shape = type(table.shape)(["R"])
+        counters.shape = type(counters.shape)(["words"])
+        return [settings, *tables, order, counters]
+
+    def _rank(self, values: Sequence[Any]) -> Rank:
+        settings, *tables = (v.tensor for v in values[:7])
+        order, counters = (v.buffer for v in values[7:])
+        return Rank(self.comm.cfg, 0, True, self.device, settings, *tables, order=order, counters=counters)
 
 
-def as_handle(cfg: EPConfig, rows: TensorValue, values: Sequence[TensorValue], topk_ids: TensorValue) -> Handle:
-    """A handle with what combine reads: `FOR_COMBINE`, and the rank's own choices. Its other fields stand for nothing.
+@dataclass(frozen=True)
+class GraphSet:
+    """Graphs that belong together. Equal sets are compiled once.
 
     Args:
-        cfg: The config.
-        rows: The expert rows: combine compares their shape with that of the tokens.
-        values: `FOR_COMBINE`.
-        topk_ids: [T, K], or any value on the device where nothing is received.
+        hidden: H.
+        layout: The engine's output layout.
     """
-    found = dict(zip(FOR_COMBINE, values, strict=True))
-    unread = ("scales", "row_offsets", "counts", "expert_ids", "src_info", "local_ids", "local_weights")
-    return Handle(cfg=cfg, tokens=rows, topk_ids=topk_ids, **dict.fromkeys(unread, found["row_map"]), **found)
+
+    hidden: int
+    layout: str
+
+    def add(self, b: Builder) -> None:
+        """Add the graphs to a module. Each is called `name(stage)`."""
+        raise NotImplementedError
+
+    def name(self, stage: str) -> str:
+        """Of a graph, in a module of several sets."""
+        return "_".join([stage, self.layout, str(self.hidden), *self._more()])
+
+    def _more(self) -> list[str]:
+        return []
 
 
-def normal(b: Builder) -> None:
-    """Layout "rank": "dispatch", and "combine0" to "combine2", by the number of biases.
+@dataclass(frozen=True)
+class DispatchSet(GraphSet):
+    """dispatch, and with `split` send and receive.
 
-    dispatch: tokens, topk_ids int64 [T, K], weights float32 [T, K], size. combine: rows [N, H], `FOR_COMBINE`,
-    topk_ids, biases bfloat16 [T, H]. A format that quantises takes tokens that are quantised already.
+    dispatch (in one launch): tokens, topk_ids [T, K], weights float32 [T, K] (if `weighted`), sizes; gives the tensors
+    of `HANDLE_TENSORS`. send: the same without sizes, gives nothing. receive: the tensors of `HANDLE_TENSORS`, which it
+    writes.
+
+    Args:
+        fmt: The format. Tokens are bfloat16 [T, H], or with `encoded` in the format, with scales [T, S].
+        encoded: Whether they are in the format already.
+        weighted: Whether the router's weights travel.
+        split: Whether to add the two halves.
+        ids: Element type of topk_ids.
     """
-    encoded = not isinstance(b.cfg.dispatch_format, BF16)
-    tokens = b.tokens(encoded)
 
-    def dispatch(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        *given, ids, weights, size = v
-        scales = [given[1]] if encoded else None
-        (h,) = ops.dispatch(ranks, [given[0]], [ids], [weights], x_scales=scales, rows=size.shape[0])
-        return b.received(h)
+    fmt: TokenFormat
+    encoded: bool
+    weighted: bool
+    split: bool
+    ids: str = "int64"
 
-    def combine(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        y, *rest = v
-        biases = [[bias] for bias in rest[4:]] + [None, None]
-        h = as_handle(b.cfg, y, rest[:3], rest[3])
-        return ops.combine(ranks, [y], [h], bias0=biases[0], bias1=biases[1])
+    def sizes(self, cfg: EPConfig, rows: int) -> list[int]:
+        """Shape of `sizes`, for `rows` rows of output."""
+        found = {
+            "N": rows,
+            "M": cfg.n_ranks * cfg.max_tokens_per_rank,
+            "Tm": cfg.max_tokens_per_rank,
+            "offsets": (cfg.n_ranks if cfg.output_layout == "rank" else cfg.n_groups) + 1,
+            "G": cfg.n_ranks if cfg.output_layout == "rank" else cfg.n_groups,
+        }
+        return [found.get(dim, dim) for dim in self._symbols()]
 
-    b.add("dispatch", [*tokens, *b.choices("int64", "float32"), ("int8", ["N", 0])], dispatch)
-    for n in range(3):
-        biases = [("bfloat16", ["T", b.cfg.hidden_size])] * n
-        rows = (b.cfg.combine_dtype, ["N", b.cfg.hidden_size])
-        b.add(f"combine{n}", [rows, *b.map(), *b.choices("int64"), *biases], combine)
+    def add(self, b: Builder) -> None:
+        """See `GraphSet.add`."""
+        on_host = b.device.is_cpu()
+        encoding = format_parameters(self.hidden, self.fmt)
+        parameters = encoding | {"layout": self.layout}
+        tokens = [(graph_dtype(self.fmt.token_dtype, on_host) if self.encoded else "bfloat16", ["T", self.hidden])]
+        if self.encoded:
+            tokens.append((self.fmt.scale_dtype, ["T", self.fmt.scales_per_token(self.hidden)]))
+        given = [*tokens, (self.ids, ["T", "K"]), *([("float32", ["T", "K"])] if self.weighted else [])]
+        received = self.received(on_host)
+
+        def values(v: list[TensorValue]) -> list[TensorValue]:
+            v = list(v)
+            x = v.pop(0)
+            scales = v.pop(0) if self.encoded else None
+            ids = v.pop(0)
+            weights = v.pop(0) if self.weighted else None
+            optional = ((scales, "float32", 2), (weights, "float32", 2), (None, "int32", 1), (None, "float32", 1))
+            scales, weights, num_tokens, factor = (_or_absent(*each, b.device) for each in optional)
+            return [x, scales, ids, weights, num_tokens, factor]
+
+        def dispatch(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+            types = [b.type(*each) for each in received]
+            return add_op("dispatch", rank, "dispatch", values(v[:-1]), types, parameters, 0)
+
+        def send(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+            add_op("dispatch_async", rank, "dispatch", values(v), [], encoding, 0)
+            return []
+
+        def receive(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+            add_op("dispatch_wait_into", rank, "dispatch", v, [], parameters, 0)
+            return []
+
+        b.add(self.name("dispatch"), [*given, ("int8", self._symbols(), "host")], dispatch)
+        if not self.split:
+            return
+        b.add(self.name("send"), given, send)
+        b.add(self.name("receive"), [(*each, "written") for each in received], receive)
+
+    def received(self, on_host: bool = True) -> list[tuple[str, list[Any]]]:
+        """(dtype, shape) of what is received, by the names of `HANDLE_TENSORS`."""
+        by_rank, padded = self.layout == "rank", self.layout == "expert_padded"
+        S = self.fmt.scales_per_token(self.hidden)
+        scales = (["N", S] if self.fmt.scales_layout == "row" else [S, "N"]) if S else [0, 0]
+        rows = ["G", "M"] if padded else ["N"]
+        elements = self.fmt.token_elements(self.hidden)
+        types = {
+            "tokens": (graph_dtype(self.fmt.token_dtype, on_host), [*rows, elements]),
+            "scales": (self.fmt.scale_dtype or "float32", scales),
+            "row_offsets": ("uint32", ["offsets"]),
+            "counts": ("int32", ["G"]),
+            "expert_ids": ("int32", [0] if by_rank else ["G"]),
+            "src_info": ("int32", ["N", 2]),
+            "local_ids": ("int32", ["N", "K"] if by_rank else [0, 0]),
+            "local_weights": ("float32", ["N", "K"] if by_rank else [0, 0]),
+            "recv_weights": ("float32", list(PER_TOKEN)),
+            "row_map": ("int32", list(PER_TOKEN)),
+            "recv_num_tokens": ("int32", ["R"]),
+        }
+        return [types[name] for name in HANDLE_TENSORS]
+
+    def _symbols(self) -> list[Any]:
+        return ["N", "M", "Tm", "offsets", "G", 0]
+
+    def _more(self) -> list[str]:
+        name = self.fmt.key().replace("/", "_").replace(".", "_")
+        return [name, self.ids, *(flag for flag in ("encoded", "weighted", "split") if getattr(self, flag))]
 
 
-def sums(b: Builder) -> None:
-    """Layout "rank": "combine0" alone, as in `normal`."""
-    rows = (b.cfg.combine_dtype, ["N", b.cfg.hidden_size])
+@dataclass(frozen=True)
+class CombineSet(GraphSet):
+    """combine0 and, with `biases`, combine1 and combine2; with reduce "source" also send_back and receive_back.
 
-    def combine(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        return ops.combine(ranks, [v[0]], [as_handle(b.cfg, v[0], v[1:4], v[4])])
+    combineN (in one launch): rows, `FOR_COMBINE`, topk_ids [T, K], weights float32 [T, K] (with reduce "source"), N
+    biases bfloat16 [T, H]; gives [T, H]. send_back: rows, `FOR_COMBINE`, gives nothing. receive_back: y [T, H], which
+    it writes, topk_ids, weights.
 
-    b.add("combine0", [rows, *b.map(), *b.choices("int64")], combine)
-
-
-def low_latency(b: Builder) -> None:
-    """Layout "expert_padded", reduce "source": "dispatch" and "combine" in one launch, and each in two halves.
-
-    dispatch, send: x bfloat16, topk_ids int64 [T, K]. receive: writes its inputs, `received_types`. combine: rows
-    [L, R*Tmax, H], `FOR_COMBINE`, topk_ids, weights float32 [T, K]. combine_send: the same up to `FOR_COMBINE`;
-    combine_receive: y [T, H], which it writes, topk_ids, weights.
+    Args:
+        reduce: "expert" or "source".
+        dtype: Of rows and sums.
+        biases: Whether to add graphs with biases.
+        ids: Element type of topk_ids.
     """
-    cfg, choices = b.cfg, b.choices("int64", "float32")
-    rows = ("bfloat16", [cfg.n_local_experts, cfg.n_ranks * cfg.max_tokens_per_rank, cfg.hidden_size])
 
-    def dispatch(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        (h,) = ops.dispatch(ranks, [v[0]], [v[1]])
-        return b.received(h)
+    reduce: str
+    dtype: str = "bfloat16"
+    biases: bool = False
+    ids: str = "int64"
 
-    def send(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        ops.dispatch_async(ranks, [v[0]], [v[1]])
-        return []
+    def add(self, b: Builder) -> None:
+        """See `GraphSet.add`."""
+        parameters = {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce}
+        at_source = self.reduce == "source"
+        rows = (self.dtype, [*(["G", "M"] if self.layout == "expert_padded" else ["N"]), self.hidden])
+        per_token = ("int32", PER_TOKEN), ("float32", PER_TOKEN), ("int32", ["R"])
+        choices = [(self.ids, ["T", "K"]), *([("float32", ["T", "K"])] if at_source else [])]
+        y, bias = (self.dtype, ["T", self.hidden]), ("bfloat16", ["T", self.hidden])
+        no_shared = b.type(self.dtype, [0, 0])
 
-    def receive(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        into.dispatch_wait_into(ranks, [v])
-        return []
+        def combine(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+            sent, (ids, *rest) = v[:4], v[4:]
+            weights = _or_absent(rest.pop(0) if at_source else None, "float32", 2, b.device)
+            none = _or_absent(None, "int32", 1, b.device)
+            added = [_or_absent(each, "bfloat16", 2, b.device) for each in [*rest, None, None][:2]]
+            values = [*sent, ids, weights, none, *added]
+            return add_op("combine", rank, "combine", values, [b.type(*y), no_shared], parameters, 0)[:1]
 
-    def combine(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        h = as_handle(cfg, v[0], v[1:4], v[4])
-        return ops.combine(ranks, [v[0]], [h], weights=[v[5]])
+        def send(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+            add_op("combine_async", rank, "combine", v, [no_shared], parameters, 0)
+            return []
 
-    def combine_send(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        ops.combine_async(ranks, [v[0]], [as_handle(cfg, v[0], v[1:4], v[1])])
-        return []
+        def receive(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+            add_op("combine_wait_into", rank, "combine", v, [], parameters, 0)
+            return []
 
-    def combine_receive(ranks: list[Rank], v: list[TensorValue]) -> list[TensorValue]:
-        into.combine_wait_into(ranks, [v[0]], [v[1]], [v[2]])
-        return []
+        for n in range(3 if self.biases else 1):
+            b.add(self.name(f"combine{n}"), [rows, *per_token, *choices, *[bias] * n], combine)
+        if at_source:
+            b.add(self.name("send_back"), [rows, *per_token], send)
+            b.add(self.name("receive_back"), [(*y, "written"), *choices], receive)
 
-    x = ("bfloat16", ["T", cfg.hidden_size])
-    b.add("dispatch", [x, *b.choices("int64")], dispatch)
-    b.add("send", [x, *b.choices("int64")], send)
-    b.add("receive", [(dtype, shape, True) for dtype, shape in received_types(cfg, b.device)], receive)
-    b.add("combine", [rows, *b.map(), *choices], combine)
-    b.add("combine_send", [rows, *b.map()], combine_send)
-    b.add("combine_receive", [(*x, True), *choices], combine_receive)
+    def _more(self) -> list[str]:
+        return [self.reduce, self.dtype, self.ids, *(["biases"] if self.biases else [])]
 
 
-def received_types(cfg: EPConfig, device: DeviceRef) -> list[tuple[str, list[int]]]:
-    """(dtype, shape) of all tensors of a handle of layout "expert_padded", in the order of `HANDLE_TENSORS`."""
-    return [(t.dtype.name, [int(d) for d in t.shape]) for t in handle_types(cfg, device)]
+def normal(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
+    """Graphs of normal mode: tokens come in the format."""
+    fmt = cfg.dispatch_format
+    dispatch = DispatchSet(cfg.hidden_size, "rank", fmt, not isinstance(fmt, BF16), True, False)
+    return dispatch, CombineSet(cfg.hidden_size, "rank", "expert", biases=True)
+
+
+def sums(cfg: EPConfig) -> tuple[CombineSet]:
+    """A combine of float32 in normal mode."""
+    return (CombineSet(cfg.hidden_size, "rank", "expert", "float32"),)
+
+
+def low_latency(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
+    """Graphs of low-latency mode: bfloat16 tokens, quantised on the way; weights at combine."""
+    dispatch = DispatchSet(cfg.hidden_size, "expert_padded", cfg.dispatch_format, False, False, True)
+    return dispatch, CombineSet(cfg.hidden_size, "expert_padded", "source")

@@ -18,7 +18,7 @@ import torch
 from ..config import EPConfig
 from ..errors import CapacityError, ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
 from ..formats import BF16, BlockwiseFP8, TokenFormat, check_int
-from ..handle import HANDLE_TENSORS
+from ..handle import HANDLE_TENSORS, handle_types
 from ..layout import MAX_TOKENS
 from . import graphs, sizes
 from .checks import check_tensor
@@ -153,27 +153,28 @@ class LowLatencyMode:
         )
         if stats is not None:
             check_tensor("cumulative_local_expert_recv_stats", stats, [torch.int32], [cfg.n_local_experts], device)
-        rounds = self.session.rounds(cfg, graphs.low_latency)
+        sets = graphs.low_latency(cfg)
+        rounds = self.session.rounds(cfg, sets)
         self._check_room(rounds, "dispatch", later)
         too_many = functools.partial(_too_many, cfg)
         given = x.contiguous(), topk_idx.contiguous()
         if not later:
             with self.session.announcing(rounds, x.shape[0], too_many):
-                received = rounds.run("dispatch", *given)
-            found, hook = dict(zip(graphs.RECEIVED, received, strict=True)), None
+                received = rounds.run(sets[0], "dispatch", *given, rounds.sizes(sets[0], cfg.rows_capacity))
+            found = dict(zip(HANDLE_TENSORS, received, strict=True))
             handle = LowLatencyHandle(self.session, cfg, x.shape[0], to_tensor(found["counts"]))
             handle.fill(found)
             self._arrived(handle, stats)
             return self._rows(cfg, found), handle.counts, handle, None
-        outputs = _empty(cfg, rounds, device)
+        outputs = _empty(cfg, rounds)
         found = dict(zip(HANDLE_TENSORS, outputs, strict=True))
         handle = LowLatencyHandle(self.session, cfg, x.shape[0], to_tensor(found["counts"]))
         with self.session.announcing(rounds, x.shape[0], too_many):
-            rounds.run("send", *given)
+            rounds.run(sets[0], "send", *given)
 
         def receive() -> None:
             with self.session.announcing(rounds, 0, too_many):
-                rounds.run("receive", *outputs)
+                rounds.run(sets[0], "receive", *outputs)
             handle.fill(found)
             self._arrived(handle, stats)
 
@@ -217,19 +218,20 @@ class LowLatencyMode:
                 raise ShapeError(field="out", value="strided", allowed="contiguous", remedy="pass a contiguous tensor")
         if not handle.received:
             raise _hook_first("handle")
-        rounds = self.session.rounds(cfg, graphs.low_latency)
+        back = graphs.low_latency(cfg)[1]
+        rounds = self.session.rounds(cfg, graphs.low_latency(cfg))
         self._check_room(rounds, "combine", later)
         rows = self._filled(shape) if zero_copy else x.contiguous()
         ids, weights = topk_idx.contiguous(), topk_weights.contiguous()
         if out is None and not later:
-            (combined,) = rounds.run("combine", rows, *handle.for_combine, ids, weights)
+            (combined,) = rounds.run(back, "combine0", rows, *handle.for_combine, ids, weights)
             return to_tensor(combined), None
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
-        rounds.run("combine_send", rows, *handle.for_combine)
+        rounds.run(back, "send_back", rows, *handle.for_combine)
         if not later:
-            rounds.run("combine_receive", y, ids, weights)
+            rounds.run(back, "receive_back", y, ids, weights)
             return y, None
-        return y, self._later(rounds, "combine", lambda: rounds.run("combine_receive", y, ids, weights))
+        return y, self._later(rounds, "combine", lambda: rounds.run(back, "receive_back", y, ids, weights))
 
     def next_buffer(self, handle: Any) -> torch.Tensor:
         """See `Buffer.get_next_low_latency_combine_buffer`."""
@@ -369,14 +371,13 @@ def format_of(use_fp8: Any, round_scale: Any, use_ue8m0: Any) -> TokenFormat:
     return BlockwiseFP8("ue8m0" if use_ue8m0 else "power_of_two" if round_scale else "float32", "column")
 
 
-def _empty(cfg: EPConfig, rounds: Rounds, device: torch.device) -> list[Buffer]:
+def _empty(cfg: EPConfig, rounds: Rounds) -> list[Buffer]:
     """Tensors for what a hook will receive."""
     from max.driver import Buffer
-    from max.dtype import DType
 
-    place = rounds.comm.device_refs()[0].to_device()
-    types = graphs.received_types(cfg, rounds.comm.device_refs()[0])
-    return [Buffer(getattr(DType, dtype), shape, place) for dtype, shape in types]
+    device = rounds.comm.device_refs()[0]
+    place = device.to_device()
+    return [Buffer(t.dtype, [int(d) for d in t.shape], place) for t in handle_types(cfg, device)]
 
 
 def _too_many(cfg: EPConfig, rank: int, tokens: int) -> CapacityError:

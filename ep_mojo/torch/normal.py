@@ -15,9 +15,10 @@ from torch.nn.functional import pad
 from ..config import EPConfig
 from ..errors import CapacityError, ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
 from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
+from ..handle import HANDLE_TENSORS
 from . import graphs, sizes
 from .checks import check_tensor
-from .rounds import Rounds, to_tensor
+from .rounds import to_tensor
 from .session import Session
 
 if TYPE_CHECKING:
@@ -142,22 +143,21 @@ class NormalMode:
             check_tensor("topk_weights", topk_weights, [torch.float32], topk_idx.shape, device)
             ids, weights = topk_idx.detach().clone(memory_format=torch.contiguous_format), topk_weights.contiguous()
         cfg = self._config(hidden, ids.shape[1], n_experts, fmt)
-        received = self._send(cfg, tokens, ids, weights, worst or n_ranks * cfg.max_tokens_per_rank, num_sms)
-        by_name = dict(zip(graphs.RECEIVED, received, strict=False))
-        recv_ids, recv_weights = (to_tensor(b) for b in received[len(graphs.RECEIVED) :])
-        offsets = to_tensor(by_name["row_offsets"])
+        found = self._send(cfg, tokens, ids, weights, worst or n_ranks * cfg.max_tokens_per_rank, num_sms)
+        # Below 2^31, so the same bits; torch can do little with unsigned numbers.
+        offsets = to_tensor(found["row_offsets"], torch.int32)
         rows = worst or int(offsets[-1])
-        for_combine = [by_name[name] for name in graphs.FOR_COMBINE]
-        handle = NormalHandle(
-            self.session, cfg, ids, topk_idx is not None, rows, offsets, for_combine, by_name["src_info"]
-        )
-        recv_x = self._received(by_name, rows, fmt)
+        for_combine = [found[name] for name in graphs.FOR_COMBINE]
+        has_topk = topk_idx is not None
+        handle = NormalHandle(self.session, cfg, ids, has_topk, rows, offsets, for_combine, found["src_info"])
+        recv_x = self._received(found, rows, fmt)
         if topk_idx is None:
             return recv_x, None, None, [], handle
+        recv_ids = to_tensor(found["local_ids"])[:rows].to(torch.int64)
+        recv_weights = to_tensor(found["local_weights"])[:rows]
         if worst:
             here = torch.arange(rows, device=device)[:, None] < handle.recv_count
             return recv_x, torch.where(here, recv_ids, -1), torch.where(here, recv_weights, 0), [], handle
-        recv_ids, recv_weights = recv_ids[:rows], recv_weights[:rows]
         counts = torch.bincount((recv_ids + 1).flatten(), minlength=n_experts // n_ranks + 1)[1:].tolist()
         return recv_x, recv_ids, recv_weights, [align_up(c, alignment) for c in counts], handle
 
@@ -173,8 +173,8 @@ class NormalMode:
         weights = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=self.session.device)
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
         # A handle of a Buffer with room for as many tokens, whatever the row: the map fits.
-        received = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
-        return self._received(dict(zip(graphs.RECEIVED, received, strict=False)), handle.num_recv_tokens, fmt)
+        found = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
+        return self._received(found, handle.num_recv_tokens, fmt)
 
     def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[list[torch.Tensor], TokenFormat]:
         """Contiguous tokens, with their scales if they have any, and their format."""
@@ -229,11 +229,12 @@ class NormalMode:
         weights: torch.Tensor,
         rows: int,
         num_sms: int,
-    ) -> list[Buffer]:
-        rounds = self.session.rounds(cfg, graphs.normal)
-        size = torch.empty((rows, 0), dtype=torch.int8, device=self.session.device)
+    ) -> dict[str, Buffer]:
+        sets = graphs.normal(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        given = *tokens, ids, weights, rounds.sizes(sets[0], rows)
         with self.session.announcing(rounds, ids.shape[0], functools.partial(self._too_many, cfg)):
-            return rounds.run("dispatch", *tokens, ids, weights, size, n_sms=num_sms)
+            return dict(zip(HANDLE_TENSORS, rounds.run(sets[0], "dispatch", *given, n_sms=num_sms), strict=True))
 
     def _too_many(self, cfg: EPConfig, rank: int, tokens: int) -> CapacityError:
         most = cfg.max_tokens_per_rank
@@ -245,10 +246,10 @@ class NormalMode:
             remedy="make a Buffer of so many bytes on all ranks; or call reset() on all ranks and send less",
         )
 
-    def _received(self, by_name: dict[str, Buffer], rows: int, fmt: TokenFormat) -> Tokens:
+    def _received(self, found: dict[str, Buffer], rows: int, fmt: TokenFormat) -> Tokens:
         if isinstance(fmt, BF16):
-            return to_tensor(by_name["tokens"])[:rows]
-        return to_tensor(by_name["tokens"], torch.float8_e4m3fn)[:rows], to_tensor(by_name["scales"])[:rows]
+            return to_tensor(found["tokens"])[:rows]
+        return to_tensor(found["tokens"], torch.float8_e4m3fn)[:rows], to_tensor(found["scales"])[:rows]
 
     # Combine
 
@@ -269,9 +270,10 @@ class NormalMode:
             check_tensor(f"bias[{i}]", value, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
         if topk_weights is not None:
             check_tensor("topk_weights", topk_weights, [torch.float32], [handle.num_recv_tokens, None], device)
-        rounds = self.session.rounds(cfg, graphs.normal)
+        sets = graphs.normal(cfg)
+        rounds = self.session.rounds(cfg, sets)
         rows = [x.contiguous(), *handle.for_combine, handle.topk_idx, *(b.contiguous() for b in biases)]
-        (combined,) = rounds.run(f"combine{len(biases)}", *rows, n_sms=num_sms)
+        (combined,) = rounds.run(sets[1], f"combine{len(biases)}", *rows, n_sms=num_sms)
         if topk_weights is None:
             return to_tensor(combined), None
         return to_tensor(combined), self._sum_weights(topk_weights, handle, num_sms)
@@ -283,9 +285,11 @@ class NormalMode:
         cfg = handle.cfg.replace(
             hidden_size=width, dispatch_format=BF16(), combine_dtype="float32", output_dtype="float32"
         )
-        rounds: Rounds = self.session.rounds(cfg, graphs.sums)
+        sets = graphs.sums(cfg)
+        rounds = self.session.rounds(cfg, sets)
         rows = pad(weights.detach(), (0, width - top_k)).contiguous()
-        (summed,) = rounds.run("combine0", rows, *handle.for_combine, handle.topk_idx, n_sms=num_sms)
+        given = rows, *handle.for_combine, handle.topk_idx
+        (summed,) = rounds.run(sets[0], "combine0", *given, n_sms=num_sms)
         return to_tensor(summed)[:, :top_k].contiguous()
 
     def _own(self, handle: Any) -> NormalHandle:

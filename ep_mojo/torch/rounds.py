@@ -6,7 +6,7 @@ them; what only combine reads stays a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from ..comm import Communicator
 from ..config import EPConfig
 from ..dtypes import to_numpy
 from .board import Board
-from .graphs import Builder
+from .graphs import Builder, DispatchSet, GraphSet
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -23,8 +23,24 @@ if TYPE_CHECKING:
 BITS = {torch.float8_e4m3fn: torch.uint8}
 """What MAX takes in place of types that it does not have on the host."""
 SETTING_N_SMS = 11
+KEPT_SIZES = 64
 
-_compiled: dict[tuple, dict[str, Any]] = {}
+_compiled: dict[tuple[GraphSet, str], dict[str, Any]] = {}
+"""Compiled graphs by name, of each set and device."""
+
+
+def compile_sets(comm: Communicator, sets: Sequence[GraphSet]) -> None:
+    """Compile sets of graphs for the device of a communicator, whatever its config. All its ranks call this."""
+    from max.graph import Module
+
+    builder, names = Builder(comm, Module()), {}
+    for each in sets:
+        before = set(builder.graphs)
+        each.add(builder)
+        names[each] = [name for name in builder.graphs if name not in before]
+    models = dict(zip(builder.graphs, comm.compile_all(list(builder.graphs.values())), strict=True))
+    for each, members in names.items():
+        _compiled[each, str(builder.device)] = {name: models[name] for name in members}
 
 
 class Rounds:
@@ -36,38 +52,35 @@ class Rounds:
         name: The same on all ranks, and no other rounds of the group have it.
     """
 
-    def __init__(self, group: Any, board: Board, cfg: EPConfig, build: Callable[[Builder], None], timeout_s: float):
-        """Make the windows, and compile what `build` adds unless this process has done that for an earlier one.
+    def __init__(self, group: Any, board: Board, cfg: EPConfig, sets: Sequence[GraphSet], timeout_s: float):
+        """Make the windows, and compile the graphs of `sets` that this process does not have yet.
 
         Raises:
             ConfigMismatchError: Ranks come with different configs; on all of them.
             PeerTimeoutError: A rank did not come.
             EPError: See `Communicator.process_group`.
         """
-        self.cfg = cfg
-        what = f"the first call of {build.__name__}"
-        self.name = board.agree_on(what, {"config": repr(cfg)}, timeout_s)
+        self.cfg, self.sets = cfg, tuple(sets)
+        what = "making the windows of a new kind of round"
+        self.name = board.agree_on(what, {"config": repr(cfg), "graphs": repr(self.sets)}, timeout_s)
         self.comm = Communicator.process_group(cfg, group)
-        key = (build, cfg, str(self.comm.device_refs()[0]))
-        # Together or not at all: rank 0 compiles for all.
-        if all(board.agree(what, key in _compiled, timeout_s)):
-            self._models = _compiled[key]
-        else:
-            self._models = _compiled[key] = self._compile(build)
+        place = str(self.comm.device_refs()[0])
+        here = [(each, place) in _compiled for each in self.sets]
+        # Rank 0 compiles for all, so what one rank lacks is made on all.
+        everywhere = [all(flags) for flags in zip(*board.agree(what, here, timeout_s), strict=True)]
+        lacking = [each for each, found in zip(self.sets, everywhere, strict=True) if not found]
+        if lacking:
+            compile_sets(self.comm, lacking)
+        self._models = {name: model for each in self.sets for name, model in _compiled[each, place].items()}
         self._n_sms = to_numpy(self.comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
+        self._sizes: dict[tuple[int, ...], Buffer] = {}
 
-    def _compile(self, build: Callable[[Builder], None]) -> dict[str, Any]:
-        from max.graph import Module
-
-        builder = Builder(self.comm, Module())
-        build(builder)
-        return dict(zip(builder.graphs, self.comm.compile_all(list(builder.graphs.values())), strict=True))
-
-    def run(self, name: str, *values: Any, n_sms: int = 0) -> list[Buffer]:
+    def run(self, graphs: GraphSet, stage: str, *values: Any, n_sms: int = 0) -> list[Buffer]:
         """Run a graph.
 
         Args:
-            name: Of the graph.
+            graphs: The set that has it.
+            stage: Its name there.
             values: Its inputs, contiguous tensors or MAX buffers.
             n_sms: The most SMs (on the host: worker threads) of a launch, 0 = all.
 
@@ -78,7 +91,19 @@ class Rounds:
             EPError: What this rank recorded, see `Communicator.execute`.
         """
         self._n_sms[0] = n_sms
-        return self.comm.execute(self._models[name], *map(to_buffer, values), as_buffers=True)
+        return self.comm.execute(self._models[graphs.name(stage)], *map(to_buffer, values), as_buffers=True)
+
+    def sizes(self, graphs: DispatchSet, rows: int) -> Buffer:
+        """The input that tells a dispatch the sizes of its outputs, of which `rows` is the number of rows."""
+        from max.driver import Buffer
+        from max.dtype import DType
+
+        shape = tuple(graphs.sizes(self.cfg, rows))
+        if shape not in self._sizes:
+            if len(self._sizes) >= KEPT_SIZES:
+                self._sizes.clear()
+            self._sizes[shape] = Buffer(DType.int8, shape)
+        return self._sizes[shape]
 
     def window(self) -> torch.Tensor:
         """This rank's receive window of dispatch, uint8, flat."""

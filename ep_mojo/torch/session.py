@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from ..config import EPConfig
 from ..errors import CapacityError, EPError, OrderError, ShapeError
-from . import graphs
 from .board import board_of
-from .graphs import Builder
+from .graphs import GraphSet
 from .rounds import Rounds
 from .streams import queue_for
 
@@ -36,7 +35,7 @@ class Session:
         self.rank, self.size = group.rank(), group.size()
         self.device, self.queue = device, queue_for(device)
         self.timeout_s = timeout_s
-        self._rounds: dict[tuple[Any, EPConfig], Rounds] = {}
+        self._rounds: dict[tuple[EPConfig, Any], Rounds] = {}
         self.destroyed = False
 
     def live(self) -> None:
@@ -46,15 +45,15 @@ class Session:
                 "the Buffer was destroyed", allowed="use before destroy()", remedy="make a new Buffer, on all ranks"
             )
 
-    def rounds(self, cfg: EPConfig, build: Callable[[Builder], None]) -> Rounds:
-        """The rounds of a config. The first call makes them, together with all ranks.
+    def rounds(self, cfg: EPConfig, sets: Sequence[GraphSet]) -> Rounds:
+        """The rounds of a config, with these graphs. The first call makes them, together with all ranks.
 
         Raises:
             ConfigMismatchError, PeerTimeoutError, EPError: See `Rounds`.
         """
-        key = (build, cfg)
+        key = cfg, tuple(sets)
         if key not in self._rounds:
-            self._rounds[key] = Rounds(self.group, self.board, cfg, build, self.timeout_s)
+            self._rounds[key] = Rounds(self.group, self.board, cfg, sets, self.timeout_s)
         return self._rounds[key]
 
     def made(self) -> list[Rounds]:
@@ -87,8 +86,8 @@ class Session:
 
     def window(self, dtype: torch.dtype, size: Sequence[int] | None, offset: int, low_latency: bool) -> torch.Tensor:
         """See `Buffer.get_local_buffer_tensor`."""
-        build = graphs.low_latency if low_latency else graphs.normal
-        found = [rounds for (by, _), rounds in self._rounds.items() if by is build]
+        layout = "expert_padded" if low_latency else "rank"
+        found = [rounds for (cfg, _), rounds in self._rounds.items() if cfg.output_layout == layout]
         if not found:
             raise OrderError(
                 "there are no windows yet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.torch import buffers
 from tests.torch.launch import Pool
 
 
@@ -12,3 +13,10 @@ def pool():
     """Four processes, for tests that leave them as they were."""
     with Pool(4) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def ready(pool):
+    """The same processes, with groups of 2 and 4 of them, and all graphs that the tests of `ep_mojo.torch` use."""
+    pool.run(buffers.prepare, timeout_s=600)
+    return pool

@@ -7,6 +7,7 @@ hangs nobody; and a rank may leave a note that others look for without waiting.
 from __future__ import annotations
 
 import pickle
+import time
 import weakref
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ..errors import ConfigMismatchError, PeerTimeoutError
+
+GRACE_S = 0.2
 
 _boards: weakref.WeakKeyDictionary[Any, Board] = weakref.WeakKeyDictionary()
 
@@ -52,9 +55,11 @@ class Board:
             self._store.wait(keys, timedelta(seconds=timeout_s or 1e6))
         except (RuntimeError, dist.DistStoreError) as error:
             missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+            time.sleep(GRACE_S)  # who gives up at the same time is to see who came, too
             self._store.delete_key(mine)
             raise PeerTimeoutError(
-                f"rank {self.rank}: {what} waited {timeout_s:g} s for rank {', '.join(map(str, missing))}",
+                f"rank {self.rank}: {what}: in {timeout_s:g} s rank {', '.join(map(str, missing))} did not come, or "
+                "has given up",
                 remedy="make the same calls with the same sizes on every rank of the group",
             ) from error
         found = [pickle.loads(self._store.get(key)) for key in keys]

@@ -20,9 +20,11 @@ PADDED = [ep.BF16(), *(ep.BlockwiseFP8(scale, "column") for scale in ep.Blockwis
 
 def prepare() -> None:
     """Compile everything once, in one module; make the groups."""
-    kept["group", 4] = dist.group.WORLD
-    kept["group", 2] = dist.new_group([0, 1])
-    cfg = ep.EPConfig(hidden_size=HIDDEN, top_k=1, n_experts=4, max_tokens_per_rank=1, n_ranks=4)
+    n = dist.get_world_size()
+    kept["group", n] = dist.group.WORLD
+    if n > 2:
+        kept["group", 2] = dist.new_group([0, 1])
+    cfg = ep.EPConfig(hidden_size=HIDDEN, top_k=1, n_experts=n, max_tokens_per_rank=1, n_ranks=n)
     found = [s for fmt in (ep.BF16(), *FP8) for s in graphs.normal(cfg.replace(dispatch_format=fmt))]
     found += [s for fmt in PADDED for s in graphs.low_latency(cfg.replace(dispatch_format=fmt))]
     found += graphs.sums(cfg.replace(hidden_size=8))

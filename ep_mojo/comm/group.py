@@ -13,14 +13,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError, DTypeError, MissingDependencyError, OrderError, PeerTimeoutError, UnsupportedError
+from ..errors import (
+    ConfigError,
+    DTypeError,
+    EPError,
+    MissingDependencyError,
+    OrderError,
+    PeerLostError,
+    PeerTimeoutError,
+    UnsupportedError,
+)
 from .causes import raise_first
 from .worker import portable, text_of
 
 TICK_S = 0.05
 """How often who waits looks around."""
 GRACE_S = 2.0
-"""How long after a failure of the group to look for a peer that is gone."""
+"""How long to look for a peer that is gone where the group has failed, and for an answer where a peer is gone."""
 HOST_BACKENDS = ("gloo",)
 
 Look = Callable[[], None]
@@ -33,11 +42,10 @@ class ProcessGroup:
         group: The `torch.distributed` group.
         rank: This process's rank in it.
         size: How many processes it has.
-        look: Called now and then while this process waits for the others. It may raise.
     """
 
-    def __init__(self, group: Any = None):
-        """`group`: None for the default one.
+    def __init__(self, group: Any, look: Look):
+        """`group`: None for the default one. `look`: called now and then while others are waited for. It may raise.
 
         Raises:
             MissingDependencyError: torch, or its `torch.distributed`, is not installed.
@@ -69,21 +77,27 @@ class ProcessGroup:
                 allowed="a torch.distributed.ProcessGroup, or None for the default group",
                 remedy="pass what torch.distributed.new_group returned",
             )
-        backends = dist.get_backend_config(group)
-        by_device = dict(part.split(":", 1) for part in str(backends).split(",") if ":" in part)
+        try:
+            backends = str(dist.get_backend_config(group))
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        except Exception as e:  # of several kinds, none of them documented
+            raise OrderError(
+                f"torch.distributed does not know the group any more ({text_of(e)})",
+                allowed="a group before torch.distributed.destroy_process_group",
+                remedy="make a new group",
+            ) from e
+        by_device = dict(part.split(":", 1) for part in backends.split(",") if ":" in part)
         if by_device.get("cpu") not in HOST_BACKENDS:
             raise UnsupportedError(
                 "the group cannot move what is on the host",
                 field="backend of the group",
-                value=str(backends),
+                value=backends,
                 allowed="gloo for the CPU: gloo, or cpu:gloo,cuda:nccl",
-                remedy='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or pass group='
-                'torch.distributed.new_group(backend="gloo")',
+                remedy='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or pass '
+                'group=torch.distributed.new_group(backend="gloo")',
             )
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        self.look: Look = lambda: None
+        self._look = look
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's `value`, by rank, as soon as all have called this. `what` is for errors: "doing so and so".
@@ -105,14 +119,19 @@ class ProcessGroup:
 
         Of several errors the one that explains most; `by_rank` has all of them. The rest as for `gather`.
         """
+        own: Exception | None = None
         try:
             mine = True, make()
         except Exception as e:
-            mine = False, portable(e, f"rank {self.rank}")
-            own = e
-        answers = self.gather(mine, what)
+            mine, own = (False, portable(e, f"rank {self.rank}")), e
+        try:
+            answers = self.gather(mine, what)
+        except EPError as e:
+            if own is None:
+                raise
+            raise own from e
         errors = {r: value for r, (ok, value) in enumerate(answers) if not ok}
-        if not mine[0]:
+        if own is not None:
             errors[self.rank] = own
         raise_first(errors)
         return [value for _, value in answers]
@@ -126,23 +145,18 @@ class ProcessGroup:
     def from_first(self, make: Callable[[], Any], meanwhile: Callable[[], Any], what: str) -> Any:
         """What `make()` returned on rank 0, on all ranks; the others call `meanwhile`. Errors as for `agree`."""
         kept: list[Any] = []
+        self.agree(lambda: kept.append(make()) if self.rank == 0 else kept.append(meanwhile()), what)
+        found = kept if self.rank == 0 else [None]
 
         def call() -> None:
             dist = torch_distributed()
-            dist.broadcast_object_list(kept, src=dist.get_global_rank(self.group, 0), group=self.group)
+            dist.broadcast_object_list(found, src=dist.get_global_rank(self.group, 0), group=self.group)
 
-        def first() -> None:
-            kept.append(make())
-
-        if self.rank != 0:
-            meanwhile()
-            kept.append(None)
-        self.agree(first if self.rank == 0 else lambda: None, what)
         self._wait(call, what)
-        return kept[0]
+        return found[0]
 
     def _wait(self, call: Callable[[], Any], what: str) -> Any:
-        self.look()
+        self._look()
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
         def answer() -> None:
@@ -152,19 +166,28 @@ class ProcessGroup:
                 answers.put((False, e))
 
         threading.Thread(target=answer, name="ep-mojo-group", daemon=True).start()
-        while True:
+        gone: PeerLostError | None = None
+        end = float("inf")
+        while time.monotonic() < end:
             try:
                 ok, value = answers.get(timeout=TICK_S)
-                break
             except queue.Empty:
-                self.look()
-        if ok:
-            return value
+                try:
+                    self._look()
+                except PeerLostError as e:
+                    # A peer that has answered and gone on may go at once: its answer is on its way then.
+                    gone, end = gone or e, min(end, time.monotonic() + GRACE_S)
+                continue
+            if ok:
+                return value
+            break
+        if gone is not None:
+            raise gone
         if not isinstance(value, RuntimeError):  # what torch.distributed raises derives from it
             raise value
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:  # the group may know of a lost peer a moment before this process does
-            self.look()
+            self._look()
             time.sleep(TICK_S)
         raise PeerTimeoutError(
             f"rank {self.rank}: the process group failed while {what}: {text_of(value)}",

@@ -35,10 +35,10 @@ class OneRankCommunicator(Communicator):
     fused_allowed = True
     lost_remedy = "destroy() this communicator"
 
-    def __init__(self, cfg: EPConfig):
-        """Called by the subclasses, which then set `rank` and `memories`."""
+    def __init__(self, cfg: EPConfig, rank: int):
+        """Called by the subclasses, which then set `memories`."""
         super().__init__(cfg)
-        self.rank = -1
+        self.rank = rank
         self.memories: list[windows.RankMemory] = []
         self._inputs: list[Buffer] | None = None
         self._session: InferenceSession | None = None

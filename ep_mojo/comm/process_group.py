@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 OWN_CHOICE = ("n_sms", "timeout_s")
 """Fields of the config that ranks may choose for themselves."""
 
+KNOWN_PIDS: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+"""Processes by rank, of groups that had a communicator: the next one need not wait for one that is gone."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -68,36 +71,42 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def __init__(self, cfg: EPConfig, group: Any = None, *, device: Any = None):
         """See `Communicator.process_group`."""
-        self._calls = ProcessGroup(group)
         self._watch: PeerWatch | None = None
-        cards = self._calls.agree(lambda: self._introduce(cfg, device), "introducing its ranks")
-        check_cards(cards)
-        self._pids = [card.pid for card in cards]
+        self._provider: MemoryProvider | None = None
+        self.memories = []
+        own = weakref.ref(self)  # so that a communicator that is forgotten goes at once
+        self._calls = ProcessGroup(group, lambda: (comm := own()) and comm._look())
         self.group, self.rank = self._calls.group, self._calls.rank
-        self.compiles_once = self._provider.compiles_once
         try:
-            offers = self._calls.agree(lambda: self._create(cards[0].group), "making windows")
-            self._calls.look = self._look
+            cards = self._calls.agree(lambda: self._introduce(cfg, device), "introducing its ranks")
+            check_cards(cards)
+            KNOWN_PIDS[self.group] = pids = [card.pid for card in cards]
+            offers = self._calls.agree(lambda: self._create(pids, cards[0].group), "making windows")
             self._calls.agree(lambda: self._attach(offers), "mapping windows")
         except BaseException:
             if self._watch is not None:
                 self._watch.stop()
             raise
         finally:
-            self._provider.close()
+            if self._provider is not None:
+                self._provider.close()
+        self.compiles_once = self._provider.compiles_once
         self._finalizer = weakref.finalize(self, leave, os.getpid(), self._watch, self.memories, self.rank)
         self._watch.start(self.memories, self.rank)
 
     def _introduce(self, cfg: EPConfig, device: Any) -> Card:
-        super().__init__(cfg)
-        self._provider: MemoryProvider = provider_for(device)
+        if self.group in KNOWN_PIDS:
+            self._watch = PeerWatch(KNOWN_PIDS[self.group], self.rank)
+        super().__init__(cfg, self.rank)
+        self._provider = provider_for(device)
         self._provider.check_free(cfg)
         fields = {f.name: repr(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.name not in OWN_CHOICE}
         version = f"ep-mojo {__version__} with layout {layout.LAYOUT_VERSION}"
         return Card(version, host_id(), os.getpid(), fields, shm.new_group())
 
-    def _create(self, group: int) -> Any:
-        self._watch = PeerWatch(self._pids, self.rank)
+    def _create(self, pids: Sequence[int], group: int) -> Any:
+        if self._watch is None:
+            self._watch = PeerWatch(pids, self.rank)
         return self._provider.create(self.cfg, self.rank, group)
 
     def _attach(self, offers: Sequence[Any]) -> None:
@@ -138,7 +147,7 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             specs = self._calls.together(lambda: [self._check_graph(g) for g in graphs], "checking graphs")
             if not self.compiles_once:
                 return self._calls.together(lambda: load_graphs(self.session, graphs, specs), "compiling")
-            check_same(self._calls.gather([signature(g) for g in graphs], "comparing graphs"))
+            check_same(self._calls.agree(lambda: [signature(g) for g in graphs], "comparing graphs"))
             models = self._compile_once(graphs)
             return [CompiledGraph(g.name, s, m) for g, s, m in zip(graphs, specs, models, strict=True)]
 
@@ -190,7 +199,10 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def _look(self) -> None:
         """Raise if there is nobody to wait for, or nobody that waits."""
-        self._live()
+        if self._watch is None:  # this is the first communicator of the group
+            return
+        if self.memories:
+            self._live()
         if lost := self.lost:
             raise self._lost_error(lost)
 

@@ -34,7 +34,7 @@ class PeerWatch:
         """`pids`: of all ranks; `me`: the own rank.
 
         Raises:
-            OSError: There are no file descriptors left.
+            SharedMemoryError: There are no file descriptors left.
         """
         self._pidfds: dict[int, int] = {}
         self._gone: set[int] = set()
@@ -43,12 +43,12 @@ class PeerWatch:
         try:
             for rank, pid in enumerate(pids):
                 if rank != me:
-                    self._open(rank, pid)
+                    self._open(rank, pid, me)
         except BaseException:
             self.stop()
             raise
 
-    def _open(self, rank: int, pid: int) -> None:
+    def _open(self, rank: int, pid: int, me: int) -> None:
         if not hasattr(os, "pidfd_open"):
             return
         try:
@@ -56,16 +56,18 @@ class PeerWatch:
         except ProcessLookupError:
             self._gone.add(rank)
         except OSError as e:
-            if e.errno in shm.NO_DESCRIPTORS:
-                raise
+            if named := shm.no_descriptors(me, e):
+                raise named from e
             # else a kernel or a sandbox without pidfds
 
     def gone(self) -> set[int]:
         """Ranks whose process is gone."""
         poller = select.poll()
-        for fd in self._pidfds:
+        ranks = dict(self._pidfds)
+        for fd in ranks:
             poller.register(fd, select.POLLIN)
-        self._gone |= {self._pidfds[fd] for fd, _ in poller.poll(0)}
+        # A descriptor that is closed meanwhile, by a destroy() of another thread, is POLLNVAL.
+        self._gone |= {ranks[fd] for fd, event in poller.poll(0) if event & select.POLLIN}
         return set(self._gone)
 
     def start(self, memories: Sequence[RankMemory], me: int) -> None:

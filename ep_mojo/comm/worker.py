@@ -91,8 +91,7 @@ class WorkerCommunicator(OneRankCommunicator):
 
     def __init__(self, cfg: EPConfig, rank: int, group: int, fds: Sequence[int], models: dict[int, Any]):
         """Map the blocks of all ranks, and check that all were made for this config."""
-        super().__init__(cfg)
-        self.rank = rank
+        super().__init__(cfg, rank)
         self.memories = [shm.attach(fd, cfg, r, group, rank) for r, fd in enumerate(fds)]
         self._own.check_head()
         self._models = models

@@ -125,7 +125,9 @@ def test_pixi_and_the_dev_extra_install_the_same_tools():
     from_pip = {requirement_name(item) for name in ("dev", "plots", "bench") for item in extras[name]} - {"ep-mojo"}
     from_pip |= {requirement_name(item) for item in PYPROJECT["project"]["dependencies"]}
     from_pixi = {requirement_name(item) for item in PIXI["dependencies"]} - {"python"}
-    assert from_pip - {"mblack"} | {"modular"} == {name.removesuffix("-base") for name in from_pixi}
+    other_names = {"matplotlib-base": "matplotlib", "pytorch-cpu": "torch"}
+    assert from_pip - {"mblack"} | {"modular"} == {other_names.get(name, name) for name in from_pixi}
+    assert f"torch=={PIXI['dependencies']['pytorch-cpu']}" in extras["dev"]
 
 
 def test_platforms_agree():

@@ -1,10 +1,10 @@
-"""Processes that the tests of this directory share."""
+"""Processes and compiled graphs that the tests of this directory share."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.torch import buffers
+from tests.torch import buffers, group_calls
 from tests.torch.launch import Pool
 
 
@@ -13,6 +13,13 @@ def pool():
     """Four processes, for tests that leave them as they were."""
     with Pool(4) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def built(pool):
+    """The same processes with communicators over 2, 3 and 4 of them, and their graphs: see `group_calls.build`."""
+    pool.run(group_calls.build, timeout_s=240)
+    return pool
 
 
 @pytest.fixture(scope="session")

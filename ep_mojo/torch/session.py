@@ -96,7 +96,7 @@ class Session:
                 allowed="after the first round of that mode",
                 remedy="dispatch first",
             )
-        memory = found[-1].window()
+        memory = max((rounds.window() for rounds in found), key=torch.Tensor.numel)
         flat = memory[: memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)[offset:]
         if size is None:
             return flat

@@ -374,7 +374,7 @@ def check_sizes_and_settings(n: int) -> None:
     ept.Buffer.set_num_sms(before)
     assert isinstance(b.get_comm_stream(), type(torch.cpu.current_stream()))
     assert b.is_sm90_compiled() in (True, False)
-    s = buffers.step(n, 1)
+    b, s = ept.Buffer(kept["group", n], **buffers.bytes_of(n)), buffers.step(n, 1)
     buffers.dispatch(b, s)
     window = b.get_local_buffer_tensor(torch.bfloat16, (n, TMAX, HIDDEN))
     tokens = normal.plain.rows(s, b.rank, 0)
@@ -384,6 +384,7 @@ def check_sizes_and_settings(n: int) -> None:
     assert b.get_local_buffer_tensor(torch.int32).numel() >= n * TMAX * HIDDEN // 2
     raises(errors.ShapeError, lambda: b.get_local_buffer_tensor(torch.uint8, (1 << 40,)), "size")
     raises(errors.DTypeError, lambda: b.get_local_buffer_tensor("bf16"), "dtype")
+    b.destroy()
 
 
 def open_files() -> int:
@@ -393,6 +394,37 @@ def open_files() -> int:
 def mappings() -> int:
     with open("/proc/self/maps") as f:
         return sum(1 for _ in f)
+
+
+def check_after_destroy(n: int) -> None:
+    """Every call but destroy names what has happened."""
+    if dist.get_rank() >= n:
+        return
+    b, s = ept.Buffer(kept["group", n], **buffers.bytes_of(n), enable_shrink=True), buffers.step(n, 1)
+    me = b.rank
+    handle = buffers.dispatch(b, s)[4]
+    found = b.low_latency_dispatch(s.x[me], s.ids[me], TMAX, s.n_experts, use_fp8=False, return_recv_hook=True)
+    layout = plain.layout(b, s)
+    b.destroy()
+    y = torch.zeros(handle.num_recv_tokens, HIDDEN, dtype=torch.bfloat16)
+    rows = found[0]
+    for call in (
+        b.get_comm_stream,
+        b.reset,
+        b.low_latency_clean_mask_buffer,
+        found[4],
+        lambda: b.get_local_buffer_tensor(torch.uint8),
+        lambda: b.get_dispatch_layout(s.ids[me], s.n_experts),
+        lambda: b.dispatch(s.x[me], topk_idx=s.ids[me], topk_weights=s.weights[me], **layout),
+        lambda: b.dispatch(s.x[me], handle=handle),
+        lambda: b.combine(y, handle),
+        lambda: b.clean_low_latency_buffer(TMAX, HIDDEN, s.n_experts),
+        lambda: b.low_latency_dispatch(s.x[me], s.ids[me], TMAX, s.n_experts),
+        lambda: b.low_latency_combine(rows, s.ids[me], s.weights[me], found[2]),
+        lambda: b.get_next_low_latency_combine_buffer(found[2]),
+    ):
+        raises(errors.OrderError, call, "destroyed")
+    b.destroy()
 
 
 def check_life(n: int, cycles: int) -> None:
@@ -406,18 +438,11 @@ def check_life(n: int, cycles: int) -> None:
         b = ept.Buffer(kept["group", n], **buffers.bytes_of(n), explicitly_destroy=by_hand)
         refs.append(weakref.ref(b))
         if i % 4 < 2:
-            handle = buffers.dispatch(b, s)[4]
+            buffers.dispatch(b, s)
             b.low_latency_dispatch(s.x[b.rank], s.ids[b.rank], TMAX, s.n_experts, use_fp8=False)
         if by_hand:
             b.destroy()
             b.destroy()
-            raises(errors.OrderError, lambda b=b: buffers.dispatch(b, s), "destroyed")
-            for call in (b.get_comm_stream, b.reset, lambda b=b: b.low_latency_dispatch(None, None, 1, 1)):
-                raises(errors.OrderError, call, "destroyed")
-            if i % 4 < 2:
-                y = torch.zeros(handle.num_recv_tokens, HIDDEN, dtype=torch.bfloat16)
-                raises(errors.OrderError, lambda b=b, y=y, h=handle: b.combine(y, h), "destroyed")
-        handle = None
         del b
         assert refs[-1]() is None, "something holds the Buffer"
         if i in (cycles // 4, cycles - 1):

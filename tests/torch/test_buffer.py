@@ -67,6 +67,10 @@ def test_sizes_and_settings(ready, n):
     ready.run(calls.check_sizes_and_settings, n)
 
 
+def test_use_after_destroy(ready):
+    ready.run(calls.check_after_destroy, 2)
+
+
 def test_two_hundred_buffers_leave_nothing_behind(ready):
     ready.run(calls.check_life, 2, 200, timeout_s=120)
 

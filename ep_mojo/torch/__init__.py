@@ -22,7 +22,8 @@ except ImportError as error:
         remedy="pip install torch, or ep-mojo[torch]",
     ) from error
 
-from . import utils
+from . import autograd, utils
+from .api import Handle, combine, dispatch
 from .buffer import Buffer
 from .sizes import Config
 from .streams import EventHandle, EventOverlap
@@ -30,4 +31,15 @@ from .streams import EventHandle, EventOverlap
 topk_idx_t = torch.int64
 """Element type of `topk_idx`."""
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t", "utils"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EventHandle",
+    "EventOverlap",
+    "Handle",
+    "autograd",
+    "combine",
+    "dispatch",
+    "topk_idx_t",
+    "utils",
+]

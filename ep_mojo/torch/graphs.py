@@ -217,7 +217,8 @@ class DispatchSet(GraphSet):
 
 @dataclass(frozen=True)
 class CombineSet(GraphSet):
-    """combine0 and, with `biases`, combine1 and combine2; with reduce "source" also send_back and receive_back.
+    """combine0 and, with `biases`, combine1 and combine2; with reduce "source" and one dtype send_back and
+    receive_back.
 
     combineN (in one launch): rows, `FOR_COMBINE`, topk_ids [T, K], weights float32 [T, K] (with reduce "source"), N
     biases bfloat16 [T, H]; gives [T, H]. send_back: rows, `FOR_COMBINE`, gives nothing. receive_back: y [T, H], which
@@ -225,13 +226,15 @@ class CombineSet(GraphSet):
 
     Args:
         reduce: "expert" or "source".
-        dtype: Of rows and sums.
+        dtype: Of the rows.
+        out: Of the sums.
         biases: Whether to add graphs with biases.
         ids: Element type of topk_ids.
     """
 
     reduce: str
     dtype: str = "bfloat16"
+    out: str = "bfloat16"
     biases: bool = False
     ids: str = "int64"
 
@@ -242,7 +245,7 @@ class CombineSet(GraphSet):
         rows = (self.dtype, [*(["G", "M"] if self.layout == "expert_padded" else ["N"]), self.hidden])
         per_token = ("int32", PER_TOKEN), ("float32", PER_TOKEN), ("int32", ["R"])
         choices = [(self.ids, ["T", "K"]), *([("float32", ["T", "K"])] if at_source else [])]
-        y, bias = (self.dtype, ["T", self.hidden]), ("bfloat16", ["T", self.hidden])
+        y, bias = (self.out, ["T", self.hidden]), ("bfloat16", ["T", self.hidden])
         no_shared = b.type(self.dtype, [0, 0])
 
         def combine(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
@@ -263,12 +266,12 @@ class CombineSet(GraphSet):
 
         for n in range(3 if self.biases else 1):
             b.add(self.name(f"combine{n}"), [rows, *per_token, *choices, *[bias] * n], combine)
-        if at_source:
+        if at_source and self.out == self.dtype:
             b.add(self.name("send_back"), [rows, *per_token], send)
             b.add(self.name("receive_back"), [(*y, "written"), *choices], receive)
 
     def _more(self) -> list[str]:
-        return [self.reduce, self.dtype, self.ids, *(["biases"] if self.biases else [])]
+        return [self.reduce, self.dtype, self.out, self.ids, *(["biases"] if self.biases else [])]
 
 
 def normal(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
@@ -280,7 +283,7 @@ def normal(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
 
 def sums(cfg: EPConfig) -> tuple[CombineSet]:
     """A combine of float32 in normal mode."""
-    return (CombineSet(cfg.hidden_size, "rank", "expert", "float32"),)
+    return (CombineSet(cfg.hidden_size, "rank", "expert", "float32", "float32"),)
 
 
 def low_latency(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:

@@ -265,7 +265,7 @@ class NormalMode:
         handle = self._own(handle)
         device, cfg = self.session.device, handle.cfg
         check_tensor("x", x, [torch.bfloat16], [handle.num_recv_tokens, cfg.hidden_size], device)
-        biases = _biases(bias)
+        biases = biases_of(bias)
         for i, value in enumerate(biases):
             check_tensor(f"bias[{i}]", value, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
         if topk_weights is not None:
@@ -328,7 +328,8 @@ def check_experts(num_experts: Any, n_ranks: int) -> int:
     return n
 
 
-def _biases(bias: Any) -> list[Any]:
+def biases_of(bias: Any) -> list[Any]:
+    """A bias, two, or none, as a list. Raises `ShapeError` where there are more."""
     if bias is None:
         return []
     found = list(bias) if isinstance(bias, (tuple, list)) else [bias]

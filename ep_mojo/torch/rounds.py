@@ -44,7 +44,7 @@ def compile_sets(comm: Communicator, sets: Sequence[GraphSet]) -> None:
 
 
 class Rounds:
-    """The rounds of one config. Made by all ranks of the group together.
+    """A communicator, and the graphs that were compiled for its rounds. All ranks make them together.
 
     Attributes:
         cfg: The config.
@@ -52,28 +52,48 @@ class Rounds:
         name: The same on all ranks, and no other rounds of the group have it.
     """
 
-    def __init__(self, group: Any, board: Board, cfg: EPConfig, sets: Sequence[GraphSet], timeout_s: float):
-        """Make the windows, and compile the graphs of `sets` that this process does not have yet.
+    def __init__(self, comm: Communicator, board: Board, name: str, timeout_s: float):
+        """See `make`; or with a communicator that is there already."""
+        self.comm, self.cfg, self.name = comm, comm.cfg, name
+        self._board, self._timeout_s = board, timeout_s
+        self._models: dict[str, Any] = {}
+        self._n_sms = to_numpy(comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
+        self._sizes: dict[tuple[int, ...], Buffer] = {}
+
+    @classmethod
+    def make(cls, group: Any, board: Board, cfg: EPConfig, sets: Sequence[GraphSet], timeout_s: float) -> Rounds:
+        """Make the windows, and the graphs of `sets`.
 
         Raises:
             ConfigMismatchError: Ranks come with different configs; on all of them.
             PeerTimeoutError: A rank did not come.
             EPError: See `Communicator.process_group`.
         """
-        self.cfg, self.sets = cfg, tuple(sets)
-        what = "making the windows of a new kind of round"
-        self.name = board.agree_on(what, {"config": repr(cfg), "graphs": repr(self.sets)}, timeout_s)
-        self.comm = Communicator.process_group(cfg, group)
+        given = {"config": repr(cfg), "graphs": repr(tuple(sets))}
+        name = board.agree_on("making the windows of a new kind of round", given, timeout_s)
+        rounds = cls(Communicator.process_group(cfg, group), board, name, timeout_s)
+        rounds.prepare(sets)
+        return rounds
+
+    def prepare(self, sets: Sequence[GraphSet]) -> None:
+        """Compile the graphs of `sets` that this process does not have yet. All ranks call this with the same sets.
+
+        Raises:
+            ConfigMismatchError, PeerTimeoutError, EPError: See `make`.
+        """
         place = str(self.comm.device_refs()[0])
-        here = [(each, place) in _compiled for each in self.sets]
+        here = [(each, place) in _compiled for each in sets]
         # Rank 0 compiles for all, so what one rank lacks is made on all.
-        everywhere = [all(flags) for flags in zip(*board.agree(what, here, timeout_s), strict=True)]
-        lacking = [each for each, found in zip(self.sets, everywhere, strict=True) if not found]
+        found = self._board.agree(f"preparing {[each.name('') for each in sets]}", here, self._timeout_s)
+        lacking = [each for each, *flags in zip(sets, *found, strict=True) if not all(flags)]
         if lacking:
             compile_sets(self.comm, lacking)
-        self._models = {name: model for each in self.sets for name, model in _compiled[each, place].items()}
-        self._n_sms = to_numpy(self.comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
-        self._sizes: dict[tuple[int, ...], Buffer] = {}
+        for each in sets:
+            self._models |= _compiled[each, place]
+
+    def has(self, graphs: GraphSet, stage: str) -> bool:
+        """Whether a graph was prepared."""
+        return graphs.name(stage) in self._models
 
     def run(self, graphs: GraphSet, stage: str, *values: Any, n_sms: int = 0) -> list[Buffer]:
         """Run a graph.

@@ -53,7 +53,7 @@ class Session:
         """
         key = cfg, tuple(sets)
         if key not in self._rounds:
-            self._rounds[key] = Rounds(self.group, self.board, cfg, sets, self.timeout_s)
+            self._rounds[key] = Rounds.make(self.group, self.board, cfg, sets, self.timeout_s)
         return self._rounds[key]
 
     def made(self) -> list[Rounds]:

@@ -22,6 +22,7 @@ from .graphs import FOR_COMBINE, CombineSet, DispatchSet
 from .rounds import Rounds, to_tensor
 
 ORDER = torch.zeros(1, dtype=torch.int32)
+Received = tuple[(torch.Tensor,) * len(HANDLE_TENSORS)]
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -90,7 +91,7 @@ def dispatch(
     topk_ids: torch.Tensor,
     weights: torch.Tensor | None,
     comm: int,
-) -> list[torch.Tensor]:
+) -> Received:
     """See `ep_mojo.torch.dispatch`; returns the tensors of a handle up to recv_num_tokens."""
     rounds = _rounds(comm)
     cfg, device = rounds.cfg, torch.device("cpu")
@@ -112,18 +113,16 @@ def dispatch(
     tensors.append(check_tensor("topk_ids", topk_ids, list(IDS), [x.shape[0], cfg.top_k], device).contiguous())
     if weights is not None:
         tensors.append(check_tensor("weights", weights, [torch.float32], topk_ids.shape, device).contiguous())
-    graphs = DispatchSet(
-        cfg.hidden_size, cfg.output_layout, fmt, encoded, weights is not None, False, IDS[topk_ids.dtype]
-    )
+    graphs = dispatch_set(cfg, encoded, weights is not None, IDS[topk_ids.dtype])
     _prepared(rounds, graphs, "dispatch")
     order += 1
     outputs = rounds.run(graphs, "dispatch", *tensors, rounds.sizes(graphs, cfg.rows_capacity))
-    return [to_tensor(b, dtype) for b, (dtype, _) in zip(outputs, received_types(cfg), strict=True)]
+    return tuple(to_tensor(b, dtype) for b, (dtype, _) in zip(outputs, received_types(cfg), strict=True))
 
 
 @dispatch.register_fake
 def _(order, x, x_scales, topk_ids, weights, comm):
-    return [x.new_empty(shape, dtype=dtype) for dtype, shape in received_types(_rounds(comm).cfg)]
+    return tuple(x.new_empty(shape, dtype=dtype) for dtype, shape in received_types(_rounds(comm).cfg))
 
 
 @torch.library.custom_op("ep_mojo::combine", mutates_args=("order",))
@@ -153,8 +152,7 @@ def combine(
     for i, bias in enumerate(biases):
         check_tensor(f"bias{i}", bias, [torch.bfloat16], [topk_ids.shape[0], cfg.hidden_size], device)
     reduce = reduce_of(cfg)
-    types = cfg.combine_dtype, cfg.output_dtype
-    graphs = CombineSet(cfg.hidden_size, cfg.output_layout, reduce, *types, bool(biases), IDS[topk_ids.dtype])
+    graphs = combine_set(cfg, bool(biases), IDS[topk_ids.dtype])
     _prepared(rounds, graphs, "combine0")
     given = [y, row_map, recv_weights, recv_num_tokens, topk_ids]
     if reduce == "source":
@@ -176,6 +174,17 @@ def reduce_of(cfg: EPConfig) -> str:
     return "expert" if cfg.output_layout == "rank" else cfg.reduce or "expert"
 
 
+def dispatch_set(cfg: EPConfig, encoded: bool, weighted: bool, ids: str) -> DispatchSet:
+    """The graph of a dispatch."""
+    return DispatchSet(cfg.hidden_size, cfg.output_layout, cfg.dispatch_format, encoded, weighted, False, ids)
+
+
+def combine_set(cfg: EPConfig, biases: bool, ids: str) -> CombineSet:
+    """The graphs of a combine."""
+    types = cfg.combine_dtype, cfg.output_dtype
+    return CombineSet(cfg.hidden_size, cfg.output_layout, reduce_of(cfg), *types, biases, ids)
+
+
 def received_types(cfg: EPConfig) -> list[tuple[torch.dtype, list[int]]]:
     """(dtype, shape) of the tensors of `HANDLE_TENSORS`."""
     token = torch.float8_e4m3fn if cfg.dispatch_format.token_dtype == "float8_e4m3fn" else None
@@ -188,5 +197,4 @@ def received_types(cfg: EPConfig) -> list[tuple[torch.dtype, list[int]]]:
             allowed="BF16 or BlockwiseFP8",
             remedy="use MAX graphs for a format of your own",
         )
-    assert len(found) == len(HANDLE_TENSORS)
     return found

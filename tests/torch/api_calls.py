@@ -14,26 +14,13 @@ from ep_mojo.handle import HANDLE_TENSORS
 from ep_mojo.reference.compare import handle_differences
 from tests.torch import buffers, plain
 from tests.torch.buffer_calls import raises
-from tests.torch.buffers import HIDDEN, LOCAL, TMAX, TOP_K
+from tests.torch.buffers import HIDDEN, TMAX
 from tests.torch.launch import kept
-
-CONFIGS = {
-    "expert": {},
-    "aligned": {"alignment": 8, "output_dtype": "float32"},
-    "source": {"reduce": "source", "output_layout": "expert_padded"},
-    "rank": {"output_layout": "rank"},
-    "fp8": {"dispatch_format": ep.BlockwiseFP8("power_of_two", "column")},
-}
-
-
-def config(n: int, name: str) -> ep.EPConfig:
-    sizes = {"hidden_size": HIDDEN, "top_k": TOP_K, "n_experts": LOCAL * n, "max_tokens_per_rank": TMAX, "n_ranks": n}
-    return ep.EPConfig(**sizes, **CONFIGS[name])
 
 
 def communicator(n: int, name: str) -> ep.Communicator:
     if ("comm", n, name) not in kept:
-        kept["comm", n, name] = ep.Communicator.process_group(config(n, name), kept["group", n])
+        kept["comm", n, name] = ep.Communicator.process_group(buffers.api_config(n, name), kept["group", n])
     return kept["comm", n, name]
 
 
@@ -47,7 +34,7 @@ def check_api(n: int, name: str, seed: int, ids_dtype: torch.dtype, weighted: bo
     """A round, and the handle a second time, against the NumPy reference."""
     if dist.get_rank() >= n:
         return
-    comm, cfg = communicator(n, name), config(n, name)
+    comm, cfg = communicator(n, name), buffers.api_config(n, name)
     me, s = comm.rank, buffers.step(n, seed, [(seed + 13 * r) % (TMAX + 1) for r in range(n)])
     ids = [i.to(ids_dtype) for i in s.ids]
     weights = s.weights if weighted else None
@@ -92,7 +79,7 @@ def check_api_bad_input(n: int) -> None:
             (errors.ShapeError, "row_map", lambda: ept.combine(comm, h.tokens, h._replace(row_map=h.row_map[1:]))),
         ):
             raises(error, call, field)
-        cfg = config(1, "expert").replace(n_ranks=1, n_experts=1, slots="expert")
+        cfg = buffers.api_config(1, "expert").replace(n_ranks=1, n_experts=1, slots="expert")
         virtual = ep.Communicator.cpu(cfg)
         raises(errors.UnsupportedError, lambda: ept.dispatch(virtual, x, ids), "comm")
         virtual.destroy()

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 import ep_mojo as ep
 import ep_mojo.torch as ept
-from ep_mojo.torch import graphs, rounds, sizes
+from ep_mojo.torch import graphs, library, rounds, sizes
 from tests.torch import plain
 from tests.torch.launch import kept
 
@@ -16,6 +16,22 @@ SIZES = {2: [(5, 12), (40, 1), (0, 7), (0, 0), (40, 40)], 4: [(3, 0, 40, 11), (0
 """T of each rank, some of them none."""
 FP8 = [ep.BlockwiseFP8("float32"), ep.BlockwiseFP8("ue8m0")]
 PADDED = [ep.BF16(), *(ep.BlockwiseFP8(scale, "column") for scale in ep.BlockwiseFP8.SCALES)]
+
+
+CONFIGS = {
+    "expert": {},
+    "aligned": {"alignment": 8, "output_dtype": "float32"},
+    "source": {"reduce": "source", "output_layout": "expert_padded"},
+    "rank": {"output_layout": "rank"},
+    "fp8": {"dispatch_format": ep.BlockwiseFP8("power_of_two", "column")},
+}
+"""Configs of the package's own interface, by name."""
+
+
+def api_config(n: int, name: str) -> ep.EPConfig:
+    """One of `CONFIGS` over n ranks."""
+    sizes = {"hidden_size": HIDDEN, "top_k": TOP_K, "n_experts": LOCAL * n, "max_tokens_per_rank": TMAX, "n_ranks": n}
+    return ep.EPConfig(**sizes, **CONFIGS[name])
 
 
 def prepare() -> None:
@@ -28,6 +44,12 @@ def prepare() -> None:
     found = [s for fmt in (ep.BF16(), *FP8) for s in graphs.normal(cfg.replace(dispatch_format=fmt))]
     found += [s for fmt in PADDED for s in graphs.low_latency(cfg.replace(dispatch_format=fmt))]
     found += graphs.sums(cfg.replace(hidden_size=8))
+    for each in CONFIGS:
+        other = api_config(n, each)
+        found += [library.dispatch_set(other, False, True, "int64"), library.combine_set(other, False, "int64")]
+    expert = api_config(n, "expert")
+    found += [library.dispatch_set(expert, False, False, "int32"), library.combine_set(expert, False, "int32")]
+    found.append(library.combine_set(expert, True, "int64"))
     with ep.Communicator.process_group(cfg, dist.group.WORLD) as comm:
         rounds.compile_sets(comm, list(dict.fromkeys(found)))
 

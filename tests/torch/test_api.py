@@ -12,7 +12,7 @@ from tests.torch import api_calls as calls
 RANKS = 2, 4
 
 
-@pytest.mark.parametrize("name", calls.CONFIGS)
+@pytest.mark.parametrize("name", calls.buffers.CONFIGS)
 def test_rounds_are_the_reference(ready, name):
     for seed in range(3):
         ready.run(calls.check_api, 4, name, seed, torch.int64, True, timeout_s=300)

@@ -49,6 +49,7 @@ class Buffer(LowLatencyCalls):
         num_sms: SMs of a launch in normal mode, of the class: `set_num_sms`.
         timeout_s: The longest wait for a peer in seconds, 0 = no limit. A class attribute: set it before the first
             Buffer, on all ranks.
+        make_timeout_s: The same where ranks make a Buffer, windows or graphs together.
 
     Raises:
         ConfigError, DTypeError, UnsupportedError: An argument is out of range, or asks for what there is not.
@@ -58,6 +59,7 @@ class Buffer(LowLatencyCalls):
 
     num_sms: int = 20
     timeout_s: float = 30.0
+    make_timeout_s: float = 300.0
 
     def __init__(
         self,
@@ -102,11 +104,11 @@ class Buffer(LowLatencyCalls):
             )
         self.low_latency_mode, self.enable_shrink = bool(low_latency_mode), bool(enable_shrink)
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
-        session = Session(group, device_of(group), self.timeout_s)
+        session = Session(group, device_of(group), self.timeout_s, self.make_timeout_s)
         given = {
             name: getattr(self, name) for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "timeout_s")
         }
-        session.board.agree_on("Buffer", given, self.timeout_s)
+        session.board.agree_on("Buffer", given, self.make_timeout_s)
         self._session = session
         self._normal = NormalMode(session, self.num_nvl_bytes)
         self._low_latency = LowLatencyMode(session, self.num_rdma_bytes)

@@ -94,7 +94,7 @@ def dispatch(
 ) -> Received:
     """See `ep_mojo.torch.dispatch`; returns the tensors of a handle up to recv_num_tokens."""
     rounds = _rounds(comm)
-    cfg, device = rounds.cfg, torch.device("cpu")
+    cfg, device = rounds.cfg, rounds.device
     fmt, encoded = cfg.dispatch_format, x_scales is not None
     if encoded and isinstance(fmt, BF16):
         raise UnsupportedError(
@@ -140,7 +140,7 @@ def combine(
 ) -> torch.Tensor:
     """See `ep_mojo.torch.combine`."""
     rounds = _rounds(comm)
-    cfg, device = rounds.cfg, torch.device("cpu")
+    cfg, device = rounds.cfg, rounds.device
     rows = received_types(cfg)[0][1][:-1]
     check_tensor("y", y, [DTYPES[cfg.combine_dtype]], [*rows, cfg.hidden_size], device)
     check_tensor("topk_ids", topk_ids, list(IDS), [None, cfg.top_k], device)
@@ -156,7 +156,7 @@ def combine(
     _prepared(rounds, graphs, "combine0")
     given = [y, row_map, recv_weights, recv_num_tokens, topk_ids]
     if reduce == "source":
-        ones = torch.ones(topk_ids.shape, dtype=torch.float32) if weights is None else weights
+        ones = torch.ones(topk_ids.shape, device=device) if weights is None else weights
         given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
     order += 1
     given += biases

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.dlpack import to_dlpack
 
 from ..comm import Communicator
 from ..config import EPConfig
@@ -50,11 +51,14 @@ class Rounds:
         cfg: The config.
         comm: The communicator.
         name: The same on all ranks, and no other rounds of the group have it.
+        device: Where tensors are.
     """
 
     def __init__(self, comm: Communicator, board: Board, name: str, timeout_s: float):
         """See `make`; or with a communicator that is there already."""
         self.comm, self.cfg, self.name = comm, comm.cfg, name
+        ref = comm.device_refs()[0]
+        self.device = torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
         self._board, self._timeout_s = board, timeout_s
         self._models: dict[str, Any] = {}
         self._n_sms = to_numpy(comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
@@ -144,10 +148,22 @@ def to_buffer(value: Any) -> Buffer:
 
     if not isinstance(value, torch.Tensor):
         return value
-    value = value.detach()
-    if value.dtype in BITS:
-        value = value.view(BITS[value.dtype])
-    return Buffer.from_dlpack(value)
+    return Buffer.from_dlpack(_Exported(value.detach()))
+
+
+class _Exported:
+    """A tensor for DLPack, without what `torch.Tensor.__dlpack__` does beside: who calls orders the queues itself."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor = tensor.view(BITS[tensor.dtype]) if tensor.dtype in BITS else tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return to_dlpack(self._tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._tensor.__dlpack_device__()
 
 
 def to_tensor(buffer: Buffer, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -26,15 +26,16 @@ class Session:
         rank, size: This process among them.
         device: Where all tensors are.
         queue: Where rounds run.
-        timeout_s: The longest wait for a peer, in seconds.
+        timeout_s: The longest wait for a peer in a round, in seconds.
+        make_timeout_s: The same where something is made together.
         destroyed: Whether `destroy` was called.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float, make_timeout_s: float):
         self.group, self.board = group, board_of(group)
         self.rank, self.size = group.rank(), group.size()
         self.device, self.queue = device, queue_for(device)
-        self.timeout_s = timeout_s
+        self.timeout_s, self.make_timeout_s = timeout_s, make_timeout_s
         self._rounds: dict[tuple[EPConfig, Any], Rounds] = {}
         self.destroyed = False
 
@@ -53,7 +54,7 @@ class Session:
         """
         key = cfg, tuple(sets)
         if key not in self._rounds:
-            self._rounds[key] = Rounds.make(self.group, self.board, cfg, sets, self.timeout_s)
+            self._rounds[key] = Rounds.make(self.group, self.board, cfg, sets, self.make_timeout_s)
         return self._rounds[key]
 
     def made(self) -> list[Rounds]:

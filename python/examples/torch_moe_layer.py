@@ -12,7 +12,6 @@ what the layer is there to avoid.
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch.nn.functional import silu
 
 import ep_mojo.torch as ept
 
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 """Relative: what travels is rounded to bfloat16, 8 bits, once on the way out and once for each rank on the way back."""
 
 
@@ -80,12 +79,11 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="also compare the gradients of tokens and router")
     args = parser.parse_args()
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     dist.init_process_group("gloo")
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
-    # Room for as many tokens as a rank may have; num_nvl_bytes is what DeepEP calls it.
-    room = ept.Config().get_nvl_buffer_size_hint(2 * args.hidden, n_ranks) // 16
-    buffer = ept.Buffer(dist.group.WORLD, num_nvl_bytes=room)
+    # The hint is for 8192 tokens a rank, which is more than there are here.
+    room = ept.Config().get_nvl_buffer_size_hint(2 * args.hidden, n_ranks)
+    buffer = ept.Buffer(dist.group.WORLD, num_nvl_bytes=room * min(args.tokens + 64, 8192) // 8192)
     layer = MoELayer(buffer, args.hidden, args.width, args.experts * n_ranks, args.top_k)
 
     n_tokens = max(args.tokens - 5 * rank, 0)
@@ -106,7 +104,7 @@ def main() -> None:
     dist.destroy_process_group()
     text = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
     print(f"rank {rank}: {n_tokens} tokens; relative difference from the dense layer: {text}")
-    if max(found.values()) > TOLERANCE * (5 if args.train else 1):
+    if max(found.values()) > TOLERANCE:
         raise SystemExit(f"rank {rank}: more than rounding explains")
 
 

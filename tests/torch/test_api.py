@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +49,29 @@ def test_ops_are_what_torch_expects(ready):
 def test_gradients(ready, n):
     ready.run(calls.check_gradients, n)
     ready.run(calls.check_gradients_of_each, n)
+
+
+def test_the_example_under_torchrun():
+    """A layer of 2 ranks, its gradients too, against a dense one."""
+    script = Path(__file__).parents[2] / "python" / "examples" / "torch_moe_layer.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        "--train",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"rank ([01]): \d+ tokens; [\w ]*: output 0\.00\d+, gradient of x 0\.00", done.stdout)
+    assert sorted(found) == ["0", "1"], done.stdout  # in one line or two: processes share the pipe
+
+
+def environment():
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import EPConfig
-from ..errors import CapacityError, ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
+from ..errors import CapacityError, ConfigError, OrderError, ShapeError, UnsupportedError
 from ..formats import BF16, BlockwiseFP8, TokenFormat, check_int
 from ..handle import HANDLE_TENSORS, handle_types
 from ..layout import MAX_TOKENS
@@ -205,7 +205,7 @@ class LowLatencyMode:
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Hook | None]:
         """See `Buffer.low_latency_combine`."""
-        handle = self._own(handle)
+        handle = self.session.own(handle, LowLatencyHandle)
         cfg, device = handle.cfg, self.session.device
         shape = cfg.n_local_experts, cfg.n_ranks * cfg.max_tokens_per_rank, cfg.hidden_size
         check_tensor("x", x, [torch.bfloat16], shape, device)
@@ -235,7 +235,7 @@ class LowLatencyMode:
 
     def next_buffer(self, handle: Any) -> torch.Tensor:
         """See `Buffer.get_next_low_latency_combine_buffer`."""
-        cfg = self._own(handle).cfg
+        cfg = self.session.own(handle, LowLatencyHandle).cfg
         shape = cfg.n_local_experts, cfg.n_ranks * cfg.max_tokens_per_rank, cfg.hidden_size
         if shape not in self._zero_copy:
             made = [
@@ -258,24 +258,6 @@ class LowLatencyMode:
         buffers, self._next = self._zero_copy[shape], None
         buffers.rotate(-1)
         return buffers[-1]
-
-    def _own(self, handle: Any) -> LowLatencyHandle:
-        if not isinstance(handle, LowLatencyHandle):
-            raise DTypeError(
-                field="handle",
-                value=type(handle).__name__,
-                allowed="the handle of a low_latency_dispatch of this Buffer",
-                remedy="pass what low_latency_dispatch returned, as it is",
-            )
-        if handle.session is not self.session:
-            raise OrderError(
-                "the handle comes from another Buffer",
-                field="handle",
-                value="of another Buffer",
-                allowed="handles of this Buffer",
-                remedy="combine with the Buffer that dispatched",
-            )
-        return handle
 
     # Hooks
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..config import EPConfig
-from ..errors import CapacityError, ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
+from ..errors import CapacityError, ConfigError, ShapeError, UnsupportedError
 from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
 from ..handle import HANDLE_TENSORS
 from . import graphs, sizes
@@ -168,11 +168,10 @@ class NormalMode:
             OrderError: Not a handle of this Buffer.
             ShapeError, DTypeError, DeviceError: The tokens do not fit it.
         """
-        handle = self._own(handle)
+        handle = self.session.own(handle, NormalHandle)
         tokens, fmt = self._tokens(x, handle.num_tokens)
         weights = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=self.session.device)
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
-        # A handle of a Buffer with room for as many tokens, whatever the row: the map fits.
         found = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
         return self._received(found, handle.num_recv_tokens, fmt)
 
@@ -262,7 +261,7 @@ class NormalMode:
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Buffer.combine`."""
-        handle = self._own(handle)
+        handle = self.session.own(handle, NormalHandle)
         device, cfg = self.session.device, handle.cfg
         check_tensor("x", x, [torch.bfloat16], [handle.num_recv_tokens, cfg.hidden_size], device)
         biases = biases_of(bias)
@@ -270,45 +269,29 @@ class NormalMode:
             check_tensor(f"bias[{i}]", value, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
         if topk_weights is not None:
             check_tensor("topk_weights", topk_weights, [torch.float32], [handle.num_recv_tokens, None], device)
+        sums = None if topk_weights is None else _sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
         rows = [x.contiguous(), *handle.for_combine, handle.topk_idx, *(b.contiguous() for b in biases)]
         (combined,) = rounds.run(sets[1], f"combine{len(biases)}", *rows, n_sms=num_sms)
-        if topk_weights is None:
+        if topk_weights is None or sums is None:
             return to_tensor(combined), None
-        return to_tensor(combined), self._sum_weights(topk_weights, handle, num_sms)
+        return to_tensor(combined), self._sum_weights(sums, topk_weights, handle, num_sms)
 
-    def _sum_weights(self, weights: torch.Tensor, handle: NormalHandle, num_sms: int) -> torch.Tensor:
+    def _sum_weights(self, cfg: EPConfig, weights: torch.Tensor, handle: NormalHandle, num_sms: int) -> torch.Tensor:
         """Weights travel as rows do: a combine of its own, K channels of float32."""
         top_k = weights.shape[1]
-        width = align_up(top_k, 8)
-        cfg = handle.cfg.replace(
-            hidden_size=width, dispatch_format=BF16(), combine_dtype="float32", output_dtype="float32"
-        )
         sets = graphs.sums(cfg)
         rounds = self.session.rounds(cfg, sets)
-        rows = pad(weights.detach(), (0, width - top_k)).contiguous()
+        rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
         given = rows, *handle.for_combine, handle.topk_idx
         (summed,) = rounds.run(sets[0], "combine0", *given, n_sms=num_sms)
         return to_tensor(summed)[:, :top_k].contiguous()
 
-    def _own(self, handle: Any) -> NormalHandle:
-        if not isinstance(handle, NormalHandle):
-            raise DTypeError(
-                field="handle",
-                value=type(handle).__name__,
-                allowed="the handle of a dispatch of this Buffer in normal mode",
-                remedy="pass what dispatch returned, as it is",
-            )
-        if handle.session is not self.session:
-            raise OrderError(
-                "the handle comes from another Buffer",
-                field="handle",
-                value="of another Buffer",
-                allowed="handles of this Buffer",
-                remedy="combine with the Buffer that dispatched",
-            )
-        return handle
+
+def _sums_config(cfg: EPConfig, top_k: int) -> EPConfig:
+    width = align_up(check_int("topk_weights.shape[1]", top_k, 1, 1 << 15), 8)
+    return cfg.replace(hidden_size=width, dispatch_format=BF16(), combine_dtype="float32", output_dtype="float32")
 
 
 def check_experts(num_experts: Any, n_ranks: int) -> int:

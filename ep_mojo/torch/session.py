@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..config import EPConfig
-from ..errors import CapacityError, EPError, OrderError, ShapeError
+from ..errors import CapacityError, DTypeError, EPError, OrderError, ShapeError
 from .board import board_of
 from .graphs import GraphSet
 from .rounds import Rounds
 from .streams import queue_for
+
+Handle = TypeVar("Handle")
 
 
 class Session:
@@ -45,6 +47,29 @@ class Session:
             raise OrderError(
                 "the Buffer was destroyed", allowed="use before destroy()", remedy="make a new Buffer, on all ranks"
             )
+
+    def own(self, handle: Any, kind: type[Handle]) -> Handle:
+        """`handle`, if it is one of this kind and of this Buffer.
+
+        Raises:
+            DTypeError, OrderError: It is not.
+        """
+        if not isinstance(handle, kind):
+            raise DTypeError(
+                field="handle",
+                value=type(handle).__name__,
+                allowed=f"a {kind.__name__}: what the dispatch of the same mode returned",
+                remedy="pass the handle as it is",
+            )
+        if handle.session is not self:
+            raise OrderError(
+                "the handle comes from another Buffer",
+                field="handle",
+                value="of another Buffer",
+                allowed="handles of this Buffer",
+                remedy="combine with the Buffer that dispatched",
+            )
+        return handle
 
     def rounds(self, cfg: EPConfig, sets: Sequence[GraphSet]) -> Rounds:
         """The rounds of a config, with these graphs. The first call makes them, together with all ranks.

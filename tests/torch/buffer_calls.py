@@ -107,6 +107,7 @@ def bad_arguments_with_a_handle(b, s, handle, other) -> dict:
             "topk_weights",
             lambda: b.combine(y, handle, topk_weights=long[1:].double()),
         ),
+        "no weights": (errors.ConfigError, "topk_weights", lambda: b.combine(y, handle, topk_weights=long[1:, :0])),
         "bias": (errors.ShapeError, "bias[0]", lambda: b.combine(y, handle, bias=x[1:])),
         "bias dtype": (errors.DTypeError, "bias[1]", lambda: b.combine(y, handle, bias=(x, x.float()))),
         "biases": (errors.ShapeError, "bias", lambda: b.combine(y, handle, bias=(x, x, x))),

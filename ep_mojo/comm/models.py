@@ -71,19 +71,24 @@ def load_artefact(session: Any, artefact: bytes, names: Sequence[str]) -> list[A
     return load_compiled(session, max.engine.api.read(io.BytesIO(artefact)), names)
 
 
-def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
-    """`model.execute`, with the named errors that ops raise as themselves, and host outputs that share no memory.
-
-    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
-    and fills the input anew would change both.
-    """
+def run_ops(model: Any, buffers: Sequence[Any]) -> list[Any]:
+    """`model.execute`, with the named errors that ops raise as themselves."""
     try:
-        outputs = model.execute(*buffers)
+        return model.execute(*buffers)
     except ValueError as e:
         named = error_from_text(str(e))
         if named is None:
             raise
         raise named from e
+
+
+def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
+    """`run_ops`, with host outputs that share no memory with inputs.
+
+    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
+    and fills the input anew would change both.
+    """
+    outputs = run_ops(model, buffers)
     given = _address_ranges(buffers)
     for i, (start, end) in enumerate(_address_ranges(outputs)):
         if start < end and ((given[:, 0] < end) & (start < given[:, 1])).any():

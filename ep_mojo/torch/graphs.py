@@ -10,6 +10,7 @@ as the shape of `sizes`, an int8 tensor of size 0 in host memory. On the host fl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 FOR_COMBINE = ("row_map", "recv_weights", "recv_num_tokens")
 """What combine needs of a handle."""
+KEPT = 256
+"""Configs whose sets are remembered."""
+STAGES = ("dispatch", "send", "receive", "combine0", "combine1", "combine2", "send_back", "receive_back")
 PER_TOKEN = ("R", "Tm", "K")
 
 Input = tuple
@@ -274,6 +278,7 @@ class CombineSet(GraphSet):
         return [self.reduce, self.dtype, self.out, self.ids, *(["biases"] if self.biases else [])]
 
 
+@functools.lru_cache(KEPT)
 def normal(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
     """Graphs of normal mode: tokens come in the format."""
     fmt = cfg.dispatch_format
@@ -281,11 +286,13 @@ def normal(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
     return dispatch, CombineSet(cfg.hidden_size, "rank", "expert", biases=True)
 
 
+@functools.lru_cache(KEPT)
 def sums(cfg: EPConfig) -> tuple[CombineSet]:
     """A combine of float32 in normal mode."""
     return (CombineSet(cfg.hidden_size, "rank", "expert", "float32", "float32"),)
 
 
+@functools.lru_cache(KEPT)
 def low_latency(cfg: EPConfig) -> tuple[DispatchSet, CombineSet]:
     """Graphs of low-latency mode: bfloat16 tokens, quantised on the way; weights at combine."""
     dispatch = DispatchSet(cfg.hidden_size, "expert_padded", cfg.dispatch_format, False, False, True)

@@ -204,21 +204,8 @@ class NormalMode:
         return [values.contiguous(), scales.contiguous()], fmt
 
     def _config(self, hidden: int, top_k: int, n_experts: int, fmt: TokenFormat) -> EPConfig:
-        # The row of bfloat16, whatever the format: a handle then fits dispatches of every format.
-        most = sizes.max_tokens(self.num_nvl_bytes, 2 * hidden, self.session.size)
-        return EPConfig(
-            hidden_size=hidden,
-            top_k=top_k,
-            n_experts=n_experts,
-            max_tokens_per_rank=most,
-            n_ranks=self.session.size,
-            dispatch_format=fmt,
-            output_layout="rank",
-            reduce="expert",
-            num_buffers=sizes.NORMAL_BUFFERS,
-            tokens_per_signal=sizes.TOKENS_PER_SIGNAL,
-            timeout_s=self.session.timeout_s,
-        )
+        timeout_s = self.session.timeout_s
+        return sizes.normal_config(self.num_nvl_bytes, hidden, top_k, n_experts, self.session.size, fmt, timeout_s)
 
     def _send(
         self,
@@ -269,7 +256,7 @@ class NormalMode:
             check_tensor(f"bias[{i}]", value, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
         if topk_weights is not None:
             check_tensor("topk_weights", topk_weights, [torch.float32], [handle.num_recv_tokens, None], device)
-        sums = None if topk_weights is None else _sums_config(cfg, topk_weights.shape[1])
+        sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
         rows = [x.contiguous(), *handle.for_combine, handle.topk_idx, *(b.contiguous() for b in biases)]
@@ -287,11 +274,6 @@ class NormalMode:
         given = rows, *handle.for_combine, handle.topk_idx
         (summed,) = rounds.run(sets[0], "combine0", *given, n_sms=num_sms)
         return to_tensor(summed)[:, :top_k].contiguous()
-
-
-def _sums_config(cfg: EPConfig, top_k: int) -> EPConfig:
-    width = align_up(check_int("topk_weights.shape[1]", top_k, 1, 1 << 15), 8)
-    return cfg.replace(hidden_size=width, dispatch_format=BF16(), combine_dtype="float32", output_dtype="float32")
 
 
 def check_experts(num_experts: Any, n_ranks: int) -> int:

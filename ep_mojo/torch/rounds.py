@@ -16,7 +16,7 @@ from ..comm import Communicator
 from ..config import EPConfig
 from ..dtypes import to_numpy
 from .board import Board
-from .graphs import Builder, DispatchSet, GraphSet
+from .graphs import STAGES, Builder, DispatchSet, GraphSet
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -27,21 +27,20 @@ SETTING_N_SMS = 11
 KEPT_SIZES = 64
 
 _compiled: dict[tuple[GraphSet, str], dict[str, Any]] = {}
-"""Compiled graphs by name, of each set and device."""
+"""Compiled graphs by stage, of each set and device."""
 
 
 def compile_sets(comm: Communicator, sets: Sequence[GraphSet]) -> None:
     """Compile sets of graphs for the device of a communicator, whatever its config. All its ranks call this."""
     from max.graph import Module
 
-    builder, names = Builder(comm, Module()), {}
+    builder = Builder(comm, Module())
     for each in sets:
-        before = set(builder.graphs)
         each.add(builder)
-        names[each] = [name for name in builder.graphs if name not in before]
     models = dict(zip(builder.graphs, comm.compile_all(list(builder.graphs.values())), strict=True))
-    for each, members in names.items():
-        _compiled[each, str(builder.device)] = {name: models[name] for name in members}
+    for each in sets:
+        found = {stage: models[each.name(stage)] for stage in STAGES if each.name(stage) in models}
+        _compiled[each, str(builder.device)] = found
 
 
 class Rounds:
@@ -60,7 +59,7 @@ class Rounds:
         ref = comm.device_refs()[0]
         self.device = torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
         self._board, self._timeout_s = board, timeout_s
-        self._models: dict[str, Any] = {}
+        self._stages: dict[tuple[GraphSet, str], Any] = {}
         self._n_sms = to_numpy(comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
         self._sizes: dict[tuple[int, ...], Buffer] = {}
 
@@ -93,11 +92,11 @@ class Rounds:
         if lacking:
             compile_sets(self.comm, lacking)
         for each in sets:
-            self._models |= _compiled[each, place]
+            self._stages |= {(each, stage): model for stage, model in _compiled[each, place].items()}
 
     def has(self, graphs: GraphSet, stage: str) -> bool:
         """Whether a graph was prepared."""
-        return graphs.name(stage) in self._models
+        return (graphs, stage) in self._stages
 
     def run(self, graphs: GraphSet, stage: str, *values: Any, n_sms: int = 0) -> list[Buffer]:
         """Run a graph.
@@ -112,10 +111,10 @@ class Rounds:
             Its outputs.
 
         Raises:
-            EPError: What this rank recorded, see `Communicator.execute`.
+            EPError: What this rank recorded, see `Communicator.execute`. Values are not looked at.
         """
         self._n_sms[0] = n_sms
-        return self.comm.execute(self._models[graphs.name(stage)], *map(to_buffer, values), as_buffers=True)
+        return self.comm.launch(self._stages[graphs, stage], list(map(to_buffer, values)))
 
     def sizes(self, graphs: DispatchSet, rows: int) -> Buffer:
         """The input that tells a dispatch the sizes of its outputs, of which `rows` is the number of rows."""

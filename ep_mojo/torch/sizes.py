@@ -7,12 +7,13 @@ choices, so that the largest T follows from `num_nvl_bytes`, the row and R alone
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from ..comm.windows import block_bytes
 from ..config import MAX_RANKS, EPConfig
 from ..errors import CapacityError
-from ..formats import align_up, check_int
+from ..formats import BF16, TokenFormat, align_up, check_int
 from ..layout import MAX_TOKENS, MAX_TOP_K
 
 HINT_TOKENS = 8192
@@ -25,6 +26,8 @@ TOKENS_PER_SIGNAL = 8
 MARGIN_BYTES = 1 << 16
 """For headers, credits, and rounding up to whole pages."""
 LARGEST_BYTES = 1 << 50
+KEPT = 256
+"""Configs that are remembered."""
 
 
 def bytes_per_token(row_bytes: int, n_ranks: int) -> int:
@@ -59,6 +62,7 @@ def max_tokens(num_nvl_bytes: int, row_bytes: int, n_ranks: int) -> int:
     return min(tokens, ((1 << 24) - 1) // MAX_TOP_K, MAX_TOKENS)
 
 
+@functools.lru_cache(KEPT)
 def low_latency_config(tokens: int, hidden: int, top_k: int, n_experts: int, n_ranks: int, **fields) -> EPConfig:
     """The engine's config of low-latency mode.
 
@@ -83,7 +87,50 @@ def low_latency_bytes(tokens: int, hidden: int, n_ranks: int, n_experts: int) ->
     Raises:
         ConfigError: A size is out of range.
     """
+    given = {"num_max_dispatch_tokens_per_rank": tokens, "hidden": hidden}
+    given |= {"num_ranks": n_ranks, "num_experts": n_experts}
+    return _bytes_of(*(check_int(name, value, 1, LARGEST_BYTES) for name, value in given.items()))
+
+
+@functools.lru_cache(KEPT)
+def _bytes_of(tokens: int, hidden: int, n_ranks: int, n_experts: int) -> int:
     return block_bytes(low_latency_config(tokens, hidden, HINT_TOP_K, n_experts, n_ranks))
+
+
+@functools.lru_cache(KEPT)
+def normal_config(
+    num_nvl_bytes: int, hidden: int, top_k: int, n_experts: int, n_ranks: int, fmt: TokenFormat, timeout_s: float
+) -> EPConfig:
+    """The engine's config of normal mode. Tmax follows from the row of bfloat16, so that handles fit every format.
+
+    Raises:
+        ConfigError: A size is out of range.
+        CapacityError: Not one token fits.
+    """
+    return EPConfig(
+        hidden_size=hidden,
+        top_k=top_k,
+        n_experts=n_experts,
+        max_tokens_per_rank=max_tokens(num_nvl_bytes, 2 * hidden, n_ranks),
+        n_ranks=n_ranks,
+        dispatch_format=fmt,
+        output_layout="rank",
+        reduce="expert",
+        num_buffers=NORMAL_BUFFERS,
+        tokens_per_signal=TOKENS_PER_SIGNAL,
+        timeout_s=timeout_s,
+    )
+
+
+@functools.lru_cache(KEPT)
+def sums_config(cfg: EPConfig, channels: int) -> EPConfig:
+    """The config of a combine of `channels` float32, with the routes of `cfg`.
+
+    Raises:
+        ConfigError: There are too many of them, or none.
+    """
+    width = align_up(check_int("topk_weights.shape[1]", channels, 1, 1 << 15), 8)
+    return cfg.replace(hidden_size=width, dispatch_format=BF16(), combine_dtype="float32", output_dtype="float32")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Dispatch and combine of a `Buffer` with gradients: the backward of one is the other.
 
-Ranks run their backward passes in the same order, as they run everything. Gradients travel as bfloat16, and have none of
-their own: a second backward is an error of torch.
+Ranks run their backward passes in the same order, as they run everything. Gradients travel as bfloat16, and have no
+gradients themselves: a second backward is an error of torch.
 """
 
 from __future__ import annotations

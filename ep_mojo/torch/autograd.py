@@ -1,6 +1,7 @@
 """Dispatch and combine of a `Buffer` with gradients: the backward of one is the other.
 
-Ranks run their backward passes in the same order, as they run everything. Gradients travel as bfloat16.
+Ranks run their backward passes in the same order, as they run everything. Gradients travel as bfloat16, and have no
+gradients themselves: a second backward is an error of torch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .buffer import Buffer
 from .normal import NormalHandle
@@ -46,7 +48,8 @@ def dispatch(
 def combine(buffer: Buffer, x: torch.Tensor, handle: NormalHandle, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`Buffer.combine` without weights, differentiable in x and bias.
 
-    The gradient of x is that of the sums, sent to where the rows were: a dispatch along the handle.
+    The gradient of x is that of the sums, sent to where the rows were: a dispatch along the handle. Whether x needs one
+    must be the same on all ranks.
 
     Args:
         buffer: The Buffer.
@@ -82,6 +85,7 @@ class _Dispatch(torch.autograd.Function):
         return recv_x, recv_idx, recv_weights, counts, handle
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_x, _, grad_weights, *others):
         weights = None
         if ctx.needs_input_grad[1]:
@@ -98,6 +102,7 @@ class _Combine(torch.autograd.Function):
         return buffer.combine(x, handle, bias=bias)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad):
         rows = ctx.buffer.dispatch(grad, handle=ctx.handle)[0] if ctx.needs_input_grad[0] else None
         return rows, grad if ctx.needs_input_grad[1] else None, None, None

@@ -133,11 +133,11 @@ class Buffer(LowLatencyCalls):
     def __del__(self):
         with contextlib.suppress(AttributeError):
             if self._session is not None and not self._session.destroyed:
+                self._session.destroy()
                 if self.explicitly_destroy:
                     warnings.warn(
                         "a Buffer with explicitly_destroy=True was not destroyed", ResourceWarning, stacklevel=2
                     )
-                self._session.destroy()
 
     def _live(self) -> Session:
         self._session.live()

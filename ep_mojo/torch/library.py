@@ -21,7 +21,7 @@ from .checks import check_tensor
 from .graphs import FOR_COMBINE, CombineSet, DispatchSet
 from .rounds import Rounds, to_tensor
 
-ORDER = torch.zeros(1, dtype=torch.int32)
+ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
 Received = tuple[(torch.Tensor,) * len(HANDLE_TENSORS)]
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 DTYPES = {
@@ -34,6 +34,8 @@ DTYPES = {
 }
 """What the tensors of a handle are in torch. Row offsets are below 2^31, and so the same as int32."""
 
+SAME = {"n_sms": None, "timeout_s": 0.0}
+"""Fields of a config in which ranks may differ, for comparing the others."""
 _numbers = itertools.count()
 _by_comm: weakref.WeakKeyDictionary[Communicator, tuple[int, Rounds]] = weakref.WeakKeyDictionary()
 _by_number: weakref.WeakValueDictionary[int, Rounds] = weakref.WeakValueDictionary()
@@ -63,7 +65,7 @@ def number_of(comm: Communicator) -> int:
                     field=f"cfg.{name}", value=getattr(cfg, name), allowed=repr(allowed), remedy="use ep_mojo.dispatch"
                 )
         board = board_of(comm.group)
-        name = board.agree_on("using a communicator with tensors", {"config": repr(cfg)}, cfg.timeout_s)
+        name = board.agree_on("using a communicator with tensors", {"config": repr(cfg.replace(**SAME))}, cfg.timeout_s)
         number = next(_numbers)
         _by_comm[comm] = number, Rounds(comm, board, name, cfg.timeout_s)
         _by_number[number] = _by_comm[comm][1]
@@ -156,7 +158,7 @@ def combine(
     _prepared(rounds, graphs, "combine0")
     given = [y, row_map, recv_weights, recv_num_tokens, topk_ids]
     if reduce == "source":
-        ones = torch.ones(topk_ids.shape, device=device) if weights is None else weights
+        ones = torch.ones(topk_ids.shape, dtype=torch.float32, device=device) if weights is None else weights
         given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
     order += 1
     given += biases

@@ -238,9 +238,11 @@ class LowLatencyMode:
         cfg = self.session.own(handle, LowLatencyHandle).cfg
         shape = cfg.n_local_experts, cfg.n_ranks * cfg.max_tokens_per_rank, cfg.hidden_size
         if shape not in self._zero_copy:
-            made = [
-                torch.empty(shape, dtype=torch.bfloat16, device=self.session.device) for _ in range(ZERO_COPY_BUFFERS)
-            ]
+            with torch.inference_mode(False):  # they outlive the mode they are made in
+                made = [
+                    torch.empty(shape, dtype=torch.bfloat16, device=self.session.device)
+                    for _ in range(ZERO_COPY_BUFFERS)
+                ]
             self._zero_copy[shape] = deque(made)
         self._next = shape
         return self._zero_copy[shape][0]
@@ -276,12 +278,17 @@ class LowLatencyMode:
 
     def _later(self, rounds: Rounds, stage: str, receive: Callable[[], Any]) -> Hook:
         waiting = self._pending.setdefault((rounds, stage), deque())
+        turn = object()  # not the hook itself, which would then keep itself and its tensors
 
         def hook() -> None:
             self.session.live()
-            if hook not in waiting:
-                raise OrderError("the hook was called before", allowed="once", remedy="call each hook once")
-            if waiting[0] is not hook:
+            if turn not in waiting:
+                raise OrderError(
+                    "the hook was called before, or its round was given up by reset()",
+                    allowed="once",
+                    remedy="call each hook once, and none from before a reset",
+                )
+            if waiting[0] is not turn:
                 raise OrderError(
                     f"an earlier {stage} round has not been received",
                     allowed="hooks in the order of their calls",
@@ -290,11 +297,13 @@ class LowLatencyMode:
             waiting.popleft()
             receive()
 
-        waiting.append(hook)
+        waiting.append(turn)
         return hook
 
     def forget(self) -> None:
         """Drop the hooks of rounds that a reset has given up."""
+        for waiting in self._pending.values():
+            waiting.clear()  # hooks hold it
         self._pending.clear()
 
     # Masks

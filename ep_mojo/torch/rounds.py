@@ -98,14 +98,14 @@ class Rounds:
         """Whether a graph was prepared."""
         return (graphs, stage) in self._stages
 
-    def run(self, graphs: GraphSet, stage: str, *values: Any, n_sms: int = 0) -> list[Buffer]:
+    def run(self, graphs: GraphSet, stage: str, *values: Any, n_sms: int | None = None) -> list[Buffer]:
         """Run a graph.
 
         Args:
             graphs: The set that has it.
             stage: Its name there.
             values: Its inputs, contiguous tensors or MAX buffers.
-            n_sms: The most SMs (on the host: worker threads) of a launch, 0 = all.
+            n_sms: The most SMs (on the host: worker threads) of a launch, 0 = all; None: what the config says.
 
         Returns:
             Its outputs.
@@ -113,7 +113,7 @@ class Rounds:
         Raises:
             EPError: What this rank recorded, see `Communicator.execute`. Values are not looked at.
         """
-        self._n_sms[0] = n_sms
+        self._n_sms[0] = (self.cfg.n_sms or 0) if n_sms is None else n_sms
         return self.comm.launch(self._stages[graphs, stage], list(map(to_buffer, values)))
 
     def sizes(self, graphs: DispatchSet, rows: int) -> Buffer:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import torch
 
@@ -145,6 +148,31 @@ def check_two_under_way(n: int, seed: int) -> None:
     for y, s, (combined, _, hook) in zip(ys, steps, back, strict=True):
         hook()
         plain.same("combined", combined, summed(s, me, y))
+
+
+def check_hooks_given_up(n: int, seed: int) -> None:
+    """A hook from before a reset takes nothing from the next round; rounds leave nothing to Python's collector."""
+    if (b := shared(n)) is None:
+        return
+    s, me = buffers.step(n, seed), b.rank
+    given = s.x[me], s.ids[me], TMAX, s.n_experts
+    hooked = {"use_fp8": False, "return_recv_hook": True}
+    *_, old = b.low_latency_dispatch(*given, **hooked)
+    b.reset()
+    refused(old)
+    recv_x, count, handle, _, hook = b.low_latency_dispatch(*given, **hooked)
+    refused(old)
+    hook()
+    check_received(b, s, "bf16", recv_x, count, handle)
+    seen = weakref.ref(handle)
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        del recv_x, count, handle, hook, _
+        assert seen() is None
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def refused(call, *args, **more) -> None:

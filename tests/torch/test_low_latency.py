@@ -37,6 +37,11 @@ def test_two_rounds_under_way(ready, n):
 
 
 @pytest.mark.parametrize("n", RANKS)
+def test_hooks_given_up(ready, n):
+    ready.run(calls.check_hooks_given_up, n, 1)
+
+
+@pytest.mark.parametrize("n", RANKS)
 def test_both_modes_in_turn(ready, n):
     ready.run(calls.check_both_modes_in_turn, n, 1)
 

@@ -183,7 +183,8 @@ def self_test(run: Run) -> list[dict[str, Any]]:
             texts = [law_of.first_mismatch(f) for f in found]
             good = not any(texts)
             if wishes:
-                named = {r: kinds if r == victim else ["sum of a token"] for r in range(R) if texts[r]}
+                elsewhere = [] if name == "y" else ["sum of a token"]  # y is spoilt when all sums are there
+                named = {r: kinds if r == victim else elsewhere for r in range(R) if texts[r]}
                 good = victim in named and all(
                     any(f"in round {number}: {kind} [" in texts[r] for kind in words) for r, words in named.items()
                 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import EPConfig
 from .errors import DeviceError
-from .formats import BF16, BlockwiseFP8, CustomFormat, check_int
+from .formats import BF16, BlockwiseFP8, CustomFormat, TokenFormat, check_int
 from .graph_checks import (
     check_budget,
     check_combine,
@@ -379,10 +379,14 @@ def add_op(
 
 
 def _format_parameters(cfg: EPConfig) -> dict[str, Any]:
-    fmt = cfg.dispatch_format
+    return format_parameters(cfg.hidden_size, cfg.dispatch_format)
+
+
+def format_parameters(hidden_size: int, fmt: TokenFormat) -> dict[str, Any]:
+    """Parameters of the ops of dispatch that name the format."""
     names = {BF16: "bf16", BlockwiseFP8: "blockwise_fp8"}
     return {
-        "hidden": cfg.hidden_size,
+        "hidden": hidden_size,
         "format": fmt.struct if isinstance(fmt, CustomFormat) else names[type(fmt)],
         "scale": getattr(fmt, "scale", "float32"),
         "by_column": fmt.scales_layout == "column",

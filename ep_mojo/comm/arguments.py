@@ -36,6 +36,11 @@ class InputSpec:
         """NumPy type of the elements' bits."""
         return storage_dtype(self.dtype)
 
+    def fits(self, other: InputSpec) -> bool:
+        """Whether a tensor of the spec `other` can be given for this one, whose named and open sizes may be any."""
+        same = (self.dtype, self.place, len(self.dims)) == (other.dtype, other.place, len(other.dims))
+        return same and all(d == o for d, o in zip(self.dims, other.dims, strict=True) if isinstance(d, int))
+
     def __str__(self) -> str:
         where = "" if self.place == "host" else f" on {self.place}"
         return f"{self.dtype} [{', '.join('?' if d is None else str(d) for d in self.dims)}]{where}"

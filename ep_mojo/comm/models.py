@@ -28,6 +28,8 @@ def compile_modules(session: Any, graphs: Sequence[Any]) -> list[tuple[Any, list
             modules.append((graph.module, [i]))
     compiled = []
     for module, members in modules:
+        order = module.top_level_graph_names()
+        members.sort(key=lambda i: order.index(graphs[i].name))  # see `load_compiled`
         libraries = list(dict.fromkeys(p for i in members for p in graphs[i].kernel_libraries_paths))
         alone = len(module.top_level_graph_names()) == 1
         source = graphs[members[0]] if alone else module
@@ -44,11 +46,13 @@ def load_graphs(session: Any, graphs: Sequence[Any], specs: Sequence[tuple[Input
 
 
 def load_compiled(session: Any, compiled: Any, names: Sequence[str]) -> list[Any]:
-    """The models of what `session.compile` gave, in the order of the graphs' names."""
+    """The models of what `session.compile` gave, in the order of the graphs' names: that of their module.
+
+    MAX's own cache does not look at names. What it has may have been compiled for a module with equal graphs, whose
+    names are others, or the same ones for other graphs; but their order is the module's.
+    """
     by_name = session.init_all(compiled)
-    if len(by_name) == len(names) == 1:  # MAX's own cache may give it the name of an equal graph
-        return list(by_name.values())
-    return [by_name[name] for name in names]
+    return list(by_name.values()) if len(by_name) == len(names) else [by_name[name] for name in names]
 
 
 def export(compiled: Any) -> bytes:
@@ -67,19 +71,24 @@ def load_artefact(session: Any, artefact: bytes, names: Sequence[str]) -> list[A
     return load_compiled(session, max.engine.api.read(io.BytesIO(artefact)), names)
 
 
-def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
-    """`model.execute`, with the named errors that ops raise as themselves, and host outputs that share no memory.
-
-    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
-    and fills the input anew would change both.
-    """
+def run_ops(model: Any, buffers: Sequence[Any]) -> list[Any]:
+    """`model.execute`, with the named errors that ops raise as themselves."""
     try:
-        outputs = model.execute(*buffers)
+        return model.execute(*buffers)
     except ValueError as e:
         named = error_from_text(str(e))
         if named is None:
             raise
         raise named from e
+
+
+def run_model(model: Any, buffers: Sequence[Any]) -> list[Any]:
+    """`run_ops`, with host outputs that share no memory with inputs.
+
+    What a graph only passes through comes back from MAX as the very memory that went in. A caller who keeps the output
+    and fills the input anew would change both.
+    """
+    outputs = run_ops(model, buffers)
     given = _address_ranges(buffers)
     for i, (start, end) in enumerate(_address_ranges(outputs)):
         if start < end and ((given[:, 0] < end) & (start < given[:, 1])).any():

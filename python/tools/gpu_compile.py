@@ -1,8 +1,9 @@
 """Compile the GPU's stages without a GPU: `./task gpu-compile [--all] [--target ARCH]`.
 
 For each architecture MAX graphs for virtual devices, split and fused: one case of each stage, format and slot policy,
-or with --all every variant; and the pushes that measure the links. For sm_90a also the graph of docs/gpus.md, and the
-program tests/mojo/gpu_api.mojo, which calls the seed-named functions. Exit status 0 only if everything compiled.
+or with --all every variant; and the pushes that measure the links. For sm_90a also the graph of docs/gpus.md, graphs
+behind `ep_mojo.torch`, and the program tests/mojo/gpu_api.mojo, which calls the seed-named functions. Exit status 0
+only if everything compiled.
 """
 
 from __future__ import annotations
@@ -103,6 +104,19 @@ def add_pushes(module: Any) -> None:
     link.add_pushes(ep.Communicator.planned(cfg), "push", 4, module)
 
 
+def add_torch(module: Any) -> int:
+    """Add graphs behind `ep_mojo.torch`, for one rank on GPU 0; returns how many. Their sizes are open."""
+    import ep_mojo as ep
+    from ep_mojo.torch import graphs
+
+    cfg = ep.EPConfig(hidden_size=1024, top_k=4, n_experts=8, max_tokens_per_rank=16, n_ranks=1)
+    builder = graphs.Builder(ep.Communicator.planned(cfg), module)
+    column = ep.BlockwiseFP8("ue8m0", "column")
+    for each in (*graphs.normal(cfg), *graphs.low_latency(cfg.replace(dispatch_format=column))):
+        each.add(builder)
+    return len(builder.graphs)
+
+
 def compile_graphs(target: str, every: bool) -> dict[str, int]:
     """Compile in this process, which must not have used MAX before. Returns the bytes of the artefact, and graphs."""
     from ep_mojo.programs.gpu_round import plan_gpus
@@ -118,7 +132,7 @@ def compile_graphs(target: str, every: bool) -> dict[str, int]:
     add_pushes(module)
     if every or target == PAGE_TARGET:
         add_page(module)
-        n += 1
+        n += 1 + add_torch(module)
     for fmt, layout, reduce, slots in variants(every):
         for split in (True,) if slots == "expert" else (True, False):
             add_round(module, fmt, layout, reduce, slots, split, f"round_{n}")

@@ -15,8 +15,9 @@ from gpu.guards import assert_guards, longer_windows, set_word
 from gpu.test_gpus import FUSED
 from gpu.test_gpus import draw as draw_of
 from gpu.whole_graphs import MODES, Variant, add_graph, arguments, differences, handle_of
-from graph.test_aborted_runs import BAD, bad_arguments, expect_refusal_until_reset, expect_right_round, whole_round
-from graph.test_aborted_runs import CFG as ABORTED
+from graph.raising import CFG as ABORTED
+from graph.raising import bad_arguments, whole_round
+from graph.test_aborted_runs import BAD, expect_refusal_until_reset, expect_right_round
 from graph.test_bad_input import CFG, memory_digest
 from graph.virtual import Round
 

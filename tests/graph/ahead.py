@@ -37,9 +37,16 @@ class Ahead:
     files: tuple[str, ...] = ()
 
     def order(self, items: list) -> None:
-        """Note the files of this directory, and sort: tests of other directories, those of `MEANWHILE`, the rest."""
+        """Note the files of this directory, and sort: tests of other directories, those of `MEANWHILE`, the rest, and
+        those of process groups, whose ranks wait for a compilation no longer than their group's timeout."""
         self.files = tuple(dict.fromkeys(item.path.stem for item in items if item.path.parent == HERE))
-        items.sort(key=lambda item: (item.path.parent == HERE) * (1 + (item.path.stem not in MEANWHILE)))
+        items.sort(
+            key=lambda item: (
+                3
+                if item.path.parent.name == "torch"
+                else (item.path.parent == HERE) * (1 + (item.path.stem not in MEANWHILE))
+            )
+        )
 
     def start(self, items: list) -> None:
         """Begin, if the tests chosen give it time and there is a core for it."""

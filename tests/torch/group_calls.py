@@ -9,8 +9,7 @@ import threading
 import time
 
 import numpy as np
-from graph import rounds
-from graph import test_aborted_runs as aborted
+from graph import raising, rounds
 
 import ep_mojo as ep
 from ep_mojo.comm import provider, shm
@@ -77,7 +76,7 @@ def build():
             graphs[n, stage] = rounds._graph(Blueprint(CFGS[n]), stage, module, f"{stage}_{n}")
     for key, cfg in KEYS.items():
         open_comm(key, cfg)
-        make = aborted.whole_round if key == "aborted" else whole_round
+        make = raising.whole_round if key == "aborted" else whole_round
         graphs[key, "round"] = make(Blueprint(cfg), module, f"round_{key}")
     kept["models"] = dict(zip(graphs, kept[4].compile_all(list(graphs.values())), strict=True))
 
@@ -247,8 +246,8 @@ def raise_in_an_op(what, bad_rank):
     if comm is None:
         return None
     graph, r = kept["models"]["aborted", "round"], comm.rank
-    xs, ids, bias = aborted.arguments(5, comm.cfg)
-    given = aborted.bad_arguments(what, bad_rank, comm.cfg)[r :: comm.cfg.n_ranks]
+    xs, ids, bias = raising.arguments(5, comm.cfg)
+    given = raising.bad_arguments(what, bad_rank, comm.cfg)[r :: comm.cfg.n_ranks]
     first = outcome(lambda: comm.execute(graph, *given))
     again = outcome(lambda: comm.execute(graph, xs[r], ids[r], bias[r]))
     comm.reset()

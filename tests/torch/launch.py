@@ -25,7 +25,7 @@ from ep_mojo.errors import EPError
 
 START_S = 120.0
 """How long processes may take to start: each imports torch."""
-GROUP_TIMEOUT_S = 120.0
+GROUP_TIMEOUT_S = 300.0
 """Of the process group."""
 
 kept: dict[Any, Any] = {}

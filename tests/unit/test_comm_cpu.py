@@ -449,3 +449,22 @@ def test_too_little_memory_maps_nothing(monkeypatch):
     monkeypatch.setattr(w, "allocate", None)
     with pytest.raises(SharedMemoryError, match=rf"bytes needed = {need}: .*3 ranks.*at most {need - 1} bytes free"):
         Communicator.cpu(CFG)
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [
+        (("int32", (3,)), True),
+        (("int32", (4,)), False),
+        (("int64", (3,)), False),
+        (("int32", (3, 1)), False),
+        (("int32", (3,), "gpu:0"), False),
+        (("int32", ("R",)), True),
+        (("int32", (None,)), True),
+        (("int32", ("R", "S")), False),
+    ],
+    ids=str,
+)
+def test_a_graph_may_leave_sizes_open(given, fits):
+    """Whether a graph's input takes a communicator's int32 [3]."""
+    assert InputSpec(*given).fits(InputSpec("int32", (3,))) is fits

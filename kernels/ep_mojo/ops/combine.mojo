@@ -8,14 +8,12 @@ from std.sys import size_of
 from ..cpu import expert_slots_combine
 from ..combine_tensors import CombineInput, CombineOutput
 from ..cpu.combine_async import combine_async
-from ..cpu.combine_wait import combine_wait
 from ..cpu.fused import combine
 from ..gpu import combine_async as gpu_combine_async
-from ..gpu import combine_wait as gpu_combine_wait
-from ..gpu import expert_slots_combine_async, expert_slots_combine_wait
+from ..gpu import expert_slots_combine_async
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
-from ..layout import STAGE_COMBINE_ASYNC, STAGE_COMBINE_WAIT
+from ..layout import STAGE_COMBINE_ASYNC
 from .checks import (
     check_aligned,
     check_expert_rows,
@@ -23,6 +21,7 @@ from .checks import (
     check_sums,
     refuse_virtual,
 )
+from .receive import receive_sums
 from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
@@ -191,60 +190,17 @@ struct CombineWait:
             raw(bias1),
             raw(shared_rows),
         )
-        comptime wire = hidden * size_of[Scalar[shared_rows.dtype]]()
-        check_sums[layout, reduce, slots == "expert"](
-            s,
-            output,
-            wire,
-            hidden * size_of[Scalar[y.dtype]](),
-            hidden * size_of[Scalar[bias0.dtype]](),
-        )
-        comptime if target == "gpu":
-            var peers = gpu_peers(
-                s, settings, counters, recv_ptrs, recv_count_ptrs
-            )
-            check_aligned("bias0", output.bias0)
-            check_aligned("bias1", output.bias1)
-            comptime if slots == "expert":
-                expert_slots_combine_wait.combine_wait[
-                    shared_rows.dtype,
-                    y.dtype,
-                    bias0.dtype,
-                    topk_ids.dtype,
-                    hidden,
-                ](peers, output, STAGE_COMBINE_WAIT, ctx)
-            else:
-                gpu_combine_wait.combine_wait[
-                    shared_rows.dtype,
-                    y.dtype,
-                    bias0.dtype,
-                    topk_ids.dtype,
-                    hidden,
-                    layout,
-                    reduce,
-                ](peers, output, STAGE_COMBINE_WAIT, ctx)
-        else:
-            var ep = Endpoint[False](
-                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
-            )
-            comptime if slots == "expert":
-                expert_slots_combine.combine_wait[
-                    shared_rows.dtype,
-                    y.dtype,
-                    bias0.dtype,
-                    topk_ids.dtype,
-                    hidden,
-                ](ep, output, STAGE_COMBINE_WAIT)
-            else:
-                combine_wait[
-                    shared_rows.dtype,
-                    y.dtype,
-                    bias0.dtype,
-                    topk_ids.dtype,
-                    hidden,
-                    layout,
-                    reduce,
-                ](ep, output, STAGE_COMBINE_WAIT)
+        receive_sums[
+            shared_rows.dtype,
+            y.dtype,
+            bias0.dtype,
+            topk_ids.dtype,
+            hidden,
+            layout,
+            reduce,
+            slots,
+            target,
+        ](s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
 
 
 @extensibility.register("ep_mojo_combine")

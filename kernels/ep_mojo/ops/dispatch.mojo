@@ -6,22 +6,21 @@ from max.gpu.host import DeviceContext
 
 from ..cpu import expert_slots_dispatch
 from ..cpu.dispatch_async import dispatch_async
-from ..cpu.dispatch_wait import dispatch_wait
 from ..cpu.fused import dispatch
 from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
 from ..gpu import dispatch_async as gpu_dispatch_async
-from ..gpu import dispatch_wait as gpu_dispatch_wait
-from ..gpu import expert_slots_dispatch_async, expert_slots_dispatch_wait
+from ..gpu import expert_slots_dispatch_async
 from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
-from ..layout import STAGE_DISPATCH_ASYNC, STAGE_DISPATCH_WAIT
+from ..layout import STAGE_DISPATCH_ASYNC
 from .checks import (
     check_aligned,
     check_input,
     check_output,
     refuse_virtual,
 )
+from .receive import receive
 from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
 
 
@@ -210,29 +209,9 @@ struct DispatchWait:
             view(row_map),
             view(recv_num_tokens),
         )
-        check_output[F, layout, slots == "expert"](s, output)
-        comptime if target == "gpu":
-            var peers = gpu_peers(
-                s, settings, counters, recv_ptrs, recv_count_ptrs
-            )
-            comptime if slots == "expert":
-                expert_slots_dispatch_wait.dispatch_wait[F, layout](
-                    peers, output, STAGE_DISPATCH_WAIT, ctx
-                )
-            else:
-                gpu_dispatch_wait.dispatch_wait[F, layout](
-                    peers, output, STAGE_DISPATCH_WAIT, ctx
-                )
-        else:
-            var ep = Endpoint[True](
-                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
-            )
-            comptime if slots == "expert":
-                expert_slots_dispatch.dispatch_wait[F, layout](
-                    ep, output, STAGE_DISPATCH_WAIT
-                )
-            else:
-                dispatch_wait[F, layout](ep, output, STAGE_DISPATCH_WAIT)
+        receive[F, layout, slots, target](
+            s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx
+        )
 
 
 @extensibility.register("ep_mojo_dispatch")

@@ -1,0 +1,116 @@
+"""What the ranks of a group tell one another outside of rounds, through the group's key-value store.
+
+Unlike a collective of the group, every wait here ends at the deadline, so that a rank which never comes is named and
+hangs nobody; and a rank may leave a note that others look for without waiting.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from ..errors import ConfigMismatchError, PeerTimeoutError
+
+GRACE_S = 0.2
+
+_boards: weakref.WeakKeyDictionary[Any, Board] = weakref.WeakKeyDictionary()
+
+
+class Board:
+    """One for each group and process.
+
+    Attributes:
+        rank, size: This process in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        """Use `board_of`: agreements of a group are numbered, all in one sequence."""
+        self.rank, self.size = group.rank(), group.size()
+        self._store = dist.PrefixStore("ep_mojo", _get_process_group_store(group))
+        self._agreements = 0
+
+    def agree(self, what: str, value: Any, timeout_s: float) -> list[Any]:
+        """All ranks' values, in order of rank. Every rank calls this with its own, in the same order of calls.
+
+        Args:
+            what: What the ranks are about to do, for errors; all have to name the same.
+            value: Anything that can be pickled.
+            timeout_s: How long to wait for the others; 0 = for ever.
+
+        Raises:
+            PeerTimeoutError: A rank did not come.
+            ConfigMismatchError: A rank came with something else in mind.
+        """
+        number = self._agreements
+        mine = f"{number}/{self.rank}"
+        self._store.set(mine, pickle.dumps((what, value)))
+        keys = [f"{number}/{r}" for r in range(self.size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout_s or 1e6))
+        except (RuntimeError, dist.DistStoreError) as error:
+            missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+            time.sleep(GRACE_S)  # who gives up at the same time is to see who came, too
+            self._store.delete_key(mine)
+            raise PeerTimeoutError(
+                f"rank {self.rank}: {what}: in {timeout_s:g} s rank {', '.join(map(str, missing))} did not come, or "
+                "has given up",
+                remedy="make the same calls with the same sizes on every rank of the group",
+            ) from error
+        found = [pickle.loads(self._store.get(key)) for key in keys]
+        # Whoever waits for this agreement has read the one before it.
+        if number > 0:
+            self._store.delete_key(f"{number - 1}/{self.rank}")
+        self._agreements += 1
+        if any(name != what for name, _ in found):
+            raise ConfigMismatchError(
+                f"rank {self.rank}: ranks call different things: "
+                + "; ".join(f"rank {r}: {name}" for r, (name, _) in enumerate(found)),
+                remedy="make the same calls in the same order on every rank of the group",
+            )
+        return [value for _, value in found]
+
+    def agree_on(self, what: str, value: dict[str, Any], timeout_s: float) -> str:
+        """`agree` on equal values. Returns a name for what was agreed: the same on all ranks, and never used again.
+
+        Raises:
+            ConfigMismatchError: On all ranks alike; names what differs, and how.
+        """
+        found = self.agree(what, value, timeout_s)
+        for name in value:
+            given = [f.get(name) for f in found]
+            if any(g != given[0] for g in given):
+                raise ConfigMismatchError(
+                    f"{what}: ranks differ: " + ", ".join(f"rank {r}: {g!r}" for r, g in enumerate(given)),
+                    field=name,
+                    value=value[name],
+                    allowed="the same on every rank",
+                    remedy=f"pass one {name} everywhere",
+                )
+        return f"agreed/{self._agreements}"
+
+    def leave(self, key: str, text: str) -> None:
+        """Leave a note of this rank. Whoever looks for it after this call finds it."""
+        self._store.set(f"{key}/{self.rank}", text)
+        self._store.get(f"{key}/{self.rank}")  # a set may still be under way when it returns
+
+    def take_back(self, key: str) -> None:
+        """Remove this rank's note."""
+        self._store.delete_key(f"{key}/{self.rank}")
+
+    def notes(self, key: str) -> dict[int, str]:
+        """The notes that ranks have left, by rank. Waits for nothing."""
+        keys = {r: f"{key}/{r}" for r in range(self.size)}
+        return {r: self._store.get(k).decode() for r, k in keys.items() if self._store.check([k])}
+
+
+def board_of(group: dist.ProcessGroup) -> Board:
+    """The board of a group."""
+    if group not in _boards:
+        _boards[group] = Board(group)
+    return _boards[group]

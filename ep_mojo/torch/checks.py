@@ -1,0 +1,46 @@
+"""What tensors a call takes, checked by name before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import DeviceError, DTypeError, ShapeError
+
+
+def check_tensor(
+    name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], device: torch.device
+) -> torch.Tensor:
+    """`value`, if it is a tensor of one of these dtypes, this shape (None: any size) and on this device.
+
+    Raises:
+        DTypeError, ShapeError, DeviceError: It is not.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise DTypeError(field=name, value=type(value).__name__, allowed="a torch.Tensor", remedy=f"pass {name} as one")
+    if value.dtype not in dtypes:
+        allowed = " or ".join(str(d) for d in dtypes)
+        raise DTypeError(field=name, value=str(value.dtype), allowed=allowed, remedy=f"convert {name} first")
+    sizes = tuple(value.shape)
+    if len(sizes) != len(shape) or any(want not in (None, got) for got, want in zip(sizes, shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ShapeError(field=name, value=list(sizes), allowed=f"[{wanted}]", remedy=f"reshape {name}")
+    if value.device.type != device.type or (device.index is not None and value.device.index != device.index):
+        raise DeviceError(
+            field=name,
+            value=str(value.device),
+            allowed=str(device),
+            remedy=f"move it there: {name}.to({str(device)!r})",
+        )
+    if value.layout != torch.strided:
+        raise DTypeError(field=name, value=str(value.layout), allowed="a dense tensor", remedy=f"use {name}.to_dense()")
+    return value
+
+
+def check_absent(reason: str, **values: Any) -> None:
+    """Raise `ShapeError` where one of these is given."""
+    for name, value in values.items():
+        if value is not None:
+            raise ShapeError(reason, field=name, value="given", allowed="None", remedy=f"leave {name} out")

@@ -1,0 +1,202 @@
+"""Dispatch and combine as torch ops, `torch.ops.ep_mojo.dispatch` and `.combine`, for graphs of torch.compile.
+
+An op takes tensors and numbers, so a communicator goes by its number here. Both ops say that they write `ORDER`, which
+every one of them takes: so torch.compile keeps all of them, in their order, as the ranks need it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+
+from ..comm import Communicator
+from ..config import EPConfig
+from ..errors import OrderError, UnsupportedError
+from ..formats import BF16
+from ..handle import HANDLE_TENSORS, handle_types
+from .board import board_of
+from .checks import check_tensor
+from .graphs import FOR_COMBINE, CombineSet, DispatchSet
+from .rounds import Rounds, to_tensor
+
+ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
+Received = tuple[(torch.Tensor,) * len(HANDLE_TENSORS)]
+IDS = {torch.int32: "int32", torch.int64: "int64"}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int32": torch.int32,
+    "uint32": torch.int32,
+    "uint8": torch.float8_e4m3fn,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+"""What the tensors of a handle are in torch. Row offsets are below 2^31, and so the same as int32."""
+
+SAME = {"n_sms": None, "timeout_s": 0.0}
+"""Fields of a config in which ranks may differ, for comparing the others."""
+_numbers = itertools.count()
+_by_comm: weakref.WeakKeyDictionary[Communicator, tuple[int, Rounds]] = weakref.WeakKeyDictionary()
+_by_number: weakref.WeakValueDictionary[int, Rounds] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def number_of(comm: Communicator) -> int:
+    """The number of a communicator. The first call for it needs all ranks.
+
+    Raises:
+        UnsupportedError: Not one of `Communicator.process_group`, or with a config that these ops do not know.
+        ConfigMismatchError, PeerTimeoutError: Another rank comes with another config, or does not come.
+    """
+    if comm not in _by_comm:
+        if not isinstance(comm, Communicator) or not hasattr(comm, "group"):
+            raise UnsupportedError(
+                "tensors of torch are of one rank",
+                field="comm",
+                value=type(comm).__name__,
+                allowed="a communicator of Communicator.process_group",
+                remedy="call ep_mojo.Communicator.process_group(cfg, group)",
+            )
+        cfg = comm.cfg
+        for name, allowed in (("slots", "rank"), ("shared_expert", False)):
+            if getattr(cfg, name) != allowed:
+                raise UnsupportedError(
+                    field=f"cfg.{name}", value=getattr(cfg, name), allowed=repr(allowed), remedy="use ep_mojo.dispatch"
+                )
+        board = board_of(comm.group)
+        name = board.agree_on("using a communicator with tensors", {"config": repr(cfg.replace(**SAME))}, cfg.timeout_s)
+        number = next(_numbers)
+        _by_comm[comm] = number, Rounds(comm, board, name, cfg.timeout_s)
+        _by_number[number] = _by_comm[comm][1]
+    return _by_comm[comm][0]
+
+
+def _rounds(number: int) -> Rounds:
+    if number not in _by_number:
+        raise OrderError(
+            "the communicator is gone", field="comm", value=number, allowed="one that lives", remedy="keep a reference"
+        )
+    return _by_number[number]
+
+
+def _prepared(rounds: Rounds, graphs: DispatchSet | CombineSet, stage: str) -> None:
+    if not rounds.has(graphs, stage):
+        rounds.prepare([graphs])
+
+
+@torch.library.custom_op("ep_mojo::dispatch", mutates_args=("order",))
+def dispatch(
+    order: torch.Tensor,
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    comm: int,
+) -> Received:
+    """See `ep_mojo.torch.dispatch`; returns the tensors of a handle up to recv_num_tokens."""
+    rounds = _rounds(comm)
+    cfg, device = rounds.cfg, rounds.device
+    fmt, encoded = cfg.dispatch_format, x_scales is not None
+    if encoded and isinstance(fmt, BF16):
+        raise UnsupportedError(
+            field="x_scales",
+            value="given",
+            allowed="None with BF16",
+            remedy="leave it out, or use a config with BlockwiseFP8",
+        )
+    given = check_tensor("x", x, [torch.float8_e4m3fn if encoded else torch.bfloat16], [None, cfg.hidden_size], device)
+    tensors = [given.contiguous()]
+    if x_scales is not None:
+        dtype = DTYPES[fmt.scale_dtype or "float32"]
+        tensors.append(
+            check_tensor("x_scales", x_scales, [dtype], [x.shape[0], cfg.scales_per_token], device).contiguous()
+        )
+    tensors.append(check_tensor("topk_ids", topk_ids, list(IDS), [x.shape[0], cfg.top_k], device).contiguous())
+    if weights is not None:
+        tensors.append(check_tensor("weights", weights, [torch.float32], topk_ids.shape, device).contiguous())
+    graphs = dispatch_set(cfg, encoded, weights is not None, IDS[topk_ids.dtype])
+    _prepared(rounds, graphs, "dispatch")
+    order += 1
+    outputs = rounds.run(graphs, "dispatch", *tensors, rounds.sizes(graphs, cfg.rows_capacity))
+    return tuple(to_tensor(b, dtype) for b, (dtype, _) in zip(outputs, received_types(cfg), strict=True))
+
+
+@dispatch.register_fake
+def _(order, x, x_scales, topk_ids, weights, comm):
+    return tuple(x.new_empty(shape, dtype=dtype) for dtype, shape in received_types(_rounds(comm).cfg))
+
+
+@torch.library.custom_op("ep_mojo::combine", mutates_args=("order",))
+def combine(
+    order: torch.Tensor,
+    y: torch.Tensor,
+    row_map: torch.Tensor,
+    recv_weights: torch.Tensor,
+    recv_num_tokens: torch.Tensor,
+    topk_ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    bias0: torch.Tensor | None,
+    bias1: torch.Tensor | None,
+    comm: int,
+) -> torch.Tensor:
+    """See `ep_mojo.torch.combine`."""
+    rounds = _rounds(comm)
+    cfg, device = rounds.cfg, rounds.device
+    rows = received_types(cfg)[0][1][:-1]
+    check_tensor("y", y, [DTYPES[cfg.combine_dtype]], [*rows, cfg.hidden_size], device)
+    check_tensor("topk_ids", topk_ids, list(IDS), [None, cfg.top_k], device)
+    per_token = cfg.n_ranks, cfg.max_tokens_per_rank, cfg.top_k
+    shapes = ((torch.int32, per_token), (torch.float32, per_token), (torch.int32, (cfg.n_ranks,)))
+    for name, value, (dtype, shape) in zip(FOR_COMBINE, (row_map, recv_weights, recv_num_tokens), shapes, strict=True):
+        check_tensor(f"handle.{name}", value, [dtype], shape, device)
+    biases = [b for b in (bias0, bias1) if b is not None]
+    for i, bias in enumerate(biases):
+        check_tensor(f"bias{i}", bias, [torch.bfloat16], [topk_ids.shape[0], cfg.hidden_size], device)
+    reduce = reduce_of(cfg)
+    graphs = combine_set(cfg, bool(biases), IDS[topk_ids.dtype])
+    _prepared(rounds, graphs, "combine0")
+    given = [y, row_map, recv_weights, recv_num_tokens, topk_ids]
+    if reduce == "source":
+        ones = torch.ones(topk_ids.shape, dtype=torch.float32, device=device) if weights is None else weights
+        given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
+    order += 1
+    given += biases
+    return to_tensor(rounds.run(graphs, f"combine{len(biases)}", *(g.contiguous() for g in given))[0])
+
+
+@combine.register_fake
+def _(order, y, row_map, recv_weights, recv_num_tokens, topk_ids, weights, bias0, bias1, comm):
+    cfg = _rounds(comm).cfg
+    return y.new_empty((topk_ids.shape[0], cfg.hidden_size), dtype=DTYPES[cfg.output_dtype])
+
+
+def reduce_of(cfg: EPConfig) -> str:
+    """Who sums: "expert" or "source"."""
+    return "expert" if cfg.output_layout == "rank" else cfg.reduce or "expert"
+
+
+def dispatch_set(cfg: EPConfig, encoded: bool, weighted: bool, ids: str) -> DispatchSet:
+    """The graph of a dispatch."""
+    return DispatchSet(cfg.hidden_size, cfg.output_layout, cfg.dispatch_format, encoded, weighted, False, ids)
+
+
+def combine_set(cfg: EPConfig, biases: bool, ids: str) -> CombineSet:
+    """The graphs of a combine."""
+    types = cfg.combine_dtype, cfg.output_dtype
+    return CombineSet(cfg.hidden_size, cfg.output_layout, reduce_of(cfg), *types, biases, ids)
+
+
+def received_types(cfg: EPConfig) -> list[tuple[torch.dtype, list[int]]]:
+    """(dtype, shape) of the tensors of `HANDLE_TENSORS`."""
+    token = torch.float8_e4m3fn if cfg.dispatch_format.token_dtype == "float8_e4m3fn" else None
+    found = [(DTYPES.get(t.dtype.name), [int(d) for d in t.shape]) for t in handle_types(cfg)]
+    if found[0][0] is None or (found[0][0] == torch.float8_e4m3fn and token is None):
+        raise UnsupportedError(
+            "torch has no tensors of this format",
+            field="cfg.dispatch_format",
+            value=cfg.dispatch_format,
+            allowed="BF16 or BlockwiseFP8",
+            remedy="use MAX graphs for a format of your own",
+        )
+    return found

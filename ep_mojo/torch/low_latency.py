@@ -1,0 +1,392 @@
+"""Low-latency mode: rows by local expert in room for the worst case, sums with the router's weights at the source.
+
+The engine's layout "expert_padded" with reduce "source". L local experts, M = R*Tmax rows for each of them. Dispatch
+and
+combine are one launch each, or with a hook two: the call sends, the hook receives into the tensors that the call
+returned. Rounds are received in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import EPConfig
+from ..errors import CapacityError, ConfigError, OrderError, ShapeError, UnsupportedError
+from ..formats import BF16, BlockwiseFP8, TokenFormat, check_int
+from ..handle import HANDLE_TENSORS, handle_types
+from ..layout import MAX_TOKENS
+from . import graphs, sizes
+from .checks import check_tensor
+from .normal import check_experts
+from .rounds import Rounds, to_tensor
+from .session import Session
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
+
+Hook = Callable[[], None]
+ZERO_COPY_BUFFERS = 2
+
+
+class LowLatencyHandle(Sequence):
+    """What a low-latency dispatch leaves for combine. Of a round with a hook it is good once the hook was called.
+
+    As a sequence: src_info, layout_range, num_max_dispatch_tokens_per_rank, hidden, num_experts. The two tensors are
+    made when they are first asked for; combine does not need them.
+
+    Attributes:
+        cfg: The engine's config.
+        num_tokens: T of this rank.
+        counts: int32 [L], rows of each local expert.
+    """
+
+    def __init__(self, session: Session, cfg: EPConfig, num_tokens: int, counts: torch.Tensor):
+        self.session, self.cfg, self.num_tokens, self.counts = session, cfg, num_tokens, counts
+        self.for_combine: tuple[Buffer, ...] = ()
+        self.received = False
+        self._origins: Buffer | None = None
+
+    def fill(self, by_name: dict[str, Buffer]) -> None:
+        """Take what the engine gave."""
+        self.for_combine = tuple(by_name[name] for name in graphs.FOR_COMBINE)
+        self._origins = by_name["src_info"]
+
+    @functools.cached_property
+    def src_info(self) -> torch.Tensor:
+        """int32 [L, M]: the token, on its source rank, that each row is; -1 past the last row of an expert."""
+        origins = self._sources()
+        return torch.where(origins < 0, -1, origins % self.cfg.max_tokens_per_rank)
+
+    @functools.cached_property
+    def layout_range(self) -> torch.Tensor:
+        """int64 [L, R]: rows of an expert from a source rank: the first in the high 32 bits, how many in the low 32."""
+        cfg, origins = self.cfg, self._sources()
+        sources = torch.where(origins < 0, cfg.n_ranks, origins // cfg.max_tokens_per_rank).to(torch.int64)
+        found = torch.zeros(cfg.n_local_experts, cfg.n_ranks + 1, dtype=torch.int64, device=origins.device)
+        counts = found.scatter_add_(1, sources, torch.ones_like(sources))[:, : cfg.n_ranks]
+        return (counts.cumsum(1) - counts) << 32 | counts
+
+    def _sources(self) -> torch.Tensor:
+        if not self.received:
+            raise _hook_first("handle")
+        return to_tensor(self._origins)[:, 0].view(self.cfg.n_local_experts, -1)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        cfg = self.cfg
+        names = ("src_info", "layout_range")
+        sizes_ = (cfg.max_tokens_per_rank, cfg.hidden_size, cfg.n_experts)
+        index %= len(self)
+        return getattr(self, names[index]) if index < 2 else sizes_[index - 2]
+
+
+class LowLatencyMode:
+    """Dispatch and combine of one Buffer, without queues and events.
+
+    Attributes:
+        session: Whose.
+        num_rdma_bytes: Of the Buffer.
+    """
+
+    def __init__(self, session: Session, num_rdma_bytes: int):
+        self.session, self.num_rdma_bytes = session, num_rdma_bytes
+        self._pending: dict[tuple[Rounds, str], deque[Hook]] = {}
+        self._zero_copy: dict[tuple[int, ...], deque[torch.Tensor]] = {}
+        self._next: tuple[int, ...] | None = None
+
+    def check_sizes(self, num_tokens: Any, hidden: Any, num_experts: Any) -> None:
+        """Raise unless the Buffer was made for as many bytes.
+
+        Raises:
+            ConfigError: A number is out of range.
+            CapacityError: num_rdma_bytes is too small for them.
+        """
+        most = check_int("num_max_dispatch_tokens_per_rank", num_tokens, 1, MAX_TOKENS)
+        n_ranks = self.session.size
+        n_experts = check_experts(num_experts, n_ranks)
+        needed = sizes.low_latency_bytes(most, check_int("hidden", hidden, 8, 1 << 16), n_ranks, n_experts)
+        if self.num_rdma_bytes < needed:
+            raise CapacityError(
+                f"{most} tokens a rank of {hidden} channels need more",
+                field="num_rdma_bytes",
+                value=self.num_rdma_bytes,
+                allowed=f"at least {needed}",
+                remedy="make the Buffer with Buffer.get_low_latency_rdma_size_hint(...) bytes",
+            )
+
+    # Dispatch
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_tokens: int,
+        num_experts: int,
+        stats: torch.Tensor | None,
+        fmt: TokenFormat,
+        later: bool,
+    ) -> tuple[Any, torch.Tensor, LowLatencyHandle, Hook | None]:
+        """See `Buffer.low_latency_dispatch`. `later`: return before anything is received, with a hook that does it."""
+        device = self.session.device
+        check_tensor("x", x, [torch.bfloat16], [None, None], device)
+        check_tensor("topk_idx", topk_idx, [torch.int64], [x.shape[0], None], device)
+        self.check_sizes(num_max_tokens, x.shape[1], num_experts)
+        cfg = sizes.low_latency_config(
+            num_max_tokens,
+            x.shape[1],
+            topk_idx.shape[1],
+            num_experts,
+            self.session.size,
+            dispatch_format=fmt,
+            timeout_s=self.session.timeout_s,
+        )
+        if stats is not None:
+            check_tensor("cumulative_local_expert_recv_stats", stats, [torch.int32], [cfg.n_local_experts], device)
+        sets = graphs.low_latency(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        self._check_room(rounds, "dispatch", later)
+        too_many = functools.partial(_too_many, cfg)
+        given = x.contiguous(), topk_idx.contiguous()
+        if not later:
+            with self.session.announcing(rounds, x.shape[0], too_many):
+                received = rounds.run(sets[0], "dispatch", *given, rounds.sizes(sets[0], cfg.rows_capacity))
+            found = dict(zip(HANDLE_TENSORS, received, strict=True))
+            handle = LowLatencyHandle(self.session, cfg, x.shape[0], to_tensor(found["counts"]))
+            handle.fill(found)
+            self._arrived(handle, stats)
+            return self._rows(cfg, found), handle.counts, handle, None
+        outputs = _empty(cfg, rounds)
+        found = dict(zip(HANDLE_TENSORS, outputs, strict=True))
+        handle = LowLatencyHandle(self.session, cfg, x.shape[0], to_tensor(found["counts"]))
+        with self.session.announcing(rounds, x.shape[0], too_many):
+            rounds.run(sets[0], "send", *given)
+
+        def receive() -> None:
+            with self.session.announcing(rounds, 0, too_many):
+                rounds.run(sets[0], "receive", *outputs)
+            handle.fill(found)
+            self._arrived(handle, stats)
+
+        hook = self._later(rounds, "dispatch", receive)
+        return self._rows(cfg, found), handle.counts, handle, hook
+
+    def _arrived(self, handle: LowLatencyHandle, stats: torch.Tensor | None) -> None:
+        handle.received = True
+        if stats is not None:
+            stats += handle.counts
+
+    def _rows(self, cfg: EPConfig, found: dict[str, Buffer]) -> Any:
+        if isinstance(cfg.dispatch_format, BF16):
+            return to_tensor(found["tokens"])
+        scales = to_tensor(found["scales"]).view(cfg.scales_per_token, cfg.n_local_experts, -1).permute(1, 2, 0)
+        return to_tensor(found["tokens"], torch.float8_e4m3fn), scales
+
+    # Combine
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: Any,
+        zero_copy: bool,
+        later: bool,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Hook | None]:
+        """See `Buffer.low_latency_combine`."""
+        handle = self.session.own(handle, LowLatencyHandle)
+        cfg, device = handle.cfg, self.session.device
+        shape = cfg.n_local_experts, cfg.n_ranks * cfg.max_tokens_per_rank, cfg.hidden_size
+        check_tensor("x", x, [torch.bfloat16], shape, device)
+        choices = handle.num_tokens, cfg.top_k
+        check_tensor("topk_idx", topk_idx, [torch.int64], choices, device)
+        check_tensor("topk_weights", topk_weights, [torch.float32], choices, device)
+        if out is not None:
+            check_tensor("out", out, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
+            if not out.is_contiguous():
+                raise ShapeError(field="out", value="strided", allowed="contiguous", remedy="pass a contiguous tensor")
+        if not handle.received:
+            raise _hook_first("handle")
+        back = graphs.low_latency(cfg)[1]
+        rounds = self.session.rounds(cfg, graphs.low_latency(cfg))
+        self._check_room(rounds, "combine", later)
+        rows = self._filled(shape) if zero_copy else x.contiguous()
+        ids, weights = topk_idx.contiguous(), topk_weights.contiguous()
+        if out is None and not later:
+            (combined,) = rounds.run(back, "combine0", rows, *handle.for_combine, ids, weights)
+            return to_tensor(combined), None
+        y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
+        rounds.run(back, "send_back", rows, *handle.for_combine)
+        if not later:
+            rounds.run(back, "receive_back", y, ids, weights)
+            return y, None
+        return y, self._later(rounds, "combine", lambda: rounds.run(back, "receive_back", y, ids, weights))
+
+    def next_buffer(self, handle: Any) -> torch.Tensor:
+        """See `Buffer.get_next_low_latency_combine_buffer`."""
+        cfg = self.session.own(handle, LowLatencyHandle).cfg
+        shape = cfg.n_local_experts, cfg.n_ranks * cfg.max_tokens_per_rank, cfg.hidden_size
+        if shape not in self._zero_copy:
+            with torch.inference_mode(False):  # they outlive the mode they are made in
+                made = [
+                    torch.empty(shape, dtype=torch.bfloat16, device=self.session.device)
+                    for _ in range(ZERO_COPY_BUFFERS)
+                ]
+            self._zero_copy[shape] = deque(made)
+        self._next = shape
+        return self._zero_copy[shape][0]
+
+    def _filled(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor that the caller has filled; the next one is another, so that this one may still be read."""
+        if self._next != shape:
+            raise OrderError(
+                "there is no buffer that the caller could have filled",
+                field="zero_copy",
+                value=True,
+                allowed="after get_next_low_latency_combine_buffer(handle)",
+                remedy="fill what that returns, or leave zero_copy out",
+            )
+        buffers, self._next = self._zero_copy[shape], None
+        buffers.rotate(-1)
+        return buffers[-1]
+
+    # Hooks
+
+    def _check_room(self, rounds: Rounds, stage: str, later: bool) -> None:
+        """Raise where a round would overtake one whose hook has not been called, or more are under way than fit."""
+        waiting = len(self._pending.get((rounds, stage), ()))
+        most = rounds.cfg.num_buffers if later else 1
+        if waiting >= most:
+            raise OrderError(
+                f"{waiting} earlier {stage} rounds have not been received",
+                field="return_recv_hook",
+                value=later,
+                allowed=f"up to {rounds.cfg.num_buffers} rounds with hooks under way, and none in front of one without",
+                remedy="call the hooks of the earlier rounds first",
+            )
+
+    def _later(self, rounds: Rounds, stage: str, receive: Callable[[], Any]) -> Hook:
+        waiting = self._pending.setdefault((rounds, stage), deque())
+        turn = object()  # not the hook itself, which would then keep itself and its tensors
+
+        def hook() -> None:
+            self.session.live()
+            if turn not in waiting:
+                raise OrderError(
+                    "the hook was called before, or its round was given up by reset()",
+                    allowed="once",
+                    remedy="call each hook once, and none from before a reset",
+                )
+            if waiting[0] is not turn:
+                raise OrderError(
+                    f"an earlier {stage} round has not been received",
+                    allowed="hooks in the order of their calls",
+                    remedy="call the earlier hook first",
+                )
+            waiting.popleft()
+            receive()
+
+        waiting.append(turn)
+        return hook
+
+    def forget(self) -> None:
+        """Drop the hooks of rounds that a reset has given up."""
+        for waiting in self._pending.values():
+            waiting.clear()  # hooks hold it
+        self._pending.clear()
+
+    # Masks
+
+    def query_mask(self, mask_status: torch.Tensor) -> None:
+        """Write int32 [R]: 0, since no rank can be masked.
+
+        Raises:
+            DTypeError, ShapeError, DeviceError: Not such a tensor.
+        """
+        check_tensor("mask_status", mask_status, [torch.int32], [self.session.size], self.session.device)
+        mask_status.zero_()
+
+    def update_mask(self, rank: Any, mask: Any) -> None:
+        """Unmask a rank, which changes nothing.
+
+        Raises:
+            ConfigError: There is no such rank.
+            UnsupportedError: A rank is to be masked.
+        """
+        n = check_int("rank_to_mask", rank, 0, self.session.size - 1)
+        if mask:
+            raise UnsupportedError(
+                "rounds are of all ranks of the group",
+                field="rank_to_mask",
+                value=n,
+                allowed="mask=False",
+                remedy="make a group and a Buffer of the ranks that are left; a rank that does not come is a "
+                "PeerTimeoutError within the deadline",
+            )
+
+
+def format_of(use_fp8: Any, round_scale: Any, use_ue8m0: Any) -> TokenFormat:
+    """The format of a low-latency dispatch.
+
+    Raises:
+        ConfigError: UE8M0 scales that are not powers of two, or rounding without fp8.
+    """
+    if not use_fp8:
+        if round_scale or use_ue8m0:
+            raise ConfigError(
+                field="round_scale" if round_scale else "use_ue8m0",
+                value=True,
+                allowed="with use_fp8=True",
+                remedy="leave it out, or pass use_fp8=True",
+            )
+        return BF16()
+    if use_ue8m0 and not round_scale:
+        raise ConfigError(
+            "UE8M0 has powers of two only",
+            field="use_ue8m0",
+            value=True,
+            allowed="with round_scale=True",
+            remedy="pass round_scale=True",
+        )
+    return BlockwiseFP8("ue8m0" if use_ue8m0 else "power_of_two" if round_scale else "float32", "column")
+
+
+def _empty(cfg: EPConfig, rounds: Rounds) -> list[Buffer]:
+    """Tensors for what a hook will receive."""
+    from max.driver import Buffer
+
+    device = rounds.comm.device_refs()[0]
+    place = device.to_device()
+    return [Buffer(t.dtype, [int(d) for d in t.shape], place) for t in handle_types(cfg, device)]
+
+
+def _too_many(cfg: EPConfig, rank: int, tokens: int) -> CapacityError:
+    needed = sizes.low_latency_bytes(tokens, cfg.hidden_size, cfg.n_ranks, cfg.n_experts)
+    return CapacityError(
+        f"rank {rank} has {tokens} tokens",
+        field="num_max_dispatch_tokens_per_rank",
+        value=cfg.max_tokens_per_rank,
+        allowed=f"at least {tokens}, with num_rdma_bytes of at least {needed}",
+        remedy="pass that number on all ranks, after reset() on all ranks; or send less",
+    )
+
+
+def _hook_first(field: str) -> OrderError:
+    return OrderError(
+        "the round has not been received",
+        field=field,
+        value="of a dispatch whose hook has not been called",
+        allowed="after its hook",
+        remedy="call the hook first",
+    )

@@ -1,0 +1,317 @@
+"""Normal mode: rows by source rank and then source token, for many tokens; `Buffer.dispatch` and `Buffer.combine`.
+
+The engine's layout "rank". T tokens of a rank, R ranks, E experts, L = E/R local ones, K choices, N rows received.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+
+from ..config import EPConfig
+from ..errors import CapacityError, ConfigError, ShapeError, UnsupportedError
+from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
+from ..handle import HANDLE_TENSORS
+from . import graphs, sizes
+from .checks import check_tensor
+from .rounds import to_tensor
+from .session import Session
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
+
+MAX_ALIGNMENT = 1 << 20
+MAX_WORST_TOKENS = (1 << 31) - 1
+Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class NormalHandle:
+    """What a dispatch leaves for combine, and for dispatches of other tokens along the same routes.
+
+    It holds copies: the tensors given to dispatch may change. It may be used any number of times, with its own Buffer.
+
+    Attributes:
+        cfg: The engine's config.
+        topk_idx: int64 [T, K], the rank's own choices; without top-k int64 [T, R], the ranks themselves.
+        has_topk: Whether the dispatch had top-k choices.
+        num_recv_tokens: N, rows of the received tensors; with num_worst_tokens that number.
+        recv_count: int32 [1] on the device: rows that hold a token.
+        rank_offsets: int32 [R + 1], the first row of each source rank.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        cfg: EPConfig,
+        topk_idx: torch.Tensor,
+        has_topk: bool,
+        num_recv_tokens: int,
+        rank_offsets: torch.Tensor,
+        for_combine: Sequence[Buffer],
+        src_info: Buffer,
+    ):
+        self.session, self.cfg = session, cfg
+        self.topk_idx, self.has_topk = topk_idx, has_topk
+        self.num_recv_tokens = num_recv_tokens
+        self.rank_offsets, self.recv_count = rank_offsets, rank_offsets[-1:]
+        self.for_combine = tuple(for_combine)
+        self._src_info = src_info
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.topk_idx.shape[0]
+
+    @property
+    def recv_src_idx(self) -> torch.Tensor:
+        """int32 [N]: the token, on its source rank, that each row is; unspecified past `recv_count`."""
+        return to_tensor(self._src_info)[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
+
+
+class NormalMode:
+    """Dispatch and combine of one Buffer, without queues and events.
+
+    Attributes:
+        session: Whose.
+        num_nvl_bytes: Of the Buffer.
+    """
+
+    def __init__(self, session: Session, num_nvl_bytes: int):
+        self.session, self.num_nvl_bytes = session, num_nvl_bytes
+
+    # Layout
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens a rank int32 [R], tokens an expert int32 [E], is-token-in-rank bool [T, R]. Sends nothing.
+
+        Raises:
+            DTypeError, ShapeError, DeviceError, ConfigError: An argument does not fit.
+        """
+        check_tensor("topk_idx", topk_idx, [torch.int64], [None, None], self.session.device)
+        n_ranks, n_experts = self.session.size, check_experts(num_experts, self.session.size)
+        valid = (topk_idx >= 0) & (topk_idx < n_experts)
+        ids = torch.where(valid, topk_idx, n_experts)
+        per_expert = torch.zeros(n_experts + 1, dtype=torch.int32, device=topk_idx.device)
+        per_expert.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
+        in_rank = torch.zeros(topk_idx.shape[0], n_ranks + 1, dtype=torch.bool, device=topk_idx.device)
+        in_rank.scatter_(1, ids // (n_experts // n_ranks), True)
+        in_rank = in_rank[:, :n_ranks].contiguous()
+        return in_rank.sum(0, dtype=torch.int32), per_expert[:n_experts], in_rank
+
+    # Dispatch
+
+    def dispatch(
+        self,
+        x: Tokens,
+        num_tokens_per_rank: torch.Tensor,
+        is_token_in_rank: torch.Tensor,
+        num_tokens_per_expert: torch.Tensor,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        num_sms: int,
+    ) -> tuple[Tokens, torch.Tensor | None, torch.Tensor | None, list[int], NormalHandle]:
+        """See `Buffer.dispatch`, without handle."""
+        device, n_ranks = self.session.device, self.session.size
+        tokens, fmt = self._tokens(x)
+        n_tokens, hidden = tokens[0].shape
+        alignment = check_int("expert_alignment", expert_alignment, 1, MAX_ALIGNMENT)
+        worst = check_int("num_worst_tokens", num_worst_tokens, 0, MAX_WORST_TOKENS)
+        check_tensor("num_tokens_per_rank", num_tokens_per_rank, [torch.int32], [n_ranks], device)
+        check_tensor("is_token_in_rank", is_token_in_rank, [torch.bool], [n_tokens, n_ranks], device)
+        check_tensor("num_tokens_per_expert", num_tokens_per_expert, [torch.int32], [None], device)
+        n_experts = check_experts(num_tokens_per_expert.shape[0], n_ranks)
+        if (topk_idx is None) != (topk_weights is None):
+            raise ShapeError(
+                "top-k choices and weights go together",
+                field="topk_weights" if topk_weights is None else "topk_idx",
+                value=None,
+                allowed="both, or neither",
+                remedy="pass both: weights of 1 if there are none",
+            )
+        if topk_idx is None:
+            ranks = torch.arange(n_ranks, device=device)
+            ids, n_experts = torch.where(is_token_in_rank, ranks, -1), n_ranks
+            weights = torch.zeros(ids.shape, dtype=torch.float32, device=device)
+        else:
+            check_tensor("topk_idx", topk_idx, [torch.int64], [n_tokens, None], device)
+            check_tensor("topk_weights", topk_weights, [torch.float32], topk_idx.shape, device)
+            ids, weights = topk_idx.detach().clone(memory_format=torch.contiguous_format), topk_weights.contiguous()
+        cfg = self._config(hidden, ids.shape[1], n_experts, fmt)
+        found = self._send(cfg, tokens, ids, weights, worst or n_ranks * cfg.max_tokens_per_rank, num_sms)
+        # Below 2^31, so the same bits; torch can do little with unsigned numbers.
+        offsets = to_tensor(found["row_offsets"], torch.int32)
+        rows = worst or int(offsets[-1])
+        for_combine = [found[name] for name in graphs.FOR_COMBINE]
+        has_topk = topk_idx is not None
+        handle = NormalHandle(self.session, cfg, ids, has_topk, rows, offsets, for_combine, found["src_info"])
+        recv_x = self._received(found, rows, fmt)
+        if topk_idx is None:
+            return recv_x, None, None, [], handle
+        recv_ids = to_tensor(found["local_ids"])[:rows].to(torch.int64)
+        recv_weights = to_tensor(found["local_weights"])[:rows]
+        if worst:
+            here = torch.arange(rows, device=device)[:, None] < handle.recv_count
+            return recv_x, torch.where(here, recv_ids, -1), torch.where(here, recv_weights, 0), [], handle
+        counts = torch.bincount((recv_ids + 1).flatten(), minlength=n_experts // n_ranks + 1)[1:].tolist()
+        return recv_x, recv_ids, recv_weights, [align_up(c, alignment) for c in counts], handle
+
+    def dispatch_again(self, x: Tokens, handle: Any, num_sms: int) -> Tokens:
+        """Send other tokens along the routes of a handle: rows as then, no top-k, no wait for counts.
+
+        Raises:
+            OrderError: Not a handle of this Buffer.
+            ShapeError, DTypeError, DeviceError: The tokens do not fit it.
+        """
+        handle = self.session.own(handle, NormalHandle)
+        tokens, fmt = self._tokens(x, handle.num_tokens)
+        weights = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=self.session.device)
+        cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
+        found = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
+        return self._received(found, handle.num_recv_tokens, fmt)
+
+    def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[list[torch.Tensor], TokenFormat]:
+        """Contiguous tokens, with their scales if they have any, and their format."""
+        device = self.session.device
+        if not isinstance(x, (tuple, list)):
+            check_tensor("x", x, [torch.bfloat16], [n_tokens, None], device)
+            return [x.contiguous()], BF16()
+        if len(x) != 2:
+            raise ShapeError(
+                field="x",
+                value=f"{len(x)} tensors",
+                allowed="tokens, or (tokens, scales)",
+                remedy="pass one of the two",
+            )
+        values, scales = x
+        check_tensor("x[0]", values, [torch.float8_e4m3fn], [n_tokens, None], device)
+        check_tensor("x[1]", scales, [torch.float32, torch.int32], [values.shape[0], None], device)
+        fmt = BlockwiseFP8("ue8m0" if scales.dtype == torch.int32 else "float32")
+        hidden = values.shape[1]
+        per_token = fmt.scales_per_token(hidden)
+        if hidden % BLOCK_SIZE == 0 and scales.shape[1] != per_token:
+            raise ShapeError(
+                field="x[1]",
+                value=list(scales.shape),
+                allowed=f"[{values.shape[0]}, {per_token}] with {scales.dtype}",
+                remedy="pass one float32 scale for 128 channels, or four exponent bytes in an int32",
+            )
+        return [values.contiguous(), scales.contiguous()], fmt
+
+    def _config(self, hidden: int, top_k: int, n_experts: int, fmt: TokenFormat) -> EPConfig:
+        timeout_s = self.session.timeout_s
+        return sizes.normal_config(self.num_nvl_bytes, hidden, top_k, n_experts, self.session.size, fmt, timeout_s)
+
+    def _send(
+        self,
+        cfg: EPConfig,
+        tokens: list[torch.Tensor],
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        rows: int,
+        num_sms: int,
+    ) -> dict[str, Buffer]:
+        sets = graphs.normal(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        given = *tokens, ids, weights, rounds.sizes(sets[0], rows)
+        with self.session.announcing(rounds, ids.shape[0], functools.partial(self._too_many, cfg)):
+            return dict(zip(HANDLE_TENSORS, rounds.run(sets[0], "dispatch", *given, n_sms=num_sms), strict=True))
+
+    def _too_many(self, cfg: EPConfig, rank: int, tokens: int) -> CapacityError:
+        most = cfg.max_tokens_per_rank
+        return CapacityError(
+            f"rank {rank} has {tokens} tokens, and the windows have room for {most} a rank",
+            field="num_nvl_bytes",
+            value=self.num_nvl_bytes,
+            allowed=f"at least {sizes.bytes_for(tokens, 2 * cfg.hidden_size, cfg.n_ranks)} for {tokens} tokens",
+            remedy="make a Buffer of so many bytes on all ranks; or call reset() on all ranks and send less",
+        )
+
+    def _received(self, found: dict[str, Buffer], rows: int, fmt: TokenFormat) -> Tokens:
+        if isinstance(fmt, BF16):
+            return to_tensor(found["tokens"])[:rows]
+        return to_tensor(found["tokens"], torch.float8_e4m3fn)[:rows], to_tensor(found["scales"])[:rows]
+
+    # Combine
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Any,
+        topk_weights: torch.Tensor | None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None,
+        num_sms: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Buffer.combine`."""
+        handle = self.session.own(handle, NormalHandle)
+        device, cfg = self.session.device, handle.cfg
+        check_tensor("x", x, [torch.bfloat16], [handle.num_recv_tokens, cfg.hidden_size], device)
+        biases = biases_of(bias)
+        for i, value in enumerate(biases):
+            check_tensor(f"bias[{i}]", value, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
+        if topk_weights is not None:
+            check_tensor("topk_weights", topk_weights, [torch.float32], [handle.num_recv_tokens, None], device)
+        sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
+        sets = graphs.normal(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        rows = [x.contiguous(), *handle.for_combine, handle.topk_idx, *(b.contiguous() for b in biases)]
+        (combined,) = rounds.run(sets[1], f"combine{len(biases)}", *rows, n_sms=num_sms)
+        if topk_weights is None or sums is None:
+            return to_tensor(combined), None
+        return to_tensor(combined), self._sum_weights(sums, topk_weights, handle, num_sms)
+
+    def _sum_weights(self, cfg: EPConfig, weights: torch.Tensor, handle: NormalHandle, num_sms: int) -> torch.Tensor:
+        """Weights travel as rows do: a combine of its own, K channels of float32."""
+        top_k = weights.shape[1]
+        sets = graphs.sums(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
+        given = rows, *handle.for_combine, handle.topk_idx
+        (summed,) = rounds.run(sets[0], "combine0", *given, n_sms=num_sms)
+        return to_tensor(summed)[:, :top_k].contiguous()
+
+
+def check_experts(num_experts: Any, n_ranks: int) -> int:
+    """`num_experts`, if every rank can have as many.
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    n = check_int("num_experts", num_experts, 1, 2048)
+    if n % n_ranks:
+        raise ConfigError(
+            field="num_experts",
+            value=n,
+            allowed=f"a multiple of the group's {n_ranks} ranks",
+            remedy="pad the number of experts",
+        )
+    return n
+
+
+def biases_of(bias: Any) -> list[Any]:
+    """A bias, two, or none, as a list. Raises `ShapeError` where there are more."""
+    if bias is None:
+        return []
+    found = list(bias) if isinstance(bias, (tuple, list)) else [bias]
+    if len(found) > 2:
+        raise ShapeError(
+            field="bias", value=f"{len(found)} tensors", allowed="none, one or two", remedy="add them up first"
+        )
+    return [b for b in found if b is not None]
+
+
+def check_one_node(num_tokens_per_rdma_rank: Any) -> None:
+    """Raise `UnsupportedError` where a caller has ranks on several nodes in mind."""
+    if num_tokens_per_rdma_rank is not None:
+        raise UnsupportedError(
+            "ranks are those of one node",
+            field="num_tokens_per_rdma_rank",
+            value="given",
+            allowed="None, as get_dispatch_layout gives it",
+            remedy="leave it out",
+        )

@@ -1,0 +1,151 @@
+"""What the modes of a `Buffer` share: the group, its queue, and the rounds that have been made so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..config import EPConfig
+from ..errors import CapacityError, DTypeError, EPError, OrderError, ShapeError
+from .board import board_of
+from .graphs import GraphSet
+from .rounds import Rounds
+from .streams import queue_for
+
+Handle = TypeVar("Handle")
+
+
+class Session:
+    """One Buffer's side of the group. Handles refer to it, so that a handle of another Buffer is noticed.
+
+    Attributes:
+        group, board: The ranks.
+        rank, size: This process among them.
+        device: Where all tensors are.
+        queue: Where rounds run.
+        timeout_s: The longest wait for a peer in a round, in seconds.
+        make_timeout_s: The same where something is made together.
+        destroyed: Whether `destroy` was called.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float, make_timeout_s: float):
+        self.group, self.board = group, board_of(group)
+        self.rank, self.size = group.rank(), group.size()
+        self.device, self.queue = device, queue_for(device)
+        self.timeout_s, self.make_timeout_s = timeout_s, make_timeout_s
+        self._rounds: dict[tuple[EPConfig, Any], Rounds] = {}
+        self.destroyed = False
+
+    def live(self) -> None:
+        """Raise `OrderError` after `destroy`."""
+        if self.destroyed:
+            raise OrderError(
+                "the Buffer was destroyed", allowed="use before destroy()", remedy="make a new Buffer, on all ranks"
+            )
+
+    def own(self, handle: Any, kind: type[Handle]) -> Handle:
+        """`handle`, if it is one of this kind and of this Buffer.
+
+        Raises:
+            DTypeError, OrderError: It is not.
+        """
+        if not isinstance(handle, kind):
+            raise DTypeError(
+                field="handle",
+                value=type(handle).__name__,
+                allowed=f"a {kind.__name__}: what the dispatch of the same mode returned",
+                remedy="pass the handle as it is",
+            )
+        if handle.session is not self:
+            raise OrderError(
+                "the handle comes from another Buffer",
+                field="handle",
+                value="of another Buffer",
+                allowed="handles of this Buffer",
+                remedy="combine with the Buffer that dispatched",
+            )
+        return handle
+
+    def rounds(self, cfg: EPConfig, sets: Sequence[GraphSet]) -> Rounds:
+        """The rounds of a config, with these graphs. The first call makes them, together with all ranks.
+
+        Raises:
+            ConfigMismatchError, PeerTimeoutError, EPError: See `Rounds`.
+        """
+        key = cfg, tuple(sets)
+        if key not in self._rounds:
+            self._rounds[key] = Rounds.make(self.group, self.board, cfg, sets, self.make_timeout_s)
+        return self._rounds[key]
+
+    def made(self) -> list[Rounds]:
+        """All rounds so far, in the order in which all ranks made them."""
+        return list(self._rounds.values())
+
+    @contextmanager
+    def announcing(self, rounds: Rounds, tokens: int, error: Callable[[int, int], CapacityError]) -> Iterator[None]:
+        """Around a dispatch: tokens over the maximum are a `CapacityError` on all ranks, whichever has them.
+
+        The engine refuses such a dispatch on the rank that has them, and says to all peers that this round has failed;
+        the note that it left says why. Where nobody has too many, nothing is asked or sent.
+
+        Args:
+            rounds: Whose dispatch it is.
+            tokens: T of this rank.
+            error: The error, of a rank and its T.
+        """
+        if tokens > rounds.cfg.max_tokens_per_rank:
+            self.board.leave(rounds.name, str(tokens))
+        try:
+            yield
+        except EPError as raised:
+            failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
+            notes = self.board.notes(rounds.name) if failed else {}
+            if not notes:
+                raise
+            rank = max(notes, key=lambda r: int(notes[r]))
+            raise error(rank, int(notes[rank])) from raised
+
+    def window(self, dtype: torch.dtype, size: Sequence[int] | None, offset: int, low_latency: bool) -> torch.Tensor:
+        """See `Buffer.get_local_buffer_tensor`."""
+        layout = "expert_padded" if low_latency else "rank"
+        found = [rounds for (cfg, _), rounds in self._rounds.items() if cfg.output_layout == layout]
+        if not found:
+            raise OrderError(
+                "there are no windows yet",
+                field="use_rdma_buffer",
+                value=low_latency,
+                allowed="after the first round of that mode",
+                remedy="dispatch first",
+            )
+        memory = max((rounds.window() for rounds in found), key=torch.Tensor.numel)
+        flat = memory[: memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)[offset:]
+        if size is None:
+            return flat
+        wanted = math.prod(size)
+        if wanted > flat.numel():
+            raise ShapeError(
+                field="size",
+                value=list(size),
+                allowed=f"up to {flat.numel()} elements behind offset {offset}",
+                remedy="ask for less",
+            )
+        return flat[:wanted].view(*size)
+
+    def reset(self) -> None:
+        """Let all rounds work again after a failure. All ranks call it."""
+        self.live()
+        for rounds in self.made():
+            rounds.reset()
+            self.board.take_back(rounds.name)  # all ranks are past the failure: their resets began
+
+    def destroy(self) -> None:
+        """Give up all windows. Can be called again."""
+        self.destroyed = True
+        made, self._rounds = self.made(), {}
+        for rounds in made:
+            rounds.destroy()

@@ -1,0 +1,163 @@
+"""What processes run for the tests of the package's own interface, of torch.compile and of gradients."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+import ep_mojo as ep
+import ep_mojo.torch as ept
+from ep_mojo import errors, reference
+from ep_mojo.handle import HANDLE_TENSORS
+from ep_mojo.reference.compare import handle_differences
+from tests.torch import buffers, plain
+from tests.torch.buffer_calls import raises
+from tests.torch.buffers import HIDDEN, TMAX
+from tests.torch.launch import kept
+
+
+def communicator(n: int, name: str) -> ep.Communicator:
+    if ("comm", n, name) not in kept:
+        kept["comm", n, name] = ep.Communicator.process_group(buffers.api_config(n, name), kept["group", n])
+    return kept["comm", n, name]
+
+
+def bits(t: torch.Tensor):
+    """As the reference has it."""
+    as_bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+    return t.contiguous().view(as_bits.get(t.dtype, t.dtype)).numpy()
+
+
+def check_api(n: int, name: str, seed: int, ids_dtype: torch.dtype, weighted: bool, biases: int = 0) -> None:
+    """A round, and the handle a second time, against the NumPy reference."""
+    if dist.get_rank() >= n:
+        return
+    comm, cfg = communicator(n, name), buffers.api_config(n, name)
+    me, s = comm.rank, buffers.step(n, seed, [(seed + 13 * r) % (TMAX + 1) for r in range(n)])
+    ids = [i.to(ids_dtype) for i in s.ids]
+    weights = s.weights if weighted else None
+    h = ept.dispatch(comm, s.x[me], ids[me], s.weights[me] if weighted else None)
+    given = [[bits(x) for x in s.x], [i.numpy() for i in ids], weights and [w.numpy() for w in weights]]
+    wanted = reference.dispatch(cfg, *given)
+    got = SimpleNamespace(**{field: bits(getattr(h, field)) for field in HANDLE_TENSORS})
+    got.row_offsets = got.row_offsets.view("uint32")
+    assert not (differences := handle_differences(cfg, wanted[me], got)), "\n".join(differences)
+    assert h.tokens.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    g = torch.Generator().manual_seed(seed)
+    shape = [*wanted[me].tokens.shape[:-1], HIDDEN]
+    ys = [torch.randn(shape, generator=g).bfloat16() for _ in range(n)]
+    added = [[torch.randn(x.shape, generator=g).bfloat16() for x in s.x] for _ in range(biases)]
+    more = {f"bias{i}": [bits(b) for b in each] for i, each in enumerate(added)}
+    want = reference.combine(cfg, [bits(y) for y in ys], wanted, **more)[me]
+    for bias in [tuple(each[me] for each in added), *([added[0][me]] if biases == 1 else [None] if not biases else [])]:
+        out = ept.combine(comm, ys[me], h, bias=bias)
+        assert bits(out).dtype == want.dtype
+        assert bits(out).tobytes() == want.tobytes(), f"combine with {biases} biases differs"
+
+
+def check_api_bad_input(n: int) -> None:
+    """Rank 0 passes what is wrong, then all make a round."""
+    comm, s = communicator(n, "expert"), buffers.step(n, 1)
+    me = comm.rank
+    x, ids, weights = s.x[me], s.ids[me], s.weights[me]
+    h = ept.dispatch(comm, x, ids, weights)
+    if me == 0:
+        for error, field, call in (
+            (errors.DTypeError, "x", lambda: ept.dispatch(comm, x.float(), ids, weights)),
+            (errors.ShapeError, "x", lambda: ept.dispatch(comm, x[:, 8:], ids, weights)),
+            (errors.DTypeError, "topk_ids", lambda: ept.dispatch(comm, x, ids.float(), weights)),
+            (errors.ShapeError, "topk_ids", lambda: ept.dispatch(comm, x, ids[1:], weights)),
+            (errors.ShapeError, "weights", lambda: ept.dispatch(comm, x, ids, weights[:, 1:])),
+            (errors.UnsupportedError, "x_scales", lambda: ept.dispatch(comm, x, ids, x_scales=weights)),
+            (errors.UnsupportedError, "comm", lambda: ept.dispatch(3, x, ids)),
+            (errors.ShapeError, "y", lambda: ept.combine(comm, h.tokens[1:], h)),
+            (errors.DTypeError, "y", lambda: ept.combine(comm, h.tokens.float(), h)),
+            (errors.ShapeError, "bias", lambda: ept.combine(comm, h.tokens, h, bias=(x, x, x))),
+            (errors.DTypeError, "bias1", lambda: ept.combine(comm, h.tokens, h, bias=(x, x.float()))),
+            (errors.ShapeError, "row_map", lambda: ept.combine(comm, h.tokens, h._replace(row_map=h.row_map[1:]))),
+        ):
+            raises(error, call, field)
+        cfg = buffers.api_config(1, "expert").replace(n_ranks=1, n_experts=1, slots="expert")
+        virtual = ep.Communicator.cpu(cfg)
+        raises(errors.UnsupportedError, lambda: ept.dispatch(virtual, x, ids), "comm")
+        virtual.destroy()
+    check_api(n, "expert", 2, torch.int64, True)
+
+
+def check_compiled(n: int, backend: str) -> None:
+    """torch.compile takes a layer as one graph, for any T, and gives the same bytes; no op is dropped or moved."""
+    comm = communicator(n, "expert")
+    me = comm.rank
+
+    def layer(x, ids, weights):
+        h = ept.dispatch(comm, x, ids, weights)
+        again = ept.dispatch(comm, x * 2, ids, weights)  # its result is not used; the peers wait for it all the same
+        y = torch.relu(h.tokens.float() * 1.5).bfloat16()
+        return ept.combine(comm, y, h) + ept.combine(comm, y, h, bias=x) * 0.5, again.counts.sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for seed in (1, 2, 3):
+        s = buffers.step(n, seed, [4 + 3 * seed + r for r in range(n)])
+        given = s.x[me], s.ids[me], s.weights[me]
+        want, got = layer(*given), compiled(*given)
+        plain.same(f"compiled with {backend}", got[0], want[0])
+        assert got[1] == want[1]
+
+
+def check_library(n: int) -> None:
+    """What torch checks of an op by itself: the schema, the fake implementations, tracing."""
+    comm, s = communicator(n, "expert"), buffers.step(n, 1)
+    me = comm.rank
+    number = ept.library.number_of(comm)
+    order = torch.zeros(1, dtype=torch.int32)
+    given = order, s.x[me], None, s.ids[me], s.weights[me], number
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(torch.ops.ep_mojo.dispatch.default, given, test_utils=checks)
+    h = ept.dispatch(comm, s.x[me], s.ids[me], s.weights[me])
+    back = order, h.tokens, h.row_map, h.recv_weights, h.recv_num_tokens, s.ids[me], s.weights[me], None, None, number
+    torch.library.opcheck(torch.ops.ep_mojo.combine.default, back, test_utils=checks)
+
+
+def check_gradients(n: int) -> None:
+    """A layer and its gradients against a dense one, with numbers for which every sum is exact."""
+    if dist.get_rank() >= n:
+        return
+    b = buffers.shared(n)
+    me, s = b.rank, buffers.step(n, 3)
+    g = torch.Generator().manual_seed(me)
+    x = torch.randint(-4, 5, s.x[me].shape, generator=g).bfloat16().requires_grad_()
+    weights = (torch.randint(1, 3, s.weights[me].shape, generator=g) / 2).requires_grad_()
+    bias = torch.randint(-4, 5, s.x[me].shape, generator=g).bfloat16().requires_grad_()
+    upstream = torch.randint(-2, 3, s.x[me].shape, generator=g).bfloat16()
+    recv_x, recv_ids, recv_weights, _, handle = ept.autograd.dispatch(b, x, s.ids[me], weights, s.n_experts)
+    factor = (recv_ids + 1) * recv_weights  # each local expert multiplies by its number
+    y = (recv_x.float() * factor.sum(1, keepdim=True)).bfloat16()
+    out = ept.autograd.combine(b, y, handle, bias)
+    out.backward(upstream)
+    got = [out.detach(), x.grad, weights.grad, bias.grad]
+
+    dense = [t.detach().clone().requires_grad_() for t in (x, weights, bias)]
+    local = torch.where(s.ids[me] >= 0, s.ids[me] % s.n_local + 1, 0)
+    want = dense[2].float() + dense[0].float() * (local * dense[1]).sum(1, keepdim=True)
+    want.backward(upstream.float())
+    wanted = [want.detach().bfloat16(), *(t.grad for t in dense)]
+    for name, a, c in zip(("out", "x.grad", "weights.grad", "bias.grad"), got, wanted, strict=True):
+        plain.same(name, a + 0, c + 0)  # + 0: of zeros the sign depends on how many were added
+    assert not recv_ids.requires_grad
+
+
+def check_gradients_of_each(n: int) -> None:
+    """The backward of dispatch is combine, that of combine is dispatch, byte for byte, also for numbers that round."""
+    if (b := buffers.shared(n)) is None:
+        return
+    me, s = b.rank, buffers.step(n, 4)
+    x = s.x[me].clone().requires_grad_()
+    recv_x, *_, handle = ept.autograd.dispatch(b, x, s.ids[me], s.weights[me], s.n_experts)
+    ys = plain.outputs(s, 1)
+    recv_x.backward(ys[me])
+    plain.same("dispatch's backward", x.grad, plain.reduced(s, me, ys).bfloat16())
+    y = ys[me].clone().requires_grad_()
+    ept.autograd.combine(b, y, handle).backward(s.x[me])
+    plain.same("combine's backward", y.grad, plain.received(s, me))

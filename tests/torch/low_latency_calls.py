@@ -1,0 +1,216 @@
+"""What processes run for the tests of low-latency mode. Each call checks its own rank, and raises where it is wrong."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import torch
+
+from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits
+from ep_mojo.errors import OrderError
+from ep_mojo.reference import fp8
+from ep_mojo.reference.arithmetic import fma
+from tests.torch import buffers, plain
+from tests.torch.buffers import HIDDEN, LOCAL, TMAX, shared
+
+FORMATS = {
+    "bf16": {"use_fp8": False},
+    "fp8": {},
+    "power_of_two": {"round_scale": True},
+    "ue8m0": {"round_scale": True, "use_ue8m0": True},
+}
+SCALES = {"fp8": "float32", "power_of_two": "power_of_two", "ue8m0": "ue8m0"}
+
+
+def floats(x: torch.Tensor) -> np.ndarray:
+    return bfloat16_bits_to_float32(x.contiguous().view(torch.uint16).numpy())
+
+
+def rows_of(s: plain.Step, expert: int) -> list[torch.Tensor]:
+    """(token, k) of the rows of an expert, int64 [n, 2] for each source rank."""
+    return [(ids == expert).nonzero() for ids in s.ids]
+
+
+def sent(s: plain.Step, fmt: str) -> list[tuple[torch.Tensor, ...]]:
+    """Every rank's tokens on the wire: (tokens,), or (tokens, scales)."""
+    if fmt == "bf16":
+        return [(x,) for x in s.x]
+    made = [fp8.quantize(floats(x), SCALES[fmt]) for x in s.x]
+    return [(torch.from_numpy(q).view(torch.float8_e4m3fn), torch.from_numpy(f.copy())) for q, f in made]
+
+
+def summed(s: plain.Step, source: int, ys: list[torch.Tensor]) -> torch.Tensor:
+    """bfloat16 [T, H]: weight times row, k ascending, one rounding per fma, one at the end."""
+    n_tokens, top_k = s.ids[source].shape
+    total = np.zeros((n_tokens, HIDDEN), np.float32)
+    values = [floats(y) for y in ys]
+    for t in range(n_tokens):
+        for k in range(top_k):
+            expert = int(s.ids[source][t, k])
+            if not 0 <= expert < s.n_experts:
+                continue
+            rows = rows_of(s, expert)
+            mine = (rows[source] == torch.tensor([t, k])).all(1).nonzero()
+            row = sum(len(r) for r in rows[:source]) + int(mine)
+            w = np.float32(s.weights[source][t, k].item())
+            total[t] = fma(w, values[expert // LOCAL][expert % LOCAL, row], total[t])
+    return torch.from_numpy(float32_to_bfloat16_bits(total)).view(torch.bfloat16)
+
+
+def expert_rows(n: int, seed: int) -> list[torch.Tensor]:
+    """Some expert output for each rank, NaN where nothing may read it."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(LOCAL, n * TMAX, HIDDEN, generator=g).bfloat16() for _ in range(n)]
+
+
+def check_received(b, s: plain.Step, fmt: str, recv_x, count, handle) -> None:
+    packed = recv_x if isinstance(recv_x, tuple) else (recv_x,)
+    wire = sent(s, fmt)
+    assert packed[0].shape == (LOCAL, b.group_size * TMAX, HIDDEN)
+    if fmt != "bf16":
+        assert packed[1].stride(1) == 1, "scales of neighbouring rows are neighbours"
+    src_info, layout_range, *rest = handle
+    assert rest == [TMAX, HIDDEN, s.n_experts]
+    assert (src_info.dtype, layout_range.dtype) == (torch.int32, torch.int64)
+    for i in range(LOCAL):
+        rows = rows_of(s, b.rank * LOCAL + i)
+        n = sum(map(len, rows))
+        assert int(count[i]) == n
+        for part, value in enumerate(packed):
+            want = torch.cat([wire[r][part][rows[r][:, 0]] for r in range(b.group_size)])
+            plain.same(f"expert {i}, part {part}", value[i, :n], want)
+        plain.same(f"src_info of {i}", src_info[i, :n], torch.cat(rows)[:, 0].int())
+        assert (src_info[i, n:] == -1).all()
+        begins = np.cumsum([0, *map(len, rows)])[:-1]
+        assert layout_range[i].tolist() == [int(at) << 32 | len(r) for at, r in zip(begins, rows, strict=True)]
+
+
+def check_round(n: int, seed: int, fmt: str, tokens=None, kind="mixed", hook=False, how="") -> None:
+    """A round: dispatch with or without a hook, then combine; `how`: "out", "zero_copy", or neither."""
+    if (b := shared(n)) is None:
+        return
+    s = buffers.step(n, seed, tokens, kind)
+    me = b.rank
+    stats = torch.arange(LOCAL, dtype=torch.int32)
+    later = {"return_recv_hook": True} if hook else {"async_finish": True}
+    recv_x, count, handle, event, receive = b.low_latency_dispatch(
+        s.x[me], s.ids[me], TMAX, s.n_experts, cumulative_local_expert_recv_stats=stats, **FORMATS[fmt], **later
+    )
+    if hook:
+        seen = recv_x[0] if fmt != "bf16" else recv_x
+        before = seen.data_ptr(), count.data_ptr()
+        receive()
+        assert before == (seen.data_ptr(), count.data_ptr())
+    else:
+        assert receive is None
+        event.current_stream_wait()
+    check_received(b, s, fmt, recv_x, count, handle)
+    plain.same("stats", stats, count + torch.arange(LOCAL, dtype=torch.int32))
+    ys = expert_rows(n, seed)
+    y, more = ys[me], {}
+    if how == "zero_copy":
+        b.get_next_low_latency_combine_buffer(handle).copy_(y)
+        y, more = torch.full_like(y, float("nan")), {"zero_copy": True}
+    elif how == "out":
+        more["out"] = torch.full(s.x[me].shape, float("nan"), dtype=torch.bfloat16)
+    combined, event, receive = b.low_latency_combine(y, s.ids[me], s.weights[me], handle, **more, **later)
+    receive() if hook else event.current_stream_wait()
+    plain.same("combined", combined, summed(s, me, ys))
+    if how == "out":
+        assert combined is more["out"]
+
+
+def check_two_under_way(n: int, seed: int) -> None:
+    """Two dispatches before the first is received, then two combines; hooks out of order and twice are refused."""
+    if (b := shared(n)) is None:
+        return
+    steps = [buffers.step(n, seed + i) for i in range(2)]
+    me = b.rank
+    hooked = {"use_fp8": False, "return_recv_hook": True}
+    found = [b.low_latency_dispatch(s.x[me], s.ids[me], TMAX, s.n_experts, **hooked) for s in steps]
+    for more in (hooked, {"use_fp8": False}):
+        refused(b.low_latency_dispatch, steps[0].x[me], steps[0].ids[me], TMAX, steps[0].n_experts, **more)
+    refused(found[1][4])
+    refused(lambda: found[0][2][0])
+    ys = [expert_rows(n, seed + i) for i in range(2)]
+    refused(b.low_latency_combine, ys[0][me], steps[0].ids[me], steps[0].weights[me], found[0][2])
+    for s, (recv_x, count, handle, _, hook) in zip(steps, found, strict=True):
+        hook()
+        check_received(b, s, "bf16", recv_x, count, handle)
+        refused(hook)
+    back = [
+        b.low_latency_combine(y[me], s.ids[me], s.weights[me], f[2], return_recv_hook=True)
+        for y, s, f in zip(ys, steps, found, strict=True)
+    ]
+    refused(b.low_latency_combine, ys[0][me], steps[0].ids[me], steps[0].weights[me], found[0][2])
+    for y, s, (combined, _, hook) in zip(ys, steps, back, strict=True):
+        hook()
+        plain.same("combined", combined, summed(s, me, y))
+
+
+def check_hooks_given_up(n: int, seed: int) -> None:
+    """A hook from before a reset takes nothing from the next round; rounds leave nothing to Python's collector."""
+    if (b := shared(n)) is None:
+        return
+    s, me = buffers.step(n, seed), b.rank
+    given = s.x[me], s.ids[me], TMAX, s.n_experts
+    hooked = {"use_fp8": False, "return_recv_hook": True}
+    *_, old = b.low_latency_dispatch(*given, **hooked)
+    b.reset()
+    refused(old)
+    recv_x, count, handle, _, hook = b.low_latency_dispatch(*given, **hooked)
+    refused(old)
+    hook()
+    check_received(b, s, "bf16", recv_x, count, handle)
+    seen = weakref.ref(handle)
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        del recv_x, count, handle, hook, _
+        assert seen() is None
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def refused(call, *args, **more) -> None:
+    try:
+        call(*args, **more)
+    except OrderError:
+        return
+    raise AssertionError("not refused")
+
+
+def check_both_modes_in_turn(n: int, seed: int) -> None:
+    """Rounds of one mode leave nothing behind that the other would have to clean."""
+    from tests.torch import normal_calls
+
+    for i in range(3):
+        normal_calls.check_round(n, seed + i)
+        if (b := shared(n)) is not None:
+            b.clean_low_latency_buffer(TMAX, HIDDEN, LOCAL * n)
+        check_round(n, seed + i, "bf16", hook=i == 1)
+
+
+def check_masks(n: int) -> None:
+    """No rank can be masked, and that is what the calls say."""
+    from ep_mojo.errors import ConfigError, UnsupportedError
+
+    if (b := shared(n)) is None:
+        return
+    status = torch.full((n,), 7, dtype=torch.int32)
+    b.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * n
+    b.low_latency_update_mask_buffer(n - 1, False)
+    b.low_latency_clean_mask_buffer()
+    for error, call in (
+        (UnsupportedError, lambda: b.low_latency_update_mask_buffer(0, True)),
+        (ConfigError, lambda: b.low_latency_update_mask_buffer(n, False)),
+    ):
+        try:
+            call()
+        except error:
+            continue
+        raise AssertionError(f"no {error.__name__}")

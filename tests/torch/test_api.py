@@ -1,0 +1,77 @@
+"""`ep_mojo.torch.dispatch` and `combine`, torch.compile, and gradients, on processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.torch import api_calls as calls
+
+RANKS = 2, 4
+
+
+@pytest.mark.parametrize("name", calls.buffers.CONFIGS)
+def test_rounds_are_the_reference(ready, name):
+    for seed in range(3):
+        ready.run(calls.check_api, 4, name, seed, torch.int64, True, timeout_s=300)
+    ready.run(calls.check_api, 2, name, 3, torch.int64, True)
+
+
+def test_other_inputs(ready):
+    ready.run(calls.check_api, 4, "expert", 1, torch.int32, False, timeout_s=300)
+    for biases in (1, 2):
+        ready.run(calls.check_api, 4, "expert", 1, torch.int64, True, biases, timeout_s=300)
+
+
+def test_bad_input_is_named_and_hangs_nobody(ready):
+    ready.run(calls.check_api_bad_input, 4, timeout_s=300)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile(ready, backend):
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    ready.run(calls.check_compiled, 4, backend, timeout_s=300)
+
+
+def test_ops_are_what_torch_expects(ready):
+    ready.run(calls.check_library, 4, timeout_s=300)
+
+
+@pytest.mark.parametrize("n", RANKS)
+def test_gradients(ready, n):
+    ready.run(calls.check_gradients, n)
+    ready.run(calls.check_gradients_of_each, n)
+
+
+def test_the_example_under_torchrun():
+    """A layer of 2 ranks, its gradients too, against a dense one."""
+    script = Path(__file__).parents[2] / "python" / "examples" / "torch_moe_layer.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        "--train",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"rank ([01]): \d+ tokens; [\w ]*: output 0\.00\d+, gradient of x 0\.00", done.stdout)
+    assert sorted(found) == ["0", "1"], done.stdout  # in one line or two: processes share the pipe
+
+
+def environment():
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

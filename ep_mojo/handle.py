@@ -114,14 +114,10 @@ def graph_dtype(dtype: str, on_host: bool = True) -> str:
     return "uint8" if on_host and dtype.startswith("float8") else dtype
 
 
-def handle_types(cfg: EPConfig, device: DeviceRef | None = None) -> list[TensorType]:
-    """MAX types of `HANDLE_TENSORS` for a config, on a device (None: the host)."""
-    from max.dtype import DType
-    from max.graph import DeviceRef, TensorType
-
-    device = device or DeviceRef.CPU()
-    on_host = device.is_cpu()
-    R, K, G, N, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.rows_capacity, cfg.scales_per_token
+def handle_shapes(cfg: EPConfig, rows: int | None = None) -> list[tuple[str, list[int]]]:
+    """(dtype, shape) of `HANDLE_TENSORS` for a config; `rows`: N, where it is not `cfg.rows_capacity`."""
+    R, K, G, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.scales_per_token
+    N = cfg.rows_capacity if rows is None else rows
     fmt, by_rank = cfg.dispatch_format, cfg.output_layout == "rank"
     tokens = [G, N // G] if cfg.output_layout == "expert_padded" else [N]
     scales = ([S, N] if fmt.scales_layout == "column" else [N, S]) if S else [0, 0]
@@ -139,4 +135,16 @@ def handle_types(cfg: EPConfig, device: DeviceRef | None = None) -> list[TensorT
         "row_map": ("int32", per_token),
         "recv_num_tokens": ("int32", [R]),
     }
-    return [TensorType(getattr(DType, graph_dtype(types[n][0], on_host)), types[n][1], device) for n in HANDLE_TENSORS]
+    return [types[name] for name in HANDLE_TENSORS]
+
+
+def handle_types(cfg: EPConfig, device: DeviceRef | None = None) -> list[TensorType]:
+    """MAX types of `HANDLE_TENSORS` for a config, on a device (None: the host)."""
+    from max.dtype import DType
+    from max.graph import DeviceRef, TensorType
+
+    device = device or DeviceRef.CPU()
+    return [
+        TensorType(getattr(DType, graph_dtype(dtype, device.is_cpu())), shape, device)
+        for dtype, shape in handle_shapes(cfg)
+    ]

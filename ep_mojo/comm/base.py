@@ -168,8 +168,10 @@ class Communicator(ABC):
 
         Args:
             cfg: The config; n_ranks is the size of the group. n_sms and timeout_s may differ by rank.
-            group: The group, over gloo (or cpu:gloo,cuda:nccl). None: the default group.
-            device: None or "cpu": windows in shared memory, all processes on one host.
+            group: The group, over gloo, nccl, or both. None: the default group.
+            device: None or "cpu": windows in shared memory, all processes on one host. "cuda", or a GPU: windows on it,
+                mapped by torch's symmetric memory; a GPU for each rank, all on one host. There a launch may fail when
+                `execute` has long returned, unless it checks.
 
         Raises:
             MissingDependencyError: torch is not installed.
@@ -177,9 +179,9 @@ class Communicator(ABC):
             DTypeError: `group` is no group.
             ConfigError: Not a config, another number of ranks than the group has, or not a member of the group.
             ConfigMismatchError: Two ranks have different configs.
-            UnsupportedError: A device other than the host, a group without gloo, ranks on several hosts.
-            DeviceError: `device` is none.
-            SharedMemoryError: There is not enough shared memory, or another rank's cannot be opened.
+            UnsupportedError: A device other than those, a group without gloo and nccl, ranks on several hosts.
+            DeviceError: `device` is none; two ranks have one GPU, or cannot reach each other's.
+            SharedMemoryError, DeviceMemoryError: There is not enough memory, or another rank's cannot be opened.
             PeerLostError, PeerTimeoutError: A process of the group is gone, or does not come.
 
             All but the first three and the membership are raised on all ranks, wherever the cause is.

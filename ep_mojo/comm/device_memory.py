@@ -1,12 +1,13 @@
-"""The memory of a rank on a GPU: counters and the four windows as MAX buffers, and what `reset` writes there.
+"""The memory of a rank on a GPU: counters and the four windows, and what `reset` writes there.
 
-The same parts as in `windows.py`, each an allocation of its own. The host sees copies: `counters` is one, made when it
-is asked for, behind everything that the device's queue holds.
+The same parts as in `windows.py`. The host sees copies: `counters` is one, made when it is asked for, behind everything
+that the device's queue holds. In `BufferMemory` each part is a MAX buffer of its own.
 """
 
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,64 @@ if TYPE_CHECKING:
 
 
 class DeviceMemory(RankMemory):
-    """One rank's windows and counters in the memory of a GPU.
+    """One rank's windows and counters in the memory of a GPU."""
+
+    @property
+    def counters(self) -> np.ndarray:
+        """A copy of `atomic_counters`, int32 [counters_words(cfg)]."""
+        return self.window("counters").view(np.int32)
+
+    @abstractmethod
+    def window(self, part: str) -> np.ndarray:
+        """A copy of a part, uint8."""
+
+    @abstractmethod
+    def write(self, part: str, values: np.ndarray, at: int = 0) -> None:
+        """Overwrite a part from byte `at` on."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+
+    def put_words(self, part: str, where: Sequence[int], value: int) -> None:
+        """See `RankMemory.put_words`. Peers may write to other words of the part meanwhile."""
+        for word in where:
+            self.write(part, np.array([value], np.uint64), 8 * int(word))
+        self.synchronize()
+
+    def put_epochs(self, epoch: int) -> None:
+        """See `RankMemory.put_epochs`."""
+        counters = self.counters
+        for index in layout.EPOCH_FIELDS:
+            layout.put_u64(counters, index, epoch)
+        self.write("counters", counters)
+        self.synchronize()
+
+    def restart(self, epoch: int) -> None:
+        """See `RankMemory.restart`."""
+        counters = self.counters
+        restart_counters(counters, epoch)
+        self.write("counters", counters)
+        if self.cfg.slots == "rank":
+            credits = np.full(self.cfg.n_ranks, layout.word(epoch, 0), np.uint64)
+            for name in ("dispatch_count", "combine_count"):
+                self.write(name, credits)
+        self.synchronize()
+
+    def record_abort(self) -> None:
+        """See `RankMemory.record_abort`."""
+        counters = self.counters
+        if self.abort_counters(counters):
+            self.write("counters", counters)
+            self.synchronize()
+
+
+class BufferMemory(DeviceMemory):
+    """A rank's memory that this process allocates with MAX.
 
     Attributes:
-        rank: Whose they are.
-        device: Where they are.
+        rank: Whose it is.
+        device: Where it is.
         buffers: By the names of `windows.PARTS`: int32 for "counters", uint8 for the windows.
     """
 
@@ -60,46 +114,28 @@ class DeviceMemory(RankMemory):
             ) from e
         device.synchronize()
 
-    @property
-    def counters(self) -> np.ndarray:
-        """A copy of `atomic_counters`, int32 [counters_words(cfg)]."""
-        from max.driver import CPU
-
-        return self.buffers["counters"].to(CPU()).to_numpy().copy()
-
     def window(self, part: str) -> np.ndarray:
-        """A copy of a window, uint8."""
+        """See `DeviceMemory.window`."""
         from max.driver import CPU
 
-        return self.buffers[part].to(CPU()).to_numpy().copy()
+        return self.buffers[part].to(CPU()).to_numpy().copy().view(np.uint8)
 
     def address(self, part: str) -> int:
         """Device address of a part."""
         return self.buffers[part]._data_ptr()
 
-    def restart(self, epoch: int) -> None:
-        """See `RankMemory.restart`."""
-        counters = self.counters
-        restart_counters(counters, epoch)
-        self.write("counters", counters)
-        if self.cfg.slots == "rank":
-            credits = np.full(self.cfg.n_ranks, layout.word(epoch, 0), np.uint64)
-            for name in ("dispatch_count", "combine_count"):
-                self.write(name, credits.view(np.uint8))
-        self.device.synchronize()
-
-    def write(self, part: str, values: np.ndarray) -> None:
-        """Overwrite the beginning of a part."""
+    def write(self, part: str, values: np.ndarray, at: int = 0) -> None:
+        """See `DeviceMemory.write`."""
         from max.driver import Buffer
 
-        self.buffers[part][: values.size].inplace_copy_from(Buffer.from_numpy(np.ascontiguousarray(values)))
+        target = self.buffers[part]
+        values = np.ascontiguousarray(values).view(np.int32 if part == "counters" else np.uint8)
+        first = at // values.itemsize
+        target[first : first + values.size].inplace_copy_from(Buffer.from_numpy(values))
 
-    def record_abort(self) -> None:
-        """See `RankMemory.record_abort`."""
-        counters = self.counters
-        if self.abort_counters(counters):
-            self.write("counters", counters)
-            self.device.synchronize()
+    def synchronize(self) -> None:
+        """See `DeviceMemory.synchronize`."""
+        self.device.synchronize()
 
 
 def accelerators(devices: Sequence[Device | int] | None, count: int) -> list[Device]:

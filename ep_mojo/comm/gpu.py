@@ -20,7 +20,7 @@ from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_buffer
 from . import windows
-from .device_memory import DeviceMemory, accelerators
+from .device_memory import BufferMemory, accelerators
 from .one_graph import OneGraphCommunicator
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class GPUCommunicator(OneGraphCommunicator):
         self.virtual = virtual
         self.places = accelerators(devices, 1 if virtual else cfg.n_ranks)
         self.devices: list[Device] = self.places * cfg.n_ranks if virtual else self.places
-        self.memories = [DeviceMemory(cfg, r, d) for r, d in enumerate(self.devices)]
+        self.memories = [BufferMemory(cfg, r, d) for r, d in enumerate(self.devices)]
         self.timeline_buffers: list[Buffer] = []  # of an open `ep_mojo.timeline.Timeline`
         # Without destroy(), too, no window goes while a kernel of any rank may write it.
         self._before_windows_go = weakref.finalize(self, synchronize, self.places)

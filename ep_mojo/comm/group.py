@@ -10,6 +10,7 @@ import importlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ TICK_S = 0.05
 GRACE_S = 2.0
 """How long to look for a peer that is gone where the group has failed, and for an answer where a peer is gone."""
 HOST_BACKENDS = ("gloo",)
+
+_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Groups over gloo of the same processes, for groups that only move what is on GPUs."""
 
 Look = Callable[[], None]
 
@@ -87,16 +91,18 @@ class ProcessGroup:
                 remedy="make a new group",
             ) from e
         by_device = dict(part.split(":", 1) for part in backends.split(",") if ":" in part)
-        if by_device.get("cpu") not in HOST_BACKENDS:
+        on_host = by_device.get("cpu") in HOST_BACKENDS
+        if not on_host and by_device.get("cuda") != "nccl":
             raise UnsupportedError(
                 "the group cannot move what is on the host",
                 field="backend of the group",
                 value=backends,
-                allowed="gloo for the CPU: gloo, or cpu:gloo,cuda:nccl",
+                allowed="gloo, nccl, or cpu:gloo,cuda:nccl",
                 remedy='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or pass '
                 'group=torch.distributed.new_group(backend="gloo")',
             )
         self.group = group
+        self._host_group = group if on_host else _host_groups.get(group)
         self._look = look
 
     def gather(self, value: Any, what: str) -> list[Any]:
@@ -109,7 +115,7 @@ class ProcessGroup:
 
         def call() -> list[Any]:
             found = [None] * self.size
-            torch_distributed().all_gather_object(found, value, group=self.group)
+            torch_distributed().all_gather_object(found, value, group=self._on_host())
             return found
 
         return self._wait(call, what)
@@ -150,10 +156,19 @@ class ProcessGroup:
 
         def call() -> None:
             dist = torch_distributed()
-            dist.broadcast_object_list(found, src=dist.get_global_rank(self.group, 0), group=self.group)
+            dist.broadcast_object_list(found, src=dist.get_global_rank(self.group, 0), group=self._on_host())
 
         self._wait(call, what)
         return found[0]
+
+    def _on_host(self) -> Any:
+        """A group of these processes that moves what is on the host; the first call for a group makes it."""
+        if self._host_group is None:
+            dist = torch_distributed()
+            ranks = dist.get_process_group_ranks(self.group)
+            self._host_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            _host_groups[self.group] = self._host_group
+        return self._host_group
 
     def _wait(self, call: Callable[[], Any], what: str) -> Any:
         self._look()

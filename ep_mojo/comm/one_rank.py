@@ -82,6 +82,18 @@ class OneRankCommunicator(Communicator):
     def _settle(self) -> None:
         """Wait until this rank's memory shows all that it has run."""
 
+    def _before_launch(self) -> None:
+        """Look at the rank's memory, as far as that costs no waiting."""
+        self._own.check_head()
+
+    def _after_launch(self) -> None:
+        """Something was launched."""
+
+    def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
+        """An op raised: peers must not wait for this rank until their deadline."""
+        self._settle()
+        windows.abort_alone(own, memories)
+
     @abstractmethod
     def load(self, model: CompiledGraph) -> Model:
         """The MAX model of a compiled graph."""
@@ -114,14 +126,15 @@ class OneRankCommunicator(Communicator):
             specs = self._specs(model)
             values = check_args(specs, args, [f"args[{i}] of rank {self.rank}" for i in range(len(args))])
             own, memories = self._own, self.memories  # a destroy() meanwhile takes no memory from the ops
-            own.check_head()
+            self._before_launch()
             loaded, buffers = self.load(model), [*make_buffers(specs, values), *self.inputs()]
             try:
                 outputs = run_model(loaded, buffers)
             except Exception:
-                windows.abort_alone(own, memories)  # peers must not wait for this rank until their deadline
+                self._abort(own, memories)
                 raise
             self._live()
+            self._after_launch()
             if check:
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]
@@ -132,7 +145,8 @@ class OneRankCommunicator(Communicator):
         Args:
             model: From `compile`, by a communicator whose graphs fit this one.
             buffers: The graph's own inputs for this rank: contiguous, of its dtypes and shapes, where the rank is.
-            check: Whether to raise the error that this rank recorded.
+            check: Whether to raise the error that this rank recorded, for which a GPU is waited for. Otherwise what is
+                known of earlier launches is raised, before this one.
 
         Returns:
             The outputs; one that the graph only passes through is the buffer that went in.
@@ -142,13 +156,14 @@ class OneRankCommunicator(Communicator):
         """
         with self._exclusive():
             own, memories = self._own, self.memories
-            own.check_head()
+            self._before_launch()
             try:
                 outputs = run_ops(self.load(model), [*buffers, *self.inputs()])
             except Exception:
-                windows.abort_alone(own, memories)
+                self._abort(own, memories)
                 raise
             self._live()
+            self._after_launch()
             if check:
                 self._raise_recorded()
             return outputs

@@ -24,6 +24,7 @@ from .group import ProcessGroup
 from .models import compile_modules, export, load_artefact, load_compiled, load_graphs
 from .one_rank import OneRankCommunicator
 from .provider import MemoryProvider, host_id, provider_for
+from .symmetric_memory import FailureNote
 from .watch import LEFT, PeerWatch
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Card:
         version: Of the package and of the layout of memory.
         host: See `host_id`.
         pid: Its process.
-        config: Fields and their reprs, without `OWN_CHOICE`.
+        config: Fields and their reprs, without `OWN_CHOICE`; and the kind of device.
         group: A random number; that of rank 0 tells the communicator from others.
     """
 
@@ -73,6 +74,7 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         """See `Communicator.process_group`."""
         self._watch: PeerWatch | None = None
         self._provider: MemoryProvider | None = None
+        self._note: FailureNote | None = None
         self.memories = []
         own = weakref.ref(self)  # so that a communicator that is forgotten goes at once
         self._calls = ProcessGroup(group, lambda: (comm := own()) and comm._look())
@@ -91,16 +93,21 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             if self._provider is not None:
                 self._provider.close()
         self.compiles_once = self._provider.compiles_once
-        self._finalizer = weakref.finalize(self, leave, os.getpid(), self._watch, self.memories, self.rank)
-        self._watch.start(self.memories, self.rank)
+        shared = self.memories if self._provider.on_host else []
+        self._finalizer = weakref.finalize(self, leave, os.getpid(), self._watch, shared, self.rank)
+        if shared:
+            self._watch.start(shared, self.rank)
+        else:
+            self._note = FailureNote(self._own, self._provider.queue())
 
     def _introduce(self, cfg: EPConfig, device: Any) -> Card:
         if self.group in KNOWN_PIDS:
             self._watch = PeerWatch(KNOWN_PIDS[self.group], self.rank)
         super().__init__(cfg, self.rank)
-        self._provider = provider_for(device)
+        self._provider = provider_for(device, self.group)
         self._provider.check_free(cfg)
         fields = {f.name: repr(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.name not in OWN_CHOICE}
+        fields["device"] = "cpu" if self._provider.on_host else "cuda"
         version = f"ep-mojo {__version__} with layout {layout.LAYOUT_VERSION}"
         return Card(version, host_id(), os.getpid(), fields, shm.new_group())
 
@@ -125,6 +132,16 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def _settle(self) -> None:
         self._provider.synchronize()
+
+    def _before_launch(self) -> None:
+        if self._note is None:
+            super()._before_launch()
+        elif self._note.failed:
+            self._raise_recorded()
+
+    def _after_launch(self) -> None:
+        if self._note is not None:
+            self._note.update()
 
     @property
     def lost(self) -> list[int]:
@@ -189,6 +206,8 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         with self._exclusive():
             epochs = self._calls.agree(self._epochs, "resetting")  # from here on nobody is inside an op
             self._own.restart(max(max(four) for four in epochs))
+            if self._note is not None:
+                self._note.clear()
             # Before every rank has written, no round may begin: what it sends would be written over.
             self._calls.gather(None, "resetting")
 
@@ -225,6 +244,8 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def _release(self) -> None:
         self._finalizer()
+        if self._note is not None:
+            self._settle()  # no window goes while a kernel of this rank may use it
         super()._release()
 
 

@@ -1,4 +1,5 @@
 """Where the windows of a process group's ranks live, and how a rank gets at its peers': one class a kind of memory.
+`HostProvider` is here, the one for GPUs in `symmetric_memory.py`.
 
 A provider makes the block of the own rank, says in an offer how others find it, and maps the others' from their offers.
 It also has what else depends on the kind of memory: devices, the buffers behind a graph's inputs, waiting.
@@ -29,6 +30,8 @@ class MemoryProvider(Protocol):
 
     compiles_once: bool
     """Whether all ranks can run what rank 0 has compiled."""
+    on_host: bool
+    """Whether a launch is over when it returns, and the host sees all memory as it is."""
 
     def check_free(self, cfg: EPConfig) -> None:
         """Raise unless all ranks' windows fit. Nobody has allocated anything yet."""
@@ -59,6 +62,7 @@ class HostProvider:
     """POSIX shared memory: ranks are processes of one host."""
 
     compiles_once = True
+    on_host = True
 
     def __init__(self):
         """Make nothing yet."""
@@ -137,8 +141,8 @@ class HostProvider:
         """Runs on the host are over when they return."""
 
 
-def provider_for(device: Any) -> MemoryProvider:
-    """The provider for `device`: None, a name as "cpu", or a `torch.device`.
+def provider_for(device: Any, group: Any) -> MemoryProvider:
+    """The provider for `device`: None, a name as "cpu" or "cuda", or a `torch.device`; `group`: of torch.distributed.
 
     Raises:
         UnsupportedError: A device whose memory no provider knows yet.
@@ -150,17 +154,20 @@ def provider_for(device: Any) -> MemoryProvider:
         kind = "cpu" if device is None else torch.device(device).type
     except (RuntimeError, TypeError, ValueError) as e:
         raise DeviceError(
-            field="device", value=device, allowed='None, "cpu" or a torch.device', remedy='pass device="cpu"'
+            field="device", value=device, allowed='None, "cpu", "cuda" or a torch.device', remedy='pass device="cpu"'
         ) from e
-    if kind != "cpu":
+    if kind == "cpu":
+        return HostProvider()
+    if kind != "cuda":
         raise UnsupportedError(
-            "process groups run on the host so far",
             field="device",
             value=str(device),
-            allowed='None or "cpu"',
-            remedy="leave it out; on GPUs use Communicator.gpus, which drives all GPUs of a node from one process",
+            allowed='None, "cpu" or "cuda"',
+            remedy="leave it out for the host",
         )
-    return HostProvider()
+    from .symmetric_memory import SymmetricMemoryProvider
+
+    return SymmetricMemoryProvider(torch.device(device), group)
 
 
 def host_id() -> str:

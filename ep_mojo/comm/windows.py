@@ -127,6 +127,15 @@ class RankMemory:
         """The rank's four epochs, to compare with another moment's; `layout.read_epochs` gives the numbers."""
         return self.counters[layout.HEAD_DISPATCH_SENT : layout.HEAD_COMBINE_WAITED + 2].tobytes()
 
+    def put_words(self, part: str, where: Sequence[int], value: int) -> None:
+        """Write `value` to words of a window, which is seen as uint64."""
+        getattr(self, part).view(np.uint64)[np.asarray(where, np.int64)] = value
+
+    def put_epochs(self, epoch: int) -> None:
+        """Let all of the rank's own epochs be this one. It must not be inside an op."""
+        for index in layout.EPOCH_FIELDS:
+            layout.put_u64(self.counters, index, epoch)
+
     def record_abort(self) -> None:
         """Put on record that an op raised in the middle of a run, unless an earlier failure is there already.
 
@@ -156,8 +165,8 @@ class RankMemory:
                 undo: for communicators that have lost a process and so will never work again. Any other one is undone
                 by a `restart` that is not below it.
         """
-        for window, places in self._failure_places(peer):
-            window[np.array(sum(places, []))] = layout.word(epoch, layout.FAILED)
+        for part, places in self._failure_places(peer):
+            self.put_words(part, sum(places, []), layout.word(epoch, layout.FAILED))
 
     def publish_departure(self, peer: int, sent: Sequence[int]) -> bool:
         """`publish_failure` for a peer that sends no more, but not in place of what it has sent.
@@ -172,17 +181,17 @@ class RankMemory:
             Whether no place was left out; otherwise call it again when this rank has gone on.
         """
         own, buffers, complete = layout.read_epochs(self.counters), self.cfg.num_buffers, True
-        for side, (window, places) in enumerate(self._failure_places(peer)):
+        for side, (part, places) in enumerate(self._failure_places(peer)):
             first, last = own[2 * side + 1] + 1, sent[2 * side]
             # A peer that aborted is further ahead than its buffers allow: it has said FAILED itself.
             kept = {e % buffers for e in range(first, last + 1)} if last - first < buffers else set()
             words = sum((where for b, where in enumerate(places) if b not in kept), [])
-            window[np.array(words, np.int64)] = layout.word(LAST_EPOCH, layout.FAILED)
+            self.put_words(part, words, layout.word(LAST_EPOCH, layout.FAILED))
             complete &= not kept
         return complete
 
-    def _failure_places(self, peer: int) -> list[tuple[np.ndarray, list[list[int]]]]:
-        """Of dispatch and of combine: the count window as uint64, and by buffer where `peer` says FAILED in it."""
+    def _failure_places(self, peer: int) -> list[tuple[str, list[list[int]]]]:
+        """Of dispatch and of combine: the count window, and by buffer the words of it where `peer` says FAILED."""
         dispatch, combine = layout.DispatchWindow(self.cfg), layout.CombineWindow(self.cfg)
         if self.cfg.slots == "rank":
             buffers = range(self.cfg.num_buffers)
@@ -195,8 +204,8 @@ class RankMemory:
                 [[combine.expert_signal(first + e) for e in experts]],
             )
         return [
-            (window.view(np.uint64), [[offset // 8 for offset in where] for where in places])
-            for window, places in zip((self.dispatch_count, self.combine_count), offsets, strict=True)
+            (part, [[offset // 8 for offset in where] for where in places])
+            for part, places in zip(("dispatch_count", "combine_count"), offsets, strict=True)
         ]
 
     def restart(self, epoch: int) -> None:
@@ -304,7 +313,6 @@ def abort_alone(own: RankMemory, memories: Sequence[RankMemory]) -> None:
     """
     own.record_abort()
     epoch = max(layout.read_epochs(own.counters)) + 1 + own.cfg.num_buffers
-    for index in layout.EPOCH_FIELDS:
-        layout.put_u64(own.counters, index, epoch)
+    own.put_epochs(epoch)
     for memory in memories:
         memory.publish_failure(own.rank, epoch)

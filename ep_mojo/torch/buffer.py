@@ -29,7 +29,9 @@ class Buffer(LowLatencyCalls):
     graphs are made by the first call that needs them, and by the first with another hidden size, number of choices or
     experts, or format: these calls wait for all ranks, and compile for some seconds.
 
-    A group with the gloo backend takes tensors in host memory.
+    A group with the nccl backend takes tensors on the GPU that is current when the Buffer is made, one for each rank;
+    one with gloo alone takes tensors in host memory. On a GPU calls return when their work has been queued, but where
+    they say that the host waits; a failure of such a call is raised by a later one, or by `check`.
 
     Args:
         group: The ranks, at most 8, all on this node.
@@ -119,6 +121,15 @@ class Buffer(LowLatencyCalls):
         """Give up windows and graphs. Can be called again; every other call then raises `OrderError`."""
         if self._session is not None:
             self._session.destroy()
+
+    def check(self) -> None:
+        """Wait for all rounds of this rank, and raise what failed in them. Not in DeepEP.
+
+        Raises:
+            OrderError: After `destroy`.
+            CapacityError, PeerTimeoutError, PeerLostError: See `dispatch`.
+        """
+        self._live().check()
 
     def reset(self) -> None:
         """Go on after a round that failed, on all ranks: all of them call this. Not in DeepEP.
@@ -233,15 +244,10 @@ class Buffer(LowLatencyCalls):
         """
         queue = self._live().queue
         check_events(previous_event, async_finish, allocate_on_comm_stream)
-        with queue.working(previous_event, allocate_on_comm_stream):
+        with queue.working(previous_event):
             per_rank, per_expert, in_rank = self._normal.layout(topk_idx, num_experts)
-        return (
-            per_rank,
-            None,
-            per_expert,
-            in_rank,
-            queue.finish(async_finish, (topk_idx, per_rank, per_expert, in_rank)),
-        )
+        event = queue.finish(async_finish, topk_idx, (per_rank, per_expert, in_rank))
+        return per_rank, None, per_expert, in_rank, event
 
     def dispatch(
         self,
@@ -279,7 +285,8 @@ class Buffer(LowLatencyCalls):
             config: How many SMs a launch may use; None: `get_dispatch_config`.
             previous_event: Begin after it, and not after all that the current queue was given.
             async_finish: Return an event, and do not let the current queue wait.
-            allocate_on_comm_stream: Outputs belong to the communication queue; with the two above.
+            allocate_on_comm_stream: Outputs belong to the communication queue; with the two above. They do in any case,
+                and the allocator knows that the current queue uses them.
 
         Returns:
             recv_x: Like x, N rows.
@@ -305,9 +312,9 @@ class Buffer(LowLatencyCalls):
         layout = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
         if handle is not None:
             _check_no_choices(topk_idx, topk_weights)
-            with queue.working(previous_event, allocate_on_comm_stream):
+            with queue.working(previous_event):
                 recv_x = self._normal.dispatch_again(x, handle, num_sms)
-            return recv_x, None, None, None, None, queue.finish(async_finish, (x, recv_x))
+            return recv_x, None, None, None, None, queue.finish(async_finish, (x,), (recv_x,))
         if any(value is None for value in layout):
             raise ShapeError(
                 "without a handle the layout is needed",
@@ -316,11 +323,11 @@ class Buffer(LowLatencyCalls):
                 allowed="three tensors",
                 remedy="call get_dispatch_layout, and pass what it returns",
             )
-        with queue.working(previous_event, allocate_on_comm_stream):
+        with queue.working(previous_event):
             found = self._normal.dispatch(
                 x, *layout, topk_idx, topk_weights, expert_alignment, num_worst_tokens, num_sms
             )
-        return *found, queue.finish(async_finish, (x, *layout, topk_idx, topk_weights, *found))
+        return *found, queue.finish(async_finish, (x, layout, topk_idx, topk_weights), found)
 
     def combine(
         self,
@@ -355,9 +362,9 @@ class Buffer(LowLatencyCalls):
         queue = self._live().queue
         check_events(previous_event, async_finish, allocate_on_comm_stream)
         num_sms = self._config(config).num_sms
-        with queue.working(previous_event, allocate_on_comm_stream):
+        with queue.working(previous_event):
             combined = self._normal.combine(x, handle, topk_weights, bias, num_sms)
-        return *combined, queue.finish(async_finish, (x, topk_weights, bias, *combined))
+        return *combined, queue.finish(async_finish, (x, topk_weights, bias), combined)
 
     def _config(self, config: Any) -> Config:
         if config is None:

@@ -4,8 +4,8 @@ Tmax.
 A set of graphs is compiled once a process, for all communicators. `GraphSet`s differ in what the engine fixes at
 compile
 time: H, format, layout, reduce mode, element types. R ranks, G groups of rows (local experts, or source ranks in layout
-"rank"), K choices, S scales a row, T tokens of this rank, N rows of its output, Tm = Tmax. Sizes that no input has come
-as the shape of `sizes`, an int8 tensor of size 0 in host memory. On the host float8 goes as uint8.
+"rank"), K choices, S scales a row, T tokens of this rank, N rows of its output, Tm = Tmax. No graph has outputs: all is
+written to tensors of the caller, so that torch owns the memory and knows which queues use it. float8 goes as uint8.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ STAGES = ("dispatch", "send", "receive", "combine0", "combine1", "combine2", "se
 PER_TOKEN = ("R", "Tm", "K")
 
 Input = tuple
-"""(dtype, shape), of what a graph writes (dtype, shape, "written"), of what stays on the host (dtype, shape,
-"host").
-"""
-Body = Callable[["Rank", "list[TensorValue]"], "Sequence[TensorValue]"]
+"""(dtype, shape), of what a graph writes (dtype, shape, "written")."""
+Body = Callable[["Rank", "list[TensorValue]"], None]
 
 
 class Builder:
@@ -59,7 +57,7 @@ class Builder:
         return self.comm.device_refs()[0]
 
     def add(self, name: str, inputs: Sequence[Input], body: Body) -> None:
-        """Add a graph with these inputs; `body` gets the rank and the inputs, and returns the outputs."""
+        """Add a graph with these inputs; `body` gets the rank and the inputs."""
         from max.graph import BufferType, Graph
 
         types = [self.type(*each) for each in inputs]
@@ -67,16 +65,16 @@ class Builder:
         with Graph(name, input_types=[*types, *ours], custom_extensions=extensions, module=self.module) as graph:
             values = list(graph.inputs)
             own = [v.buffer if isinstance(t, BufferType) else v.tensor for v, t in zip(values, types, strict=False)]
-            graph.output(*body(self._rank(values[len(types) :]), own))
+            body(self._rank(values[len(types) :]), own)
+            graph.output()
         self.graphs[name] = graph
 
     def type(self, dtype: str, shape: Sequence[Any], how: str = "") -> Type:
         """The MAX type of an input or output."""
         from max.dtype import DType
-        from max.graph import BufferType, DeviceRef, TensorType
+        from max.graph import BufferType, TensorType
 
-        made = BufferType if how == "written" else TensorType
-        return made(getattr(DType, dtype), list(shape), DeviceRef.CPU() if how == "host" else self.device)
+        return (BufferType if how == "written" else TensorType)(getattr(DType, dtype), list(shape), self.device)
 
     def _open_inputs(self) -> list[Type]:
         """The communicator's inputs, with symbols for the sizes that follow from R and E."""
@@ -121,9 +119,8 @@ class GraphSet:
 class DispatchSet(GraphSet):
     """dispatch, and with `split` send and receive.
 
-    dispatch (in one launch): tokens, topk_ids [T, K], weights float32 [T, K] (if `weighted`), sizes; gives the tensors
-    of `HANDLE_TENSORS`. send: the same without sizes, gives nothing. receive: the tensors of `HANDLE_TENSORS`, which it
-    writes.
+    dispatch (in one launch): the tensors of `HANDLE_TENSORS`, which it writes, tokens, topk_ids [T, K], weights float32
+    [T, K] (if `weighted`). send: the same without those. receive: the tensors of `HANDLE_TENSORS` alone.
 
     Args:
         fmt: The format. Tokens are bfloat16 [T, H], or with `encoded` in the format, with scales [T, S].
@@ -139,27 +136,15 @@ class DispatchSet(GraphSet):
     split: bool
     ids: str = "int64"
 
-    def sizes(self, cfg: EPConfig, rows: int) -> list[int]:
-        """Shape of `sizes`, for `rows` rows of output."""
-        found = {
-            "N": rows,
-            "M": cfg.n_ranks * cfg.max_tokens_per_rank,
-            "Tm": cfg.max_tokens_per_rank,
-            "offsets": (cfg.n_ranks if cfg.output_layout == "rank" else cfg.n_groups) + 1,
-            "G": cfg.n_ranks if cfg.output_layout == "rank" else cfg.n_groups,
-        }
-        return [found.get(dim, dim) for dim in self._symbols()]
-
     def add(self, b: Builder) -> None:
         """See `GraphSet.add`."""
-        on_host = b.device.is_cpu()
         encoding = format_parameters(self.hidden, self.fmt)
         parameters = encoding | {"layout": self.layout}
-        tokens = [(graph_dtype(self.fmt.token_dtype, on_host) if self.encoded else "bfloat16", ["T", self.hidden])]
+        tokens = [(graph_dtype(self.fmt.token_dtype) if self.encoded else "bfloat16", ["T", self.hidden])]
         if self.encoded:
             tokens.append((self.fmt.scale_dtype, ["T", self.fmt.scales_per_token(self.hidden)]))
         given = [*tokens, (self.ids, ["T", "K"]), *([("float32", ["T", "K"])] if self.weighted else [])]
-        received = self.received(on_host)
+        received = [(*each, "written") for each in self.received()]
 
         def values(v: list[TensorValue]) -> list[TensorValue]:
             v = list(v)
@@ -167,29 +152,25 @@ class DispatchSet(GraphSet):
             scales = v.pop(0) if self.encoded else None
             ids = v.pop(0)
             weights = v.pop(0) if self.weighted else None
-            optional = ((scales, "float32", 2), (weights, "float32", 2), (None, "int32", 1), (None, "float32", 1))
-            scales, weights, num_tokens, factor = (_or_absent(*each, b.device) for each in optional)
-            return [x, scales, ids, weights, num_tokens, factor]
+            return [x, _or_absent(scales, "float32", 2, b.device), ids, _or_absent(weights, "float32", 2, b.device)]
 
-        def dispatch(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
-            types = [b.type(*each) for each in received]
-            return add_op("dispatch", rank, "dispatch", values(v[:-1]), types, parameters, 0)
+        def dispatch(rank: Rank, v: list[TensorValue]) -> None:
+            outputs, inputs = v[: len(received)], values(v[len(received) :])
+            add_op("dispatch_into", rank, "dispatch", [*outputs, *inputs], [], parameters, 0)
 
-        def send(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
-            add_op("dispatch_async", rank, "dispatch", values(v), [], encoding, 0)
-            return []
+        def send(rank: Rank, v: list[TensorValue]) -> None:
+            none = _or_absent(None, "int32", 1, b.device), _or_absent(None, "float32", 1, b.device)
+            add_op("dispatch_async", rank, "dispatch", [*values(v), *none], [], encoding, 0)
 
-        def receive(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+        def receive(rank: Rank, v: list[TensorValue]) -> None:
             add_op("dispatch_wait_into", rank, "dispatch", v, [], parameters, 0)
-            return []
 
-        b.add(self.name("dispatch"), [*given, ("int8", self._symbols(), "host")], dispatch)
-        if not self.split:
-            return
-        b.add(self.name("send"), given, send)
-        b.add(self.name("receive"), [(*each, "written") for each in received], receive)
+        b.add(self.name("dispatch"), [*received, *given], dispatch)
+        if self.split:
+            b.add(self.name("send"), given, send)
+            b.add(self.name("receive"), received, receive)
 
-    def received(self, on_host: bool = True) -> list[tuple[str, list[Any]]]:
+    def received(self) -> list[tuple[str, list[Any]]]:
         """(dtype, shape) of what is received, by the names of `HANDLE_TENSORS`."""
         by_rank, padded = self.layout == "rank", self.layout == "expert_padded"
         S = self.fmt.scales_per_token(self.hidden)
@@ -197,7 +178,7 @@ class DispatchSet(GraphSet):
         rows = ["G", "M"] if padded else ["N"]
         elements = self.fmt.token_elements(self.hidden)
         types = {
-            "tokens": (graph_dtype(self.fmt.token_dtype, on_host), [*rows, elements]),
+            "tokens": (graph_dtype(self.fmt.token_dtype), [*rows, elements]),
             "scales": (self.fmt.scale_dtype or "float32", scales),
             "row_offsets": ("uint32", ["offsets"]),
             "counts": ("int32", ["G"]),
@@ -211,9 +192,6 @@ class DispatchSet(GraphSet):
         }
         return [types[name] for name in HANDLE_TENSORS]
 
-    def _symbols(self) -> list[Any]:
-        return ["N", "M", "Tm", "offsets", "G", 0]
-
     def _more(self) -> list[str]:
         name = self.fmt.key().replace("/", "_").replace(".", "_")
         return [name, self.ids, *(flag for flag in ("encoded", "weighted", "split") if getattr(self, flag))]
@@ -224,9 +202,9 @@ class CombineSet(GraphSet):
     """combine0 and, with `biases`, combine1 and combine2; with reduce "source" and one dtype send_back and
     receive_back.
 
-    combineN (in one launch): rows, `FOR_COMBINE`, topk_ids [T, K], weights float32 [T, K] (with reduce "source"), N
-    biases bfloat16 [T, H]; gives [T, H]. send_back: rows, `FOR_COMBINE`, gives nothing. receive_back: y [T, H], which
-    it writes, topk_ids, weights.
+    combineN (in one launch): y [T, H], which it writes, rows, `FOR_COMBINE`, topk_ids [T, K], weights float32 [T, K]
+    (with reduce "source"), N biases bfloat16 [T, H]. send_back: rows, `FOR_COMBINE`. receive_back: y, topk_ids,
+    weights.
 
     Args:
         reduce: "expert" or "source".
@@ -252,24 +230,20 @@ class CombineSet(GraphSet):
         y, bias = (self.out, ["T", self.hidden]), ("bfloat16", ["T", self.hidden])
         no_shared = b.type(self.dtype, [0, 0])
 
-        def combine(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
-            sent, (ids, *rest) = v[:4], v[4:]
+        def combine(rank: Rank, v: list[TensorValue]) -> None:
+            sent, (ids, *rest) = v[:5], v[5:]
             weights = _or_absent(rest.pop(0) if at_source else None, "float32", 2, b.device)
-            none = _or_absent(None, "int32", 1, b.device)
             added = [_or_absent(each, "bfloat16", 2, b.device) for each in [*rest, None, None][:2]]
-            values = [*sent, ids, weights, none, *added]
-            return add_op("combine", rank, "combine", values, [b.type(*y), no_shared], parameters, 0)[:1]
+            add_op("combine_into", rank, "combine", [*sent, ids, weights, *added], [], parameters, 0)
 
-        def send(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+        def send(rank: Rank, v: list[TensorValue]) -> None:
             add_op("combine_async", rank, "combine", v, [no_shared], parameters, 0)
-            return []
 
-        def receive(rank: Rank, v: list[TensorValue]) -> list[TensorValue]:
+        def receive(rank: Rank, v: list[TensorValue]) -> None:
             add_op("combine_wait_into", rank, "combine", v, [], parameters, 0)
-            return []
 
         for n in range(3 if self.biases else 1):
-            b.add(self.name(f"combine{n}"), [rows, *per_token, *choices, *[bias] * n], combine)
+            b.add(self.name(f"combine{n}"), [(*y, "written"), rows, *per_token, *choices, *[bias] * n], combine)
         if at_source and self.out == self.dtype:
             b.add(self.name("send_back"), [rows, *per_token], send)
             b.add(self.name("receive_back"), [(*y, "written"), *choices], receive)

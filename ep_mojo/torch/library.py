@@ -15,30 +15,25 @@ from ..comm import Communicator
 from ..config import EPConfig
 from ..errors import OrderError, UnsupportedError
 from ..formats import BF16
-from ..handle import HANDLE_TENSORS, handle_types
+from ..handle import HANDLE_TENSORS
 from .board import board_of
 from .checks import check_tensor
 from .graphs import FOR_COMBINE, CombineSet, DispatchSet
-from .rounds import Rounds, to_tensor
+from .rounds import Rounds
+from .streams import Queue, queue_for
+from .tensors import DTYPES, dense, empty_received, signed
+from .tensors import received_types as tensor_types
 
 ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
 Received = tuple[(torch.Tensor,) * len(HANDLE_TENSORS)]
 IDS = {torch.int32: "int32", torch.int64: "int64"}
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "int32": torch.int32,
-    "uint32": torch.int32,
-    "uint8": torch.float8_e4m3fn,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
-"""What the tensors of a handle are in torch. Row offsets are below 2^31, and so the same as int32."""
 
 SAME = {"n_sms": None, "timeout_s": 0.0}
 """Fields of a config in which ranks may differ, for comparing the others."""
 _numbers = itertools.count()
 _by_comm: weakref.WeakKeyDictionary[Communicator, tuple[int, Rounds]] = weakref.WeakKeyDictionary()
 _by_number: weakref.WeakValueDictionary[int, Rounds] = weakref.WeakValueDictionary()
+_queues: dict[torch.device, Queue] = {}
 
 
 @torch.compiler.assume_constant_result
@@ -106,20 +101,23 @@ def dispatch(
             remedy="leave it out, or use a config with BlockwiseFP8",
         )
     given = check_tensor("x", x, [torch.float8_e4m3fn if encoded else torch.bfloat16], [None, cfg.hidden_size], device)
-    tensors = [given.contiguous()]
+    tensors = [dense(given)]
     if x_scales is not None:
         dtype = DTYPES[fmt.scale_dtype or "float32"]
-        tensors.append(
-            check_tensor("x_scales", x_scales, [dtype], [x.shape[0], cfg.scales_per_token], device).contiguous()
-        )
-    tensors.append(check_tensor("topk_ids", topk_ids, list(IDS), [x.shape[0], cfg.top_k], device).contiguous())
+        tensors.append(dense(check_tensor("x_scales", x_scales, [dtype], [x.shape[0], cfg.scales_per_token], device)))
+    tensors.append(dense(check_tensor("topk_ids", topk_ids, list(IDS), [x.shape[0], cfg.top_k], device)))
     if weights is not None:
-        tensors.append(check_tensor("weights", weights, [torch.float32], topk_ids.shape, device).contiguous())
+        tensors.append(dense(check_tensor("weights", weights, [torch.float32], topk_ids.shape, device)))
     graphs = dispatch_set(cfg, encoded, weights is not None, IDS[topk_ids.dtype])
     _prepared(rounds, graphs, "dispatch")
     order += 1
-    outputs = rounds.run(graphs, "dispatch", *tensors, rounds.sizes(graphs, cfg.rows_capacity))
-    return tuple(to_tensor(b, dtype) for b, (dtype, _) in zip(outputs, received_types(cfg), strict=True))
+    queue = queue_of(device)
+    with queue.working():
+        found = empty_received(cfg, device)
+        rounds.run(graphs, "dispatch", *found.values(), *tensors)
+    made = tuple(signed(t) if t.dtype == torch.uint32 else t for t in found.values())
+    queue.finish(False, tensors, made)
+    return made
 
 
 @dispatch.register_fake
@@ -161,8 +159,13 @@ def combine(
         ones = torch.ones(topk_ids.shape, dtype=torch.float32, device=device) if weights is None else weights
         given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
     order += 1
-    given += biases
-    return to_tensor(rounds.run(graphs, f"combine{len(biases)}", *(g.contiguous() for g in given))[0])
+    given = list(map(dense, [*given, *biases]))
+    queue = queue_of(device)
+    with queue.working():
+        out = torch.empty(topk_ids.shape[0], cfg.hidden_size, dtype=DTYPES[cfg.output_dtype], device=device)
+        rounds.run(graphs, f"combine{len(biases)}", out, *given)
+    queue.finish(False, given, out)
+    return out
 
 
 @combine.register_fake
@@ -188,15 +191,12 @@ def combine_set(cfg: EPConfig, biases: bool, ids: str) -> CombineSet:
 
 
 def received_types(cfg: EPConfig) -> list[tuple[torch.dtype, list[int]]]:
-    """(dtype, shape) of the tensors of `HANDLE_TENSORS`."""
-    token = torch.float8_e4m3fn if cfg.dispatch_format.token_dtype == "float8_e4m3fn" else None
-    found = [(DTYPES.get(t.dtype.name), [int(d) for d in t.shape]) for t in handle_types(cfg)]
-    if found[0][0] is None or (found[0][0] == torch.float8_e4m3fn and token is None):
-        raise UnsupportedError(
-            "torch has no tensors of this format",
-            field="cfg.dispatch_format",
-            value=cfg.dispatch_format,
-            allowed="BF16 or BlockwiseFP8",
-            remedy="use MAX graphs for a format of your own",
-        )
-    return found
+    """(dtype, shape) of the tensors that dispatch returns."""
+    return [(torch.int32 if dtype == torch.uint32 else dtype, shape) for dtype, shape in tensor_types(cfg)]
+
+
+def queue_of(device: torch.device) -> Queue:
+    """The queue of a device, the same for all communicators."""
+    if device not in _queues:
+        _queues[device] = queue_for(device)
+    return _queues[device]

@@ -11,23 +11,20 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import EPConfig
 from ..errors import CapacityError, ConfigError, OrderError, ShapeError, UnsupportedError
 from ..formats import BF16, BlockwiseFP8, TokenFormat, check_int
-from ..handle import HANDLE_TENSORS, handle_types
 from ..layout import MAX_TOKENS
 from . import graphs, sizes
 from .checks import check_tensor
 from .normal import check_experts
-from .rounds import Rounds, to_tensor
+from .rounds import Rounds
 from .session import Session
-
-if TYPE_CHECKING:
-    from max.driver import Buffer
+from .tensors import ALIGNMENT, dense, empty_received
 
 Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
@@ -47,11 +44,11 @@ class LowLatencyHandle(Sequence):
 
     def __init__(self, session: Session, cfg: EPConfig, num_tokens: int, counts: torch.Tensor):
         self.session, self.cfg, self.num_tokens, self.counts = session, cfg, num_tokens, counts
-        self.for_combine: tuple[Buffer, ...] = ()
+        self.for_combine: tuple[torch.Tensor, ...] = ()
         self.received = False
-        self._origins: Buffer | None = None
+        self._origins: torch.Tensor | None = None
 
-    def fill(self, by_name: dict[str, Buffer]) -> None:
+    def fill(self, by_name: dict[str, torch.Tensor]) -> None:
         """Take what the engine gave."""
         self.for_combine = tuple(by_name[name] for name in graphs.FOR_COMBINE)
         self._origins = by_name["src_info"]
@@ -74,7 +71,9 @@ class LowLatencyHandle(Sequence):
     def _sources(self) -> torch.Tensor:
         if not self.received:
             raise _hook_first("handle")
-        return to_tensor(self._origins)[:, 0].view(self.cfg.n_local_experts, -1)
+        if self._origins.is_cuda:
+            self._origins.record_stream(torch.cuda.current_stream(self._origins.device))
+        return self._origins[:, 0].view(self.cfg.n_local_experts, -1)
 
     def __len__(self) -> int:
         return 5
@@ -157,40 +156,35 @@ class LowLatencyMode:
         rounds = self.session.rounds(cfg, sets)
         self._check_room(rounds, "dispatch", later)
         too_many = functools.partial(_too_many, cfg)
-        given = x.contiguous(), topk_idx.contiguous()
+        given = dense(x), dense(topk_idx)
+        found = empty_received(cfg, device)
+        handle = LowLatencyHandle(self.session, cfg, x.shape[0], found["counts"])
         if not later:
             with self.session.announcing(rounds, x.shape[0], too_many):
-                received = rounds.run(sets[0], "dispatch", *given, rounds.sizes(sets[0], cfg.rows_capacity))
-            found = dict(zip(HANDLE_TENSORS, received, strict=True))
-            handle = LowLatencyHandle(self.session, cfg, x.shape[0], to_tensor(found["counts"]))
-            handle.fill(found)
-            self._arrived(handle, stats)
+                rounds.run(sets[0], "dispatch", *found.values(), *given)
+            self._arrived(handle, found, stats)
             return self._rows(cfg, found), handle.counts, handle, None
-        outputs = _empty(cfg, rounds)
-        found = dict(zip(HANDLE_TENSORS, outputs, strict=True))
-        handle = LowLatencyHandle(self.session, cfg, x.shape[0], to_tensor(found["counts"]))
         with self.session.announcing(rounds, x.shape[0], too_many):
             rounds.run(sets[0], "send", *given)
 
         def receive() -> None:
             with self.session.announcing(rounds, 0, too_many):
-                rounds.run(sets[0], "receive", *outputs)
-            handle.fill(found)
-            self._arrived(handle, stats)
+                rounds.run(sets[0], "receive", *found.values())
+            self._arrived(handle, found, stats)
 
         hook = self._later(rounds, "dispatch", receive)
         return self._rows(cfg, found), handle.counts, handle, hook
 
-    def _arrived(self, handle: LowLatencyHandle, stats: torch.Tensor | None) -> None:
+    def _arrived(self, handle: LowLatencyHandle, found: dict[str, torch.Tensor], stats: torch.Tensor | None) -> None:
+        handle.fill(found)
         handle.received = True
         if stats is not None:
             stats += handle.counts
 
-    def _rows(self, cfg: EPConfig, found: dict[str, Buffer]) -> Any:
+    def _rows(self, cfg: EPConfig, found: dict[str, torch.Tensor]) -> Any:
         if isinstance(cfg.dispatch_format, BF16):
-            return to_tensor(found["tokens"])
-        scales = to_tensor(found["scales"]).view(cfg.scales_per_token, cfg.n_local_experts, -1).permute(1, 2, 0)
-        return to_tensor(found["tokens"], torch.float8_e4m3fn), scales
+            return found["tokens"]
+        return found["tokens"], found["scales"].view(cfg.scales_per_token, cfg.n_local_experts, -1).permute(1, 2, 0)
 
     # Combine
 
@@ -216,21 +210,25 @@ class LowLatencyMode:
             check_tensor("out", out, [torch.bfloat16], [handle.num_tokens, cfg.hidden_size], device)
             if not out.is_contiguous():
                 raise ShapeError(field="out", value="strided", allowed="contiguous", remedy="pass a contiguous tensor")
+            if out.is_cuda and out.data_ptr() % ALIGNMENT:
+                raise ShapeError(
+                    field="out",
+                    value=f"at {out.data_ptr():#x}",
+                    allowed=f"from a multiple of {ALIGNMENT} bytes on",
+                    remedy="pass a tensor of its own, not a part of one",
+                )
         if not handle.received:
             raise _hook_first("handle")
         back = graphs.low_latency(cfg)[1]
         rounds = self.session.rounds(cfg, graphs.low_latency(cfg))
         self._check_room(rounds, "combine", later)
-        rows = self._filled(shape) if zero_copy else x.contiguous()
-        ids, weights = topk_idx.contiguous(), topk_weights.contiguous()
-        if out is None and not later:
-            (combined,) = rounds.run(back, "combine0", rows, *handle.for_combine, ids, weights)
-            return to_tensor(combined), None
+        rows = self._filled(shape) if zero_copy else dense(x)
+        ids, weights = dense(topk_idx), dense(topk_weights)
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
-        rounds.run(back, "send_back", rows, *handle.for_combine)
         if not later:
-            rounds.run(back, "receive_back", y, ids, weights)
+            rounds.run(back, "combine0", y, rows, *handle.for_combine, ids, weights)
             return y, None
+        rounds.run(back, "send_back", rows, *handle.for_combine)
         return y, self._later(rounds, "combine", lambda: rounds.run(back, "receive_back", y, ids, weights))
 
     def next_buffer(self, handle: Any) -> torch.Tensor:
@@ -360,15 +358,6 @@ def format_of(use_fp8: Any, round_scale: Any, use_ue8m0: Any) -> TokenFormat:
             remedy="pass round_scale=True",
         )
     return BlockwiseFP8("ue8m0" if use_ue8m0 else "power_of_two" if round_scale else "float32", "column")
-
-
-def _empty(cfg: EPConfig, rounds: Rounds) -> list[Buffer]:
-    """Tensors for what a hook will receive."""
-    from max.driver import Buffer
-
-    device = rounds.comm.device_refs()[0]
-    place = device.to_device()
-    return [Buffer(t.dtype, [int(d) for d in t.shape], place) for t in handle_types(cfg, device)]
 
 
 def _too_many(cfg: EPConfig, rank: int, tokens: int) -> CapacityError:

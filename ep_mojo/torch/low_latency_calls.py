@@ -96,11 +96,12 @@ class LowLatencyCalls:
         _check_no_cost_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         fmt = format_of(use_fp8, round_scale, use_ue8m0)
         stats = cumulative_local_expert_recv_stats
-        with queue.working(None, False):
+        with queue.working():
             recv_x, count, handle, hook = self._low_latency.dispatch(
                 x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, stats, fmt, bool(return_recv_hook)
             )
-        return recv_x, count, handle, queue.finish(async_finish, (x, topk_idx, recv_x, count, stats)), self._hook(hook)
+        event = queue.finish(async_finish, (x, topk_idx, stats), (recv_x, count))
+        return recv_x, count, handle, event, self._hook(hook)
 
     def low_latency_combine(
         self,
@@ -151,11 +152,11 @@ class LowLatencyCalls:
                 allowed="False",
                 remedy="leave it out",
             )
-        with queue.working(None, False):
+        with queue.working():
             combined, hook = self._low_latency.combine(
                 x, topk_idx, topk_weights, handle, bool(zero_copy), bool(return_recv_hook), out
             )
-        event = queue.finish(async_finish, (x, topk_idx, topk_weights, combined))
+        event = queue.finish(async_finish, (x, topk_idx, topk_weights, out), combined)
         return combined, event, self._hook(hook)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -202,7 +203,7 @@ class LowLatencyCalls:
         queue = self._live().queue
 
         def hook() -> None:
-            with queue.working(None, False):
+            with queue.working():
                 receive()
             queue.finish(False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -15,14 +15,10 @@ from torch.nn.functional import pad
 from ..config import EPConfig
 from ..errors import CapacityError, ConfigError, ShapeError, UnsupportedError
 from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
-from ..handle import HANDLE_TENSORS
 from . import graphs, sizes
 from .checks import check_tensor
-from .rounds import to_tensor
 from .session import Session
-
-if TYPE_CHECKING:
-    from max.driver import Buffer
+from .tensors import dense, empty_received, signed
 
 MAX_ALIGNMENT = 1 << 20
 MAX_WORST_TOKENS = (1 << 31) - 1
@@ -51,8 +47,8 @@ class NormalHandle:
         has_topk: bool,
         num_recv_tokens: int,
         rank_offsets: torch.Tensor,
-        for_combine: Sequence[Buffer],
-        src_info: Buffer,
+        for_combine: Sequence[torch.Tensor],
+        src_info: torch.Tensor,
     ):
         self.session, self.cfg = session, cfg
         self.topk_idx, self.has_topk = topk_idx, has_topk
@@ -69,7 +65,7 @@ class NormalHandle:
     @property
     def recv_src_idx(self) -> torch.Tensor:
         """int32 [N]: the token, on its source rank, that each row is; unspecified past `recv_count`."""
-        return to_tensor(self._src_info)[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
+        return self._src_info[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
 
 
 class NormalMode:
@@ -141,11 +137,10 @@ class NormalMode:
         else:
             check_tensor("topk_idx", topk_idx, [torch.int64], [n_tokens, None], device)
             check_tensor("topk_weights", topk_weights, [torch.float32], topk_idx.shape, device)
-            ids, weights = topk_idx.detach().clone(memory_format=torch.contiguous_format), topk_weights.contiguous()
+            ids, weights = topk_idx.detach().clone(memory_format=torch.contiguous_format), dense(topk_weights)
         cfg = self._config(hidden, ids.shape[1], n_experts, fmt)
-        found = self._send(cfg, tokens, ids, weights, worst or n_ranks * cfg.max_tokens_per_rank, num_sms)
-        # Below 2^31, so the same bits; torch can do little with unsigned numbers.
-        offsets = to_tensor(found["row_offsets"], torch.int32)
+        found = self._send(cfg, tokens, ids, weights, worst or cfg.rows_capacity, num_sms, not worst)
+        offsets = signed(found["row_offsets"])
         rows = worst or int(offsets[-1])
         for_combine = [found[name] for name in graphs.FOR_COMBINE]
         has_topk = topk_idx is not None
@@ -153,8 +148,8 @@ class NormalMode:
         recv_x = self._received(found, rows, fmt)
         if topk_idx is None:
             return recv_x, None, None, [], handle
-        recv_ids = to_tensor(found["local_ids"])[:rows].to(torch.int64)
-        recv_weights = to_tensor(found["local_weights"])[:rows]
+        recv_ids = found["local_ids"][:rows].to(torch.int64)
+        recv_weights = found["local_weights"][:rows]
         if worst:
             here = torch.arange(rows, device=device)[:, None] < handle.recv_count
             return recv_x, torch.where(here, recv_ids, -1), torch.where(here, recv_weights, 0), [], handle
@@ -172,7 +167,7 @@ class NormalMode:
         tokens, fmt = self._tokens(x, handle.num_tokens)
         weights = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=self.session.device)
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
-        found = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
+        found = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms, False)
         return self._received(found, handle.num_recv_tokens, fmt)
 
     def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[list[torch.Tensor], TokenFormat]:
@@ -180,7 +175,7 @@ class NormalMode:
         device = self.session.device
         if not isinstance(x, (tuple, list)):
             check_tensor("x", x, [torch.bfloat16], [n_tokens, None], device)
-            return [x.contiguous()], BF16()
+            return [dense(x)], BF16()
         if len(x) != 2:
             raise ShapeError(
                 field="x",
@@ -201,7 +196,7 @@ class NormalMode:
                 allowed=f"[{values.shape[0]}, {per_token}] with {scales.dtype}",
                 remedy="pass one float32 scale for 128 channels, or four exponent bytes in an int32",
             )
-        return [values.contiguous(), scales.contiguous()], fmt
+        return [dense(values), dense(scales)], fmt
 
     def _config(self, hidden: int, top_k: int, n_experts: int, fmt: TokenFormat) -> EPConfig:
         timeout_s = self.session.timeout_s
@@ -215,12 +210,16 @@ class NormalMode:
         weights: torch.Tensor,
         rows: int,
         num_sms: int,
-    ) -> dict[str, Buffer]:
+        host_waits: bool,
+    ) -> dict[str, torch.Tensor]:
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        given = *tokens, ids, weights, rounds.sizes(sets[0], rows)
+        found = empty_received(cfg, self.session.device, rows)
         with self.session.announcing(rounds, ids.shape[0], functools.partial(self._too_many, cfg)):
-            return dict(zip(HANDLE_TENSORS, rounds.run(sets[0], "dispatch", *given, n_sms=num_sms), strict=True))
+            rounds.run(sets[0], "dispatch", *found.values(), *tokens, ids, weights, n_sms=num_sms)
+            if host_waits:
+                rounds.check()
+        return found
 
     def _too_many(self, cfg: EPConfig, rank: int, tokens: int) -> CapacityError:
         most = cfg.max_tokens_per_rank
@@ -232,10 +231,10 @@ class NormalMode:
             remedy="make a Buffer of so many bytes on all ranks; or call reset() on all ranks and send less",
         )
 
-    def _received(self, found: dict[str, Buffer], rows: int, fmt: TokenFormat) -> Tokens:
+    def _received(self, found: dict[str, torch.Tensor], rows: int, fmt: TokenFormat) -> Tokens:
         if isinstance(fmt, BF16):
-            return to_tensor(found["tokens"])[:rows]
-        return to_tensor(found["tokens"], torch.float8_e4m3fn)[:rows], to_tensor(found["scales"])[:rows]
+            return found["tokens"][:rows]
+        return found["tokens"][:rows], found["scales"][:rows]
 
     # Combine
 
@@ -259,11 +258,12 @@ class NormalMode:
         sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        rows = [x.contiguous(), *handle.for_combine, handle.topk_idx, *(b.contiguous() for b in biases)]
-        (combined,) = rounds.run(sets[1], f"combine{len(biases)}", *rows, n_sms=num_sms)
+        rows = [dense(x), *handle.for_combine, handle.topk_idx, *map(dense, biases)]
+        combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
+        rounds.run(sets[1], f"combine{len(biases)}", combined, *rows, n_sms=num_sms)
         if topk_weights is None or sums is None:
-            return to_tensor(combined), None
-        return to_tensor(combined), self._sum_weights(sums, topk_weights, handle, num_sms)
+            return combined, None
+        return combined, self._sum_weights(sums, topk_weights, handle, num_sms)
 
     def _sum_weights(self, cfg: EPConfig, weights: torch.Tensor, handle: NormalHandle, num_sms: int) -> torch.Tensor:
         """Weights travel as rows do: a combine of its own, K channels of float32."""
@@ -271,9 +271,9 @@ class NormalMode:
         sets = graphs.sums(cfg)
         rounds = self.session.rounds(cfg, sets)
         rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
-        given = rows, *handle.for_combine, handle.topk_idx
-        (summed,) = rounds.run(sets[0], "combine0", *given, n_sms=num_sms)
-        return to_tensor(summed)[:, :top_k].contiguous()
+        summed = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.float32, device=rows.device)
+        rounds.run(sets[0], "combine0", summed, rows, *handle.for_combine, handle.topk_idx, n_sms=num_sms)
+        return summed[:, :top_k].contiguous()
 
 
 def check_experts(num_experts: Any, n_ranks: int) -> int:

@@ -1,30 +1,21 @@
-"""A communicator and its compiled graphs, called with torch tensors.
-
-Tensors become MAX buffers and back by DLPack: the same memory. Of a model's outputs a caller makes tensors as it needs
-them; what only combine reads stays a buffer.
-"""
+"""A communicator and its compiled graphs, called with torch tensors. Graphs write to tensors of the caller."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch.utils.dlpack import to_dlpack
 
 from ..comm import Communicator
 from ..config import EPConfig
 from ..dtypes import to_numpy
+from ..errors import EPError
 from .board import Board
-from .graphs import STAGES, Builder, DispatchSet, GraphSet
+from .graphs import STAGES, Builder, GraphSet
+from .tensors import to_buffers
 
-if TYPE_CHECKING:
-    from max.driver import Buffer
-
-BITS = {torch.float8_e4m3fn: torch.uint8}
-"""What MAX takes in place of types that it does not have on the host."""
 SETTING_N_SMS = 11
-KEPT_SIZES = 64
 
 _compiled: dict[tuple[GraphSet, str], dict[str, Any]] = {}
 """Compiled graphs by stage, of each set and device."""
@@ -50,6 +41,7 @@ class Rounds:
         cfg: The config.
         comm: The communicator.
         name: The same on all ranks, and no other rounds of the group have it.
+        too_many: The error of a rank that had more than Tmax tokens, and their number; see `Session.announcing`.
         device: Where tensors are.
     """
 
@@ -59,13 +51,15 @@ class Rounds:
         ref = comm.device_refs()[0]
         self.device = torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
         self._board, self._timeout_s = board, timeout_s
+        self.too_many: Callable[[int, int], EPError] | None = None
         self._stages: dict[tuple[GraphSet, str], Any] = {}
         self._n_sms = to_numpy(comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
-        self._sizes: dict[tuple[int, ...], Buffer] = {}
 
     @classmethod
-    def make(cls, group: Any, board: Board, cfg: EPConfig, sets: Sequence[GraphSet], timeout_s: float) -> Rounds:
-        """Make the windows, and the graphs of `sets`.
+    def make(
+        cls, group: Any, board: Board, device: torch.device, cfg: EPConfig, sets: Sequence[GraphSet], timeout_s: float
+    ) -> Rounds:
+        """Make the windows, on `device`, and the graphs of `sets`.
 
         Raises:
             ConfigMismatchError: Ranks come with different configs; on all of them.
@@ -74,7 +68,7 @@ class Rounds:
         """
         given = {"config": repr(cfg), "graphs": repr(tuple(sets))}
         name = board.agree_on("making the windows of a new kind of round", given, timeout_s)
-        rounds = cls(Communicator.process_group(cfg, group), board, name, timeout_s)
+        rounds = cls(Communicator.process_group(cfg, group, device=device), board, name, timeout_s)
         rounds.prepare(sets)
         return rounds
 
@@ -98,39 +92,32 @@ class Rounds:
         """Whether a graph was prepared."""
         return (graphs, stage) in self._stages
 
-    def run(self, graphs: GraphSet, stage: str, *values: Any, n_sms: int | None = None) -> list[Buffer]:
-        """Run a graph.
+    def run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor, n_sms: int | None = None) -> None:
+        """Run a graph. On the host it is done on return; a GPU's queue has it then.
 
         Args:
             graphs: The set that has it.
             stage: Its name there.
-            values: Its inputs, contiguous tensors or MAX buffers.
+            tensors: Its inputs and what it writes, contiguous.
             n_sms: The most SMs (on the host: worker threads) of a launch, 0 = all; None: what the config says.
 
-        Returns:
-            Its outputs.
-
         Raises:
-            EPError: What this rank recorded, see `Communicator.execute`. Values are not looked at.
+            EPError: What this rank recorded, see `Communicator.execute`; with a GPU, in earlier launches. Values are
+                not looked at.
         """
         self._n_sms[0] = (self.cfg.n_sms or 0) if n_sms is None else n_sms
-        return self.comm.launch(self._stages[graphs, stage], list(map(to_buffer, values)))
+        on_host = self.device.type == "cpu"
+        self.comm.launch(self._stages[graphs, stage], to_buffers(tensors, self.device), check=on_host)
 
-    def sizes(self, graphs: DispatchSet, rows: int) -> Buffer:
-        """The input that tells a dispatch the sizes of its outputs, of which `rows` is the number of rows."""
-        from max.driver import Buffer
-        from max.dtype import DType
-
-        shape = tuple(graphs.sizes(self.cfg, rows))
-        if shape not in self._sizes:
-            if len(self._sizes) >= KEPT_SIZES:
-                self._sizes.clear()
-            self._sizes[shape] = Buffer(DType.int8, shape)
-        return self._sizes[shape]
+    def check(self) -> None:
+        """Raise what this rank recorded, once its queue is empty."""
+        if self.device.type != "cpu":
+            self.comm.check()
 
     def window(self) -> torch.Tensor:
         """This rank's receive window of dispatch, uint8, flat."""
-        return torch.from_numpy(self.comm.memories[self.comm.rank].dispatch_recv)
+        own = self.comm.memories[self.comm.rank]
+        return torch.from_numpy(own.dispatch_recv) if self.device.type == "cpu" else own.part("dispatch_recv")
 
     def reset(self) -> None:
         """Make them work again after a failure. All ranks call it."""
@@ -139,38 +126,3 @@ class Rounds:
     def destroy(self) -> None:
         """Give up the windows."""
         self.comm.destroy()
-
-
-def to_buffer(value: Any) -> Buffer:
-    """A contiguous tensor as a MAX buffer over the same memory; a buffer as it is."""
-    from max.driver import Buffer
-
-    if not isinstance(value, torch.Tensor):
-        return value
-    return Buffer.from_dlpack(_Exported(value.detach()))
-
-
-class _Exported:
-    """A tensor for DLPack, without what `torch.Tensor.__dlpack__` does beside: who calls orders the queues itself."""
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: torch.Tensor):
-        self._tensor = tensor.view(BITS[tensor.dtype]) if tensor.dtype in BITS else tensor
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return to_dlpack(self._tensor)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._tensor.__dlpack_device__()
-
-
-def to_tensor(buffer: Buffer, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A MAX buffer as a tensor over the same memory.
-
-    Args:
-        buffer: The buffer.
-        dtype: What its elements are, where MAX has them as bits.
-    """
-    tensor = torch.from_dlpack(buffer)
-    return tensor if dtype is None or tensor.dtype == dtype else tensor.view(dtype)

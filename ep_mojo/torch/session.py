@@ -79,7 +79,7 @@ class Session:
         """
         key = cfg, tuple(sets)
         if key not in self._rounds:
-            self._rounds[key] = Rounds.make(self.group, self.board, cfg, sets, self.make_timeout_s)
+            self._rounds[key] = Rounds.make(self.group, self.board, self.device, cfg, sets, self.make_timeout_s)
         return self._rounds[key]
 
     def made(self) -> list[Rounds]:
@@ -98,17 +98,29 @@ class Session:
             tokens: T of this rank.
             error: The error, of a rank and its T.
         """
+        rounds.too_many = error
         if tokens > rounds.cfg.max_tokens_per_rank:
             self.board.leave(rounds.name, str(tokens))
+        with self._explaining(rounds):
+            yield
+
+    @contextmanager
+    def _explaining(self, rounds: Rounds) -> Iterator[None]:
         try:
             yield
         except EPError as raised:
             failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
-            notes = self.board.notes(rounds.name) if failed else {}
+            notes = self.board.notes(rounds.name) if failed and rounds.too_many is not None else {}
             if not notes:
                 raise
             rank = max(notes, key=lambda r: int(notes[r]))
-            raise error(rank, int(notes[rank])) from raised
+            raise rounds.too_many(rank, int(notes[rank])) from raised
+
+    def check(self) -> None:
+        """Wait for all rounds, and raise what failed in them."""
+        for rounds in self.made():
+            with self._explaining(rounds):
+                rounds.check()
 
     def window(self, dtype: torch.dtype, size: Sequence[int] | None, offset: int, low_latency: bool) -> torch.Tensor:
         """See `Buffer.get_local_buffer_tensor`."""

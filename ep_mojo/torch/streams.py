@@ -1,7 +1,8 @@
 """Queues and events: when a call's work begins, and what its caller may rely on when it returns.
 
 `Queue` is what a `Buffer` asks of a device. On the host a call returns when its work is done, so an event is done when
-it is made, and waiting for it is nothing.
+it is made, and waiting for it is nothing. On a GPU rounds have a queue of their own, MAX's, in which they run in the
+order of the calls.
 """
 
 from __future__ import annotations
@@ -17,10 +18,22 @@ from ..errors import ConfigError, DTypeError, OrderError, UnsupportedError
 
 
 class EventHandle:
-    """A point in the current queue of this process: all work given to it before."""
+    """A point in the current queue of this process: all work given to it before.
+
+    Attributes:
+        event: A `torch.cuda.Event`; None where no GPU is in use: on the host that point has been reached already.
+    """
+
+    def __init__(self) -> None:
+        self.event: torch.cuda.Event | None = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self.event = torch.cuda.Event()
+            self.event.record()
 
     def current_stream_wait(self) -> None:
-        """Let the current queue wait for that point. On the host it has been reached already."""
+        """Let the current queue wait for that point."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
 
 
 class EventOverlap:
@@ -63,12 +76,16 @@ class EventOverlap:
             )
         self.event.current_stream_wait()
 
+    def wait(self) -> None:
+        """`current_stream_wait`, if there is an event."""
+        if self.event is not None:
+            self.event.current_stream_wait()
+
     def __enter__(self) -> EventOverlap:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.event is not None:
-            self.current_stream_wait()
+        self.wait()
 
 
 class Queue:
@@ -87,48 +104,101 @@ class Queue:
         return torch.cpu.current_stream()
 
     @contextmanager
-    def working(self, previous_event: EventOverlap | None, allocate_here: bool) -> Iterator[None]:
+    def working(self, previous_event: EventOverlap | None = None) -> Iterator[None]:
         """Around the work of one call: it begins after `previous_event`, or after all that the caller has queued.
 
-        Args:
-            previous_event: What to wait for; None: the caller's current queue.
-            allocate_here: Whether outputs belong to this queue, and not to the caller's.
+        Tensors made in it belong to this queue.
         """
-        if previous_event is not None and previous_event.event is not None:
-            previous_event.event.current_stream_wait()
+        if previous_event is not None:
+            previous_event.wait()
         yield
 
-    def finish(self, async_finish: bool, tensors: Sequence[Any] = ()) -> EventOverlap:
+    def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
         """End a call: let the caller's queue wait for the work, or give an event to wait for instead.
 
         Args:
-            async_finish: Give an event, and keep `tensors` until it is gone.
-            tensors: What the work reads and writes.
+            async_finish: Give an event.
+            given: Tensors of the caller that the work reads or writes; tuples of them, and None, too.
+            made: Tensors that the work has made, and the caller gets.
         """
-        return EventOverlap(EventHandle(), tensors) if async_finish else EventOverlap()
+        return EventOverlap(EventHandle(), (given, made)) if async_finish else EventOverlap()
+
+
+class GPUQueue(Queue):
+    """The queue that MAX launches on, of one GPU.
+
+    The memory of a tensor is given back when its last user on the host is gone, not when queues are done with it: so
+    the allocator is told which other queue uses it. Then neither side has to keep anything alive for the other.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        from max.driver import Accelerator
+
+        handle = Accelerator(device.index).default_queue.native_stream_handle
+        self._stream = torch.cuda.ExternalStream(handle, device=device)
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """See `Queue.stream`."""
+        return self._stream
+
+    @contextmanager
+    def working(self, previous_event: EventOverlap | None = None) -> Iterator[None]:
+        """See `Queue.working`."""
+        before = None if previous_event is None else previous_event.event
+        if before is None or before.event is None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        else:
+            self._stream.wait_event(before.event)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
+        """See `Queue.finish`."""
+        caller = torch.cuda.current_stream(self.device)
+        for tensor in _tensors(made):
+            tensor.record_stream(caller)
+        if not async_finish:
+            caller.wait_stream(self._stream)
+            return EventOverlap()
+        for tensor in _tensors(given):
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            return EventOverlap(EventHandle())
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where the tensors of a group's ranks are.
+    """Where the tensors of a group's ranks are: with nccl the current GPU, with gloo alone the host.
 
     Raises:
-        UnsupportedError: The group has another backend than gloo.
+        UnsupportedError: The group has another backend.
     """
-    backend = dist.get_backend(group)
-    if backend != "gloo":
+    by_device = dict(part.split(":", 1) for part in str(dist.get_backend_config(group)).split(","))
+    if by_device.get("cuda") == "nccl" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if by_device.get("cpu") != "gloo":
         raise UnsupportedError(
-            "tensors are in host memory",
+            "tensors are on GPUs with nccl, and in host memory with gloo",
             field="group",
-            value=f"backend {backend}",
-            allowed="backend gloo",
-            remedy='init_process_group("gloo"), or new_group(backend="gloo")',
+            value=f"backend {dist.get_backend(group)}",
+            allowed="backend nccl or gloo",
+            remedy='init_process_group("nccl"), or "gloo" for tensors on the host',
         )
     return torch.device("cpu")
 
 
 def queue_for(device: torch.device) -> Queue:
     """The queue of a device."""
-    return Queue(device)
+    return Queue(device) if device.type == "cpu" else GPUQueue(device)
 
 
 def check_events(previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool) -> None:

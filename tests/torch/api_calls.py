@@ -20,14 +20,15 @@ from tests.torch.launch import kept
 
 def communicator(n: int, name: str) -> ep.Communicator:
     if ("comm", n, name) not in kept:
-        kept["comm", n, name] = ep.Communicator.process_group(buffers.api_config(n, name), kept["group", n])
+        cfg, device = buffers.api_config(n, name), torch.get_default_device()
+        kept["comm", n, name] = ep.Communicator.process_group(cfg, kept["group", n], device=device)
     return kept["comm", n, name]
 
 
 def bits(t: torch.Tensor):
     """As the reference has it."""
     as_bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
-    return t.contiguous().view(as_bits.get(t.dtype, t.dtype)).numpy()
+    return t.contiguous().view(as_bits.get(t.dtype, t.dtype)).cpu().numpy()
 
 
 def check_api(n: int, name: str, seed: int, ids_dtype: torch.dtype, weighted: bool, biases: int = 0) -> None:
@@ -39,13 +40,13 @@ def check_api(n: int, name: str, seed: int, ids_dtype: torch.dtype, weighted: bo
     ids = [i.to(ids_dtype) for i in s.ids]
     weights = s.weights if weighted else None
     h = ept.dispatch(comm, s.x[me], ids[me], s.weights[me] if weighted else None)
-    given = [[bits(x) for x in s.x], [i.numpy() for i in ids], weights and [w.numpy() for w in weights]]
+    given = [[bits(x) for x in s.x], [i.cpu().numpy() for i in ids], weights and [w.cpu().numpy() for w in weights]]
     wanted = reference.dispatch(cfg, *given)
     got = SimpleNamespace(**{field: bits(getattr(h, field)) for field in HANDLE_TENSORS})
     got.row_offsets = got.row_offsets.view("uint32")
     assert not (differences := handle_differences(cfg, wanted[me], got)), "\n".join(differences)
     assert h.tokens.dtype in (torch.bfloat16, torch.float8_e4m3fn)
-    g = torch.Generator().manual_seed(seed)
+    g = plain.generator(seed)
     shape = [*wanted[me].tokens.shape[:-1], HIDDEN]
     ys = [torch.randn(shape, generator=g).bfloat16() for _ in range(n)]
     added = [[torch.randn(x.shape, generator=g).bfloat16() for x in s.x] for _ in range(biases)]
@@ -111,7 +112,7 @@ def check_library(n: int) -> None:
     comm, s = communicator(n, "expert"), buffers.step(n, 1)
     me = comm.rank
     number = ept.library.number_of(comm)
-    order = torch.zeros(1, dtype=torch.int32)
+    order = torch.zeros(1, dtype=torch.int32, device="cpu")
     given = order, s.x[me], None, s.ids[me], s.weights[me], number
     checks = "test_schema", "test_faketensor"
     torch.library.opcheck(torch.ops.ep_mojo.dispatch.default, given, test_utils=checks)
@@ -126,7 +127,7 @@ def check_gradients(n: int) -> None:
         return
     b = buffers.shared(n)
     me, s = b.rank, buffers.step(n, 3)
-    g = torch.Generator().manual_seed(me)
+    g = plain.generator(me)
     x = torch.randint(-4, 5, s.x[me].shape, generator=g).bfloat16().requires_grad_()
     weights = (torch.randint(1, 3, s.weights[me].shape, generator=g) / 2).requires_grad_()
     bias = torch.randint(-4, 5, s.x[me].shape, generator=g).bfloat16().requires_grad_()

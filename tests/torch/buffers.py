@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
 import ep_mojo as ep
@@ -50,7 +51,7 @@ def prepare() -> None:
     expert = api_config(n, "expert")
     found += [library.dispatch_set(expert, False, False, "int32"), library.combine_set(expert, False, "int32")]
     found.append(library.combine_set(expert, True, "int64"))
-    with ep.Communicator.process_group(cfg, dist.group.WORLD) as comm:
+    with ep.Communicator.process_group(cfg, dist.group.WORLD, device=torch.get_default_device()) as comm:
         rounds.compile_sets(comm, list(dict.fromkeys(found)))
 
 

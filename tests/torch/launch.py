@@ -1,4 +1,4 @@
-"""Processes of a gloo group that run functions for tests: `run` for one, `Pool` for many with the same processes.
+"""Processes of a gloo or nccl group that run functions for tests: `run` for one, `Pool` for many with the same ones.
 
 A process that does not answer in time is told to print its stacks, then all are killed. Functions are found by the name
 or the file of their module, so they must be at its top level. What one leaves in `kept` the next one finds there.
@@ -43,21 +43,22 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0, **h
 
 
 class Pool:
-    """`n` processes with a default process group over gloo, which stay until `close`.
+    """`n` processes with a default process group, which stay until `close`. Over nccl each has a GPU of its own, where
+    tensors are made.
 
     Attributes:
         processes: The processes, by rank.
     """
 
-    def __init__(self, n: int, init: bool = True):
-        """Start them. `init`: False leaves torch.distributed as it is."""
+    def __init__(self, n: int, init: bool = True, backend: str = "gloo"):
+        """Start them. `init`: False leaves torch.distributed as it is. `backend`: "gloo" or "nccl"."""
         self._folder = tempfile.TemporaryDirectory(prefix="ep-mojo-test-")
         spawn = multiprocessing.get_context("spawn")
         self.processes, self._ends = [], []
         store = f"file://{self._folder.name}/store" if init else None
         for rank in range(n):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, rank, n, store), daemon=True)
+            process = spawn.Process(target=_serve, args=(theirs, rank, n, store, backend), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -151,7 +152,7 @@ class Pool:
         raise TimeoutError(f"ranks {late} were not done in time; their stacks are on stderr")
 
 
-def _serve(end: connection.Connection, rank: int, n: int, store: str | None) -> None:
+def _serve(end: connection.Connection, rank: int, n: int, store: str | None, backend: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     try:
@@ -159,11 +160,14 @@ def _serve(end: connection.Connection, rank: int, n: int, store: str | None) -> 
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+            torch.set_default_device(f"cuda:{rank}")
         if store is not None:
             from datetime import timedelta
 
             timeout = timedelta(seconds=GROUP_TIMEOUT_S)
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n, timeout=timeout)
+            dist.init_process_group(backend, init_method=store, rank=rank, world_size=n, timeout=timeout)
         end.send((True, None))
     except BaseException as e:
         end.send((False, portable(e, f"rank {rank}")))

@@ -25,7 +25,7 @@ SCALES = {"fp8": "float32", "power_of_two": "power_of_two", "ue8m0": "ue8m0"}
 
 
 def floats(x: torch.Tensor) -> np.ndarray:
-    return bfloat16_bits_to_float32(x.contiguous().view(torch.uint16).numpy())
+    return bfloat16_bits_to_float32(x.contiguous().view(torch.uint16).cpu().numpy())
 
 
 def rows_of(s: plain.Step, expert: int) -> list[torch.Tensor]:
@@ -38,30 +38,31 @@ def sent(s: plain.Step, fmt: str) -> list[tuple[torch.Tensor, ...]]:
     if fmt == "bf16":
         return [(x,) for x in s.x]
     made = [fp8.quantize(floats(x), SCALES[fmt]) for x in s.x]
-    return [(torch.from_numpy(q).view(torch.float8_e4m3fn), torch.from_numpy(f.copy())) for q, f in made]
+    return [(plain.from_numpy(q).view(torch.float8_e4m3fn), plain.from_numpy(f.copy())) for q, f in made]
 
 
 def summed(s: plain.Step, source: int, ys: list[torch.Tensor]) -> torch.Tensor:
     """bfloat16 [T, H]: weight times row, k ascending, one rounding per fma, one at the end."""
     n_tokens, top_k = s.ids[source].shape
     total = np.zeros((n_tokens, HIDDEN), np.float32)
-    values = [floats(y) for y in ys]
+    values, all_ids, all_weights = [floats(y) for y in ys], s.ids[source].cpu(), s.weights[source].cpu()
+    by_expert = {e: [r.cpu() for r in rows_of(s, e)] for e in range(s.n_experts)}
     for t in range(n_tokens):
         for k in range(top_k):
-            expert = int(s.ids[source][t, k])
+            expert = int(all_ids[t, k])
             if not 0 <= expert < s.n_experts:
                 continue
-            rows = rows_of(s, expert)
-            mine = (rows[source] == torch.tensor([t, k])).all(1).nonzero()
+            rows = by_expert[expert]
+            mine = (rows[source] == torch.tensor([t, k], device="cpu")).all(1).nonzero()
             row = sum(len(r) for r in rows[:source]) + int(mine)
-            w = np.float32(s.weights[source][t, k].item())
+            w = np.float32(all_weights[t, k].item())
             total[t] = fma(w, values[expert // LOCAL][expert % LOCAL, row], total[t])
-    return torch.from_numpy(float32_to_bfloat16_bits(total)).view(torch.bfloat16)
+    return plain.from_numpy(float32_to_bfloat16_bits(total)).view(torch.bfloat16)
 
 
 def expert_rows(n: int, seed: int) -> list[torch.Tensor]:
     """Some expert output for each rank, NaN where nothing may read it."""
-    g = torch.Generator().manual_seed(seed)
+    g = plain.generator(seed)
     return [torch.randn(LOCAL, n * TMAX, HIDDEN, generator=g).bfloat16() for _ in range(n)]
 
 

@@ -54,7 +54,7 @@ def check_round(n: int, seed: int, tokens=None, kind="mixed", alignment=1, strid
 def check_combine(b, s, handle, ys, strided=False) -> None:
     me = b.rank
     y = torch.stack([ys[me], ys[me]], 2)[..., 1] if strided else ys[me]
-    biases = tuple(torch.randn(s.x[me].shape, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
+    biases = tuple(torch.randn(s.x[me].shape, generator=plain.generator(i)).bfloat16() for i in range(2))
     for given in (None, biases[0], (biases[0],), biases, (biases[0], None)):
         listed = [v for v in (given if isinstance(given, tuple) else (given,)) if v is not None]
         combined, none, _ = b.combine(y, handle, bias=given)
@@ -72,9 +72,9 @@ def check_fp8(n: int, seed: int, scale: str, strided: bool) -> None:
     if (b := shared(n)) is None:
         return
     s = buffers.step(n, seed)
-    quantised = [fp8.quantize(bfloat16_bits_to_float32(x.view(torch.uint16).numpy()), scale) for x in s.x]
-    tokens = [torch.from_numpy(q).view(torch.float8_e4m3fn) for q, _ in quantised]
-    scales = [torch.from_numpy(f.copy()) for _, f in quantised]
+    quantised = [fp8.quantize(bfloat16_bits_to_float32(x.view(torch.uint16).cpu().numpy()), scale) for x in s.x]
+    tokens = [plain.from_numpy(q).view(torch.float8_e4m3fn) for q, _ in quantised]
+    scales = [plain.from_numpy(f.copy()) for _, f in quantised]
     given = tokens[b.rank], scales[b.rank].t().contiguous().t() if strided else scales[b.rank]
     (recv_x, recv_scales), recv_ids, _, _, handle, _ = buffers.dispatch(b, s, given)
     plain.same("recv_x", recv_x, plain.received(s, b.rank, tokens))
@@ -95,10 +95,7 @@ def check_handle_again(n: int, seed: int) -> None:
     first, second = buffers.step(n, seed), buffers.step(n, seed + 1)
     handles = [buffers.dispatch(b, s)[4] for s in (first, second)]
     for turn, (s, handle) in enumerate([*zip((first, second), handles, strict=True)] * 3):
-        other = [
-            torch.randn(x.shape, generator=torch.Generator().manual_seed(turn + r)).bfloat16()
-            for r, x in enumerate(s.x)
-        ]
+        other = [torch.randn(x.shape, generator=plain.generator(turn + r)).bfloat16() for r, x in enumerate(s.x)]
         recv_x, *rest = b.dispatch(other[b.rank], handle=handle)
         plain.same("recv_x", recv_x, plain.received(s, b.rank, other))
         assert rest[:-1] == [None] * 4
@@ -147,5 +144,5 @@ def check_same_bytes(n: int, repeats: int) -> None:
         config = None if i % 2 else buffers.ept.Config(num_sms=1 + i)
         recv_x, _, recv_weights, _, handle, _ = buffers.dispatch(b, s, config=config)
         combined, summed, _ = b.combine(recv_x, handle, topk_weights=recv_weights, config=config)
-        seen.add(tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (recv_x, combined, summed)))
+        seen.add(tuple(t.contiguous().view(torch.uint8).cpu().numpy().tobytes() for t in (recv_x, combined, summed)))
     assert len(seen) == 1

@@ -1,6 +1,7 @@
 """What a `Buffer` has to give, in plain torch: every rank's inputs from a seed, and an all-to-all by index.
 
-Every process draws the inputs of all ranks, so that it knows what must arrive without asking anybody.
+Every process draws the inputs of all ranks, so that it knows what must arrive without asking anybody. Tensors are made
+on the default device: the host, or the GPU of a process that has one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,16 @@ from dataclasses import dataclass
 import torch
 
 import ep_mojo.torch as ept
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers, where tensors are made: processes with a GPU have set the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def from_numpy(array) -> torch.Tensor:
+    """An array as a tensor where tensors are made."""
+    return torch.from_numpy(array).to(torch.get_default_device())
 
 
 def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -63,7 +74,7 @@ def draw(seed: int, sizes: list[int], hidden: int, top_k: int, n_experts: int, k
         hidden, top_k, n_experts: H, K, E.
         kind: "mixed": some choices are none, some name an expert twice; "none": all are -1; "one": all name expert 0.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     x = [torch.randn(t, hidden, generator=g).to(torch.bfloat16) for t in sizes]
     ids = [torch.randint(0, n_experts, (t, top_k), generator=g) for t in sizes]
     weights = [torch.rand(t, top_k, generator=g) for t in sizes]
@@ -119,7 +130,7 @@ def reduced(step: Step, source: int, outputs: list[torch.Tensor], biases: tuple 
 
 def outputs(step: Step, seed: int, dtype: torch.dtype = torch.bfloat16, width: int | None = None) -> list[torch.Tensor]:
     """Some expert output [N, H] for each rank."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     width = step.x[0].shape[1] if width is None else width
     return [torch.randn(len(received(step, r)), width, generator=g).to(dtype) for r in range(step.n_ranks)]
 

@@ -124,7 +124,8 @@ EVERYWHERE = {
         ["n_ranks = 2", "has 4 processes", "Allowed: 4"],
     ),
     "no_config": ({"cfg": "cfg"}, "ConfigError", ["cfg = 'str'", "an EPConfig"]),
-    "cuda": ({"device": "cuda"}, "UnsupportedError", ["device = 'cuda'", "Communicator.gpus"]),
+    "cuda": ({"device": "cuda:99"}, "DeviceError", ["device = 'cuda:99'", "GPU"]),
+    "meta": ({"device": "meta"}, "UnsupportedError", ["device = 'meta'", '"cuda"']),
     "no_device": ({"device": "toaster"}, "DeviceError", ["device = 'toaster'", "torch.device"]),
     "too_little_memory": (
         {"patch": lambda: Patched((shm, "free_bytes", lambda: 4096))},

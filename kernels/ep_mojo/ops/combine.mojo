@@ -8,21 +8,14 @@ from std.sys import size_of
 from ..cpu import expert_slots_combine
 from ..combine_tensors import CombineInput, CombineOutput
 from ..cpu.combine_async import combine_async
-from ..cpu.fused import combine
 from ..gpu import combine_async as gpu_combine_async
 from ..gpu import expert_slots_combine_async
-from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_COMBINE_ASYNC
-from .checks import (
-    check_aligned,
-    check_expert_rows,
-    check_rows,
-    check_sums,
-    refuse_virtual,
-)
+from .checks import check_aligned, check_expert_rows, check_rows
+from .exchange import exchange_sums
 from .receive import receive_sums
-from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
+from .tensors import gpu_peers, raw, read_settings, view
 
 
 @extensibility.register("ep_mojo_combine_async")
@@ -286,43 +279,14 @@ struct Combine:
             raw(bias1),
             raw(shared_out),
         )
-        comptime wire = hidden * size_of[Scalar[rows.dtype]]()
-        check_rows[layout, reduce](s, input, wire)
-        check_sums[layout, reduce, slots == "expert"](
-            s,
-            output,
-            wire,
-            hidden * size_of[Scalar[y.dtype]](),
-            hidden * size_of[Scalar[bias0.dtype]](),
-        )
-        rank_slots_only[slots]()
-        refuse_virtual(s)
-        comptime if target == "gpu":
-            check_aligned("rows", input.rows)
-            var peers = gpu_peers(
-                s, settings, counters, recv_ptrs, recv_count_ptrs
-            )
-            check_aligned("bias0", output.bias0)
-            check_aligned("bias1", output.bias1)
-            gpu_fused.combine[
-                rows.dtype,
-                y.dtype,
-                bias0.dtype,
-                topk_ids.dtype,
-                hidden,
-                layout,
-                reduce,
-            ](peers, input, output, ctx)
-        else:
-            var ep = Endpoint[False](
-                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
-            )
-            combine[
-                rows.dtype,
-                y.dtype,
-                bias0.dtype,
-                topk_ids.dtype,
-                hidden,
-                layout,
-                reduce,
-            ](ep, input, output)
+        exchange_sums[
+            rows.dtype,
+            y.dtype,
+            bias0.dtype,
+            topk_ids.dtype,
+            hidden,
+            layout,
+            reduce,
+            slots,
+            target,
+        ](s, input, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)

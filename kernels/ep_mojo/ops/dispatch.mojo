@@ -6,22 +6,16 @@ from max.gpu.host import DeviceContext
 
 from ..cpu import expert_slots_dispatch
 from ..cpu.dispatch_async import dispatch_async
-from ..cpu.fused import dispatch
 from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
 from ..gpu import dispatch_async as gpu_dispatch_async
 from ..gpu import expert_slots_dispatch_async
-from ..gpu import fused as gpu_fused
 from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH_ASYNC
-from .checks import (
-    check_aligned,
-    check_input,
-    check_output,
-    refuse_virtual,
-)
+from .checks import check_aligned, check_input
+from .exchange import exchange
 from .receive import receive
-from .tensors import gpu_peers, rank_slots_only, raw, read_settings, view
+from .tensors import gpu_peers, raw, read_settings, view
 
 
 @extensibility.register("ep_mojo_dispatch_async")
@@ -321,22 +315,13 @@ struct Dispatch:
             view(row_map),
             view(recv_num_tokens),
         )
-        check_input[F, encoded, slots == "expert"](s, input)
-        check_output[F, layout, slots == "expert"](s, output)
-        rank_slots_only[slots]()
-        refuse_virtual(s)
-        comptime if target == "gpu":
-            check_aligned("x", input.tokens)
-            comptime if encoded and F.scales_per_token % 4 == 0:
-                check_aligned("x_scales", input.scales)
-            var peers = gpu_peers(
-                s, settings, counters, recv_ptrs, recv_count_ptrs
-            )
-            gpu_fused.dispatch[F, topk_ids.dtype, encoded, layout](
-                peers, input, output, ctx
-            )
-        else:
-            var ep = Endpoint[True](
-                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
-            )
-            dispatch[F, topk_ids.dtype, encoded, layout](ep, input, output)
+        exchange[F, encoded, layout, slots, target](
+            s,
+            input,
+            output,
+            settings,
+            counters,
+            recv_ptrs,
+            recv_count_ptrs,
+            ctx,
+        )

@@ -1,15 +1,16 @@
-"""The receiving halves with outputs that the caller gives: for programs that own the memory, as PyTorch's do. See
-`ops/__init__.mojo` for what all ops share."""
+"""Ops with outputs that the caller gives: for programs that own the memory, as PyTorch's do. See `ops/__init__.mojo`
+for what all ops share."""
 
 import extensibility
 from extensibility import InputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
 
-from ..combine_tensors import CombineOutput
-from ..dispatch_tensors import DispatchOutput
+from ..combine_tensors import CombineInput, CombineOutput
+from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
 from ..peers import View
 from .checks import check_aligned
+from .exchange import exchange, exchange_sums
 from .receive import receive, receive_sums
 from .tensors import raw, read_settings, view
 
@@ -105,6 +106,120 @@ struct DispatchWaitInto:
         ](s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
 
 
+@extensibility.register("ep_mojo_dispatch_into")
+struct DispatchInto:
+    """Sends and receives tokens in one launch, into tensors of the caller."""
+
+    @staticmethod
+    def execute[
+        hidden: Int,
+        format: StaticString,
+        scale: StaticString,
+        by_column: Bool,
+        layout: StaticString,
+        slots: StaticString,
+        n_sms: Int,
+        target: StaticString,
+    ](
+        order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        settings: InputTensor[dtype=DType.int64, rank=1, ...],
+        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        tokens: _MutableInputTensor[...],
+        scales: _MutableInputTensor[rank=2, ...],
+        row_offsets: _MutableInputTensor[dtype=DType.uint32, rank=1, ...],
+        counts: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        expert_ids: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        src_info: _MutableInputTensor[dtype=DType.int32, rank=2, ...],
+        local_ids: _MutableInputTensor[dtype=DType.int32, rank=2, ...],
+        local_weights: _MutableInputTensor[dtype=DType.float32, rank=2, ...],
+        recv_weights: _MutableInputTensor[dtype=DType.float32, rank=3, ...],
+        row_map: _MutableInputTensor[dtype=DType.int32, rank=3, ...],
+        recv_num_tokens: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        x: InputTensor[rank=2, ...],
+        x_scales: InputTensor[rank=2, ...],
+        topk_ids: InputTensor[rank=2, ...],
+        weights: InputTensor[dtype=DType.float32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Sends and receives tokens in one launch, into tensors of the caller.
+
+        Parameters:
+            hidden: H.
+            format: Name of the token format.
+            scale: Its scale rule.
+            by_column: Its scales layout.
+            layout: Output layout.
+            slots: Slot policy: "rank".
+            n_sms: The op's own budget of SMs, 0 = the config's.
+            target: Where MAX runs the op.
+
+        Args:
+            order: Shared by all ops of a graph.
+            counters: The rank's `atomic_counters`.
+            settings: Int64 [17], host.
+            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
+            recv_ptrs: Uint64 [R], host: recv windows.
+            recv_count_ptrs: Uint64 [R], host: count windows.
+            tokens: Rows of tokens.
+            scales: Their scales.
+            row_offsets: First row of each group.
+            counts: Rows of each group.
+            expert_ids: Global expert of each group.
+            src_info: Where each row comes from.
+            local_ids: Local experts of each row, layout "rank".
+            local_weights: Their weights.
+            recv_weights: Weights of all sources [R, Tm, K].
+            row_map: Row of each choice [R, Tm, K].
+            recv_num_tokens: T of all sources [R].
+            x: Tokens [T, H].
+            x_scales: Scales of tokens that are encoded already, or of size 0.
+            topk_ids: The router's choices [T, K], int32 or int64.
+            weights: The router's weights [T, K], or of size 0.
+            ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
+        """
+        var s = read_settings[target, n_sms](settings, counters)
+        check_format[format]()
+        comptime F = FormatOf[format, hidden, scale, by_column]
+        var input = DispatchInput[topk_ids.dtype](
+            raw(x),
+            x.dim_size(0),
+            raw(x_scales),
+            view(topk_ids),
+            view(weights),
+            View[DType.int32](Int(x.unsafe_ptr()), 0),
+            View[DType.float32](Int(x.unsafe_ptr()), 0),
+        )
+        var output = DispatchOutput(
+            raw(tokens),
+            raw(scales),
+            view(row_offsets),
+            view(counts),
+            view(expert_ids),
+            view(src_info),
+            view(local_ids),
+            view(local_weights),
+            view(recv_weights),
+            view(row_map),
+            view(recv_num_tokens),
+        )
+        exchange[F, x.dtype != F.input_dtype, layout, slots, target](
+            s,
+            input,
+            output,
+            settings,
+            counters,
+            recv_ptrs,
+            recv_count_ptrs,
+            ctx,
+        )
+
+
 @extensibility.register("ep_mojo_combine_wait_into")
 struct CombineWaitInto:
     """Receives and sums expert rows into a tensor of the caller."""
@@ -179,3 +294,96 @@ struct CombineWaitInto:
             slots,
             target,
         ](s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+
+
+@extensibility.register("ep_mojo_combine_into")
+struct CombineInto:
+    """Sends back, receives and sums expert rows in one launch, into a tensor of the caller."""
+
+    @staticmethod
+    def execute[
+        hidden: Int,
+        layout: StaticString,
+        reduce: StaticString,
+        slots: StaticString,
+        n_sms: Int,
+        target: StaticString,
+    ](
+        order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        settings: InputTensor[dtype=DType.int64, rank=1, ...],
+        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        y: _MutableInputTensor[rank=2, ...],
+        rows: InputTensor[...],
+        row_map: InputTensor[dtype=DType.int32, rank=3, ...],
+        recv_weights: InputTensor[dtype=DType.float32, rank=3, ...],
+        recv_num_tokens: InputTensor[dtype=DType.int32, rank=1, ...],
+        topk_ids: InputTensor[rank=2, ...],
+        weights: InputTensor[dtype=DType.float32, rank=2, ...],
+        bias0: InputTensor[rank=2, ...],
+        bias1: InputTensor[dtype=bias0.dtype, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Sends back, receives and sums expert rows in one launch, into a tensor of the caller.
+
+        Parameters:
+            hidden: H.
+            layout: Output layout.
+            reduce: Reduce mode, "expert" or "source".
+            slots: Slot policy: "rank".
+            n_sms: The op's own budget of SMs, 0 = the config's.
+            target: Where MAX runs the op.
+
+        Args:
+            order: Shared by all ops of a graph.
+            counters: The rank's `atomic_counters`.
+            settings: Int64 [17], host.
+            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
+            recv_ptrs: Uint64 [R], host: recv windows.
+            recv_count_ptrs: Uint64 [R], host: count windows.
+            y: Sums [T, H].
+            rows: Expert rows, in the rows of the dispatch.
+            row_map: From the handle.
+            recv_weights: From the handle.
+            recv_num_tokens: From the handle.
+            topk_ids: The router's choices [T, K].
+            weights: The router's weights [T, K] for reduce "source", or of size 0.
+            bias0: First bias [T, H], or of size 0.
+            bias1: Second bias [T, H], or of size 0.
+            ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
+        """
+        var s = read_settings[target, n_sms](settings, counters)
+        var absent = View[DType.uint8](Int(y.unsafe_ptr()), 0)
+        var input = CombineInput(
+            raw(rows),
+            view(row_map),
+            view(recv_weights),
+            view(recv_num_tokens),
+            absent,
+        )
+        var output = CombineOutput[topk_ids.dtype](
+            raw(y),
+            y.dim_size(0),
+            view(topk_ids),
+            view(weights),
+            View[DType.int32](Int(y.unsafe_ptr()), 0),
+            raw(bias0),
+            raw(bias1),
+            absent,
+        )
+        exchange_sums[
+            rows.dtype,
+            y.dtype,
+            bias0.dtype,
+            topk_ids.dtype,
+            hidden,
+            layout,
+            reduce,
+            slots,
+            target,
+        ](s, input, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)

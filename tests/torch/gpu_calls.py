@@ -1,0 +1,150 @@
+"""What processes with a GPU each run: queues, events and captured graphs. Each call checks its own rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from tests.torch import buffers, plain
+from tests.torch.buffers import HIDDEN, LOCAL, TMAX, TOP_K, shared
+
+WORST = 4 * TMAX
+
+
+def burden() -> torch.Tensor:
+    """Something that takes the current queue some milliseconds."""
+    a = torch.ones(4096, 4096, dtype=torch.bfloat16)
+    for _ in range(8):
+        a = (a @ a).clamp_(-1, 1)
+    return a
+
+
+def check_queues(n: int, seed: int, side: bool) -> None:
+    """A call begins behind its previous event, or all that its caller has queued; its results are good behind the
+    current queue, or its event. Inputs may be overwritten and freed then; the memory of freed outputs is not reused
+    while queues still read them."""
+    if (b := shared(n)) is None:
+        return
+    me = b.rank
+    with torch.cuda.stream(torch.cuda.Stream() if side else torch.cuda.current_stream()):
+        for i, (wait, previous) in enumerate([(w, p) for w in (False, True) for p in (False, True)] * 3):
+            s = buffers.step(n, seed + i)
+            ys = plain.outputs(s, i)
+            layout = plain.layout(b, s)
+            kept = []
+            for _ in range(3):
+                x = torch.full(s.x[me].shape, float("nan"), dtype=torch.bfloat16)
+                ids = torch.full_like(s.ids[me], -1)
+                burden()
+                x.copy_(s.x[me])
+                ids.copy_(s.ids[me])
+                how = {"async_finish": wait} | ({"previous_event": b.capture()} if previous else {})
+                more = {"topk_idx": ids, "topk_weights": s.weights[me], "num_worst_tokens": WORST}
+                recv_x, recv_ids, _, _, handle, event = b.dispatch(x, **layout, **more, **how)
+                with event:
+                    pass
+                x.fill_(float("nan"))
+                ids.fill_(-1)
+                del x, ids
+                y = torch.full((WORST, HIDDEN), float("nan"), dtype=torch.bfloat16)
+                burden()
+                y[: len(ys[me])] = ys[me]
+                how = {"async_finish": wait} | ({"previous_event": b.capture()} if previous else {})
+                combined, _, event = b.combine(y, handle, **how)
+                with event:
+                    pass
+                y.fill_(float("nan"))
+                burden()
+                kept.append((recv_x.clone(), recv_ids.clone(), combined.clone()))  # behind the burden
+                del recv_x, recv_ids, combined, y, handle
+            rows = len(ys[me])
+            for recv_x, recv_ids, combined in kept:
+                plain.same("recv_x", recv_x[:rows], plain.received(s, me))
+                plain.same("recv_topk_idx", recv_ids[:rows], plain.local_choices(s, me)[0])
+                plain.same("combined", combined, plain.reduced(s, me, ys).bfloat16())
+
+
+def low_latency_round(b, x, ids, weights, fmt):
+    recv_x, count, handle, _, hook = b.low_latency_dispatch(
+        x, ids, TMAX, LOCAL * b.group_size, use_fp8=fmt == "fp8", return_recv_hook=fmt == "hook"
+    )
+    if hook is not None:
+        hook()
+    rows = (recv_x[0].float() * recv_x[1].repeat_interleave(128, 2)).bfloat16() if fmt == "fp8" else recv_x
+    combined, _, hook = b.low_latency_combine(rows * 2, ids, weights, handle, return_recv_hook=fmt == "hook")
+    if hook is not None:
+        hook()
+    return count, combined
+
+
+def normal_round(b, x, ids, weights, fmt):
+    per_rank, _, per_expert, in_rank, _ = b.get_dispatch_layout(ids, LOCAL * b.group_size)
+    recv_x, recv_ids, recv_weights, _, handle, _ = b.dispatch(
+        x,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=ids,
+        topk_weights=weights,
+        num_worst_tokens=WORST,
+    )
+    y = (recv_x.float() * recv_weights.sum(1, keepdim=True)).bfloat16()
+    combined, summed, _ = b.combine(y, handle, topk_weights=recv_weights)
+    return handle.recv_count, recv_ids, combined, summed
+
+
+ROUNDS = {"bf16": low_latency_round, "fp8": low_latency_round, "hook": low_latency_round, "normal": normal_round}
+
+
+def check_capture(n: int, kind: str) -> None:
+    """A captured round, replayed with other tokens and routes, gives what the same calls give uncaptured; between
+    replays rounds run uncaptured."""
+    if (b := shared(n)) is None:
+        return
+    me, run, tokens = b.rank, ROUNDS[kind], TMAX - 3
+    x = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16)
+    ids, weights = torch.zeros(tokens, TOP_K, dtype=torch.int64), torch.zeros(tokens, TOP_K)
+
+    def fill(seed: int) -> None:
+        s = plain.draw(seed, [tokens] * n, HIDDEN, TOP_K, LOCAL * n)
+        x.copy_(s.x[me])
+        ids.copy_(s.ids[me])
+        weights.copy_(s.weights[me])
+
+    fill(0)
+    run(b, x, ids, weights, kind)  # windows and graphs are made before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(b, x, ids, weights, kind)
+    for seed in range(20):
+        fill(seed)
+        graph.replay()
+        got = [t.clone() for t in out]
+        want = run(b, x, ids, weights, kind)
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            plain.same(f"{kind} {i}, replay {seed}", g, w)
+    for _ in range(20):  # replays right behind one another
+        graph.replay()
+    torch.cuda.synchronize()
+    b.check()
+    dist.barrier()
+
+
+def check_leaks(n: int, cycles: int) -> int:
+    """Bytes that the GPU has less after so many Buffers."""
+    import ep_mojo.torch as ept
+    from tests.torch.launch import kept
+
+    s, free = buffers.step(n, 1), []
+    for i in range(cycles):
+        b = ept.Buffer(kept["group", n], **buffers.bytes_of(n))
+        buffers.dispatch(b, s)
+        b.destroy()
+        del b
+        if i in (cycles // 4, cycles - 1):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            dist.barrier()
+            free.append(torch.cuda.mem_get_info()[0])
+    return free[0] - free[1]

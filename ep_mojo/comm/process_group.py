@@ -66,8 +66,11 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         memories: All ranks' windows, mapped here; `memories[rank]` are its own.
         group: The `torch.distributed` group.
         compiles_once: Whether rank 0 compiles for all; otherwise each rank compiles its own graphs.
+        torch_number, torch_rounds: Of `ep_mojo.torch.library`, once it has used the communicator.
     """
 
+    torch_number = -1
+    torch_rounds: Any = None
     lost_remedy = "destroy() this communicator; make a process group of the ranks that are left, and one over that"
 
     def __init__(self, cfg: EPConfig, group: Any = None, *, device: Any = None):

@@ -83,7 +83,7 @@ class FailureNote:
 
         words = own.part("counters").view(torch.int32)
         self._record, self._queue = words[RECORD], queue
-        self.copy = torch.zeros(self._record.shape, dtype=torch.int32, pin_memory=True)
+        self.copy = torch.zeros(self._record.shape, dtype=torch.int32, device="cpu", pin_memory=True)
         self._state = self.copy.numpy()
 
     def update(self) -> None:

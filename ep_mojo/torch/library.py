@@ -31,40 +31,43 @@ IDS = {torch.int32: "int32", torch.int64: "int64"}
 SAME = {"n_sms": None, "timeout_s": 0.0}
 """Fields of a config in which ranks may differ, for comparing the others."""
 _numbers = itertools.count()
-_by_comm: weakref.WeakKeyDictionary[Communicator, tuple[int, Rounds]] = weakref.WeakKeyDictionary()
 _by_number: weakref.WeakValueDictionary[int, Rounds] = weakref.WeakValueDictionary()
 _queues: dict[torch.device, Queue] = {}
 
 
-@torch.compiler.assume_constant_result
 def number_of(comm: Communicator) -> int:
-    """The number of a communicator. The first call for it needs all ranks.
+    """The number of a communicator. The first call for it needs all ranks, and must not be inside of torch.compile.
 
     Raises:
         UnsupportedError: Not one of `Communicator.process_group`, or with a config that these ops do not know.
         ConfigMismatchError, PeerTimeoutError: Another rank comes with another config, or does not come.
     """
-    if comm not in _by_comm:
-        if not isinstance(comm, Communicator) or not hasattr(comm, "group"):
+    number = getattr(comm, "torch_number", -1)
+    return _prepare(comm) if number < 0 else number
+
+
+@torch.compiler.disable
+def _prepare(comm: Communicator) -> int:
+    if not isinstance(comm, Communicator) or not hasattr(comm, "group"):
+        raise UnsupportedError(
+            "tensors of torch are of one rank",
+            field="comm",
+            value=type(comm).__name__,
+            allowed="a communicator of Communicator.process_group",
+            remedy="call ep_mojo.Communicator.process_group(cfg, group)",
+        )
+    cfg = comm.cfg
+    for name, allowed in (("slots", "rank"), ("shared_expert", False)):
+        if getattr(cfg, name) != allowed:
             raise UnsupportedError(
-                "tensors of torch are of one rank",
-                field="comm",
-                value=type(comm).__name__,
-                allowed="a communicator of Communicator.process_group",
-                remedy="call ep_mojo.Communicator.process_group(cfg, group)",
+                field=f"cfg.{name}", value=getattr(cfg, name), allowed=repr(allowed), remedy="use ep_mojo.dispatch"
             )
-        cfg = comm.cfg
-        for name, allowed in (("slots", "rank"), ("shared_expert", False)):
-            if getattr(cfg, name) != allowed:
-                raise UnsupportedError(
-                    field=f"cfg.{name}", value=getattr(cfg, name), allowed=repr(allowed), remedy="use ep_mojo.dispatch"
-                )
-        board = board_of(comm.group)
-        name = board.agree_on("using a communicator with tensors", {"config": repr(cfg.replace(**SAME))}, cfg.timeout_s)
-        number = next(_numbers)
-        _by_comm[comm] = number, Rounds(comm, board, name, cfg.timeout_s)
-        _by_number[number] = _by_comm[comm][1]
-    return _by_comm[comm][0]
+    board = board_of(comm.group)
+    name = board.agree_on("using a communicator with tensors", {"config": repr(cfg.replace(**SAME))}, cfg.timeout_s)
+    number = next(_numbers)
+    comm.torch_rounds = _by_number[number] = Rounds(comm, board, name, cfg.timeout_s)
+    comm.torch_number = number
+    return number
 
 
 def _rounds(number: int) -> Rounds:

@@ -241,6 +241,7 @@ def check_too_many_tokens(n: int, rank: int, hook: bool) -> float:
     began = time.monotonic()
     needed = buffers.sizes.bytes_for(TMAX + 9, 2 * HIDDEN, n)
     raises(errors.CapacityError, lambda: buffers.dispatch(b, s), f"rank {rank}", f"{TMAX + 9} tokens", str(needed))
+    b.reset()
     more = {"use_fp8": False, "return_recv_hook": hook}
 
     def dispatch():

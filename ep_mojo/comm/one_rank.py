@@ -86,9 +86,6 @@ class OneRankCommunicator(Communicator):
         """Look at the rank's memory, as far as that costs no waiting."""
         self._own.check_head()
 
-    def _after_launch(self) -> None:
-        """Something was launched."""
-
     def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
         """An op raised: peers must not wait for this rank until their deadline."""
         self._settle()
@@ -134,7 +131,6 @@ class OneRankCommunicator(Communicator):
                 self._abort(own, memories)
                 raise
             self._live()
-            self._after_launch()
             if check:
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]
@@ -163,7 +159,6 @@ class OneRankCommunicator(Communicator):
                 self._abort(own, memories)
                 raise
             self._live()
-            self._after_launch()
             if check:
                 self._raise_recorded()
             return outputs

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +97,12 @@ class ProcessGroupCommunicator(OneRankCommunicator):
                 self._provider.close()
         self.compiles_once = self._provider.compiles_once
         shared = self.memories if self._provider.on_host else []
-        self._finalizer = weakref.finalize(self, leave, os.getpid(), self._watch, shared, self.rank)
+        settle = self._provider.synchronize  # no window goes while a kernel of this rank may use it
+        self._finalizer = weakref.finalize(self, leave, os.getpid(), self._watch, shared, self.rank, settle)
         if shared:
             self._watch.start(shared, self.rank)
         else:
-            self._note = FailureNote(self._own, self._provider.queue())
+            self._note = FailureNote(self._own)
 
     def _introduce(self, cfg: EPConfig, device: Any) -> Card:
         if self.group in KNOWN_PIDS:
@@ -141,10 +142,6 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             super()._before_launch()
         elif self._note.failed:
             self._raise_recorded()
-
-    def _after_launch(self) -> None:
-        if self._note is not None:
-            self._note.update()
 
     @property
     def lost(self) -> list[int]:
@@ -247,8 +244,6 @@ class ProcessGroupCommunicator(OneRankCommunicator):
 
     def _release(self) -> None:
         self._finalizer()
-        if self._note is not None:
-            self._settle()  # no window goes while a kernel of this rank may use it
         super()._release()
 
 
@@ -320,10 +315,14 @@ def check_same(signatures: Sequence[Sequence[str]]) -> None:
             )
 
 
-def leave(pid: int, watch: PeerWatch, memories: Sequence[windows.RankMemory], rank: int) -> None:
-    """Say goodbye to the peers and watch them no more, unless this is a forked copy of the process."""
+def leave(
+    pid: int, watch: PeerWatch, memories: Sequence[windows.RankMemory], rank: int, settle: Callable[[], None]
+) -> None:
+    """Wait for what this rank runs, say goodbye to the peers and watch them no more, unless this is a forked copy of
+    the process."""
     if os.getpid() != pid:
         return
+    settle()
     for memory in memories:
         if memory.rank != rank:
             shm.lost_flags(memory)[rank] = LEFT

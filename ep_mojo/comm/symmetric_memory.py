@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from max.driver import Buffer, Device
     from max.graph import DeviceRef
 
-RECORD = slice(layout.REC_STATE, layout.REC_END)
-
 
 class BlockMemory(DeviceMemory):
     """A rank's memory in a block that torch allocated, here or in a peer's process.
@@ -72,35 +70,28 @@ class BlockMemory(DeviceMemory):
 
 
 class FailureNote:
-    """What the host knows of a rank's error record without waiting: a copy that follows each launch.
+    """A word of host memory in which the kernels of a rank note that one of them has failed: known without waiting."""
 
-    Attributes:
-        copy: int32, the record, in pinned memory.
-    """
-
-    def __init__(self, own: BlockMemory, queue: torch.cuda.Stream):
+    def __init__(self, own: BlockMemory):
+        """Make it, and tell the kernels where it is. The GPU must have nothing to do for the rank."""
         import torch
 
-        words = own.part("counters").view(torch.int32)
-        self._record, self._queue = words[RECORD], queue
-        self.copy = torch.zeros(self._record.shape, dtype=torch.int32, device="cpu", pin_memory=True)
-        self._state = self.copy.numpy()
-
-    def update(self) -> None:
-        """Enqueue a copy, behind what has been launched."""
-        import torch
-
-        with torch.cuda.stream(self._queue):
-            self.copy.copy_(self._record, non_blocking=True)
+        self._word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._seen = self._word.numpy()
+        counters = own.counters
+        layout.put_u64(counters, layout.HEAD_NOTE, self._word.data_ptr())
+        layout.put_u64(counters, layout.HEAD_NOTE_CHECK, self._word.data_ptr() ^ (2**64 - 1))
+        own.write("counters", counters)
+        own.synchronize()
 
     @property
     def failed(self) -> bool:
-        """Whether the last copy that has arrived has a failure on record."""
-        return self._state[0] != 0
+        """Whether a launch has failed."""
+        return bool(self._seen[0])
 
     def clear(self) -> None:
-        """Forget it. The queue must be empty."""
-        self._state[:] = 0
+        """Forget it. The GPU must have nothing to do for the rank."""
+        self._seen[0] = 0
 
 
 class SymmetricMemoryProvider:
@@ -225,12 +216,6 @@ class SymmetricMemoryProvider:
         from max.driver import CPU
 
         return [CPU(), self.accelerator()]
-
-    def queue(self) -> torch.cuda.Stream:
-        """What MAX launches on."""
-        import torch
-
-        return torch.cuda.ExternalStream(self.accelerator().default_queue.native_stream_handle, device=self.device)
 
     def inputs(self, cfg: EPConfig, memories: Sequence[RankMemory], rank: int) -> list[Buffer]:
         """See `MemoryProvider`."""

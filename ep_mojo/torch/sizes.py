@@ -64,7 +64,7 @@ def max_tokens(num_nvl_bytes: int, row_bytes: int, n_ranks: int) -> int:
 
 @functools.lru_cache(KEPT)
 def low_latency_config(tokens: int, hidden: int, top_k: int, n_experts: int, n_ranks: int, **fields) -> EPConfig:
-    """The engine's config of low-latency mode.
+    """The engine's config of low-latency mode: a signal for each token, so that no warp does two while others do none.
 
     Raises:
         ConfigError: A size is out of range.
@@ -77,6 +77,7 @@ def low_latency_config(tokens: int, hidden: int, top_k: int, n_experts: int, n_r
         n_ranks=n_ranks,
         output_layout="expert_padded",
         reduce="source",
+        tokens_per_signal=1,
         **fields,
     )
 

@@ -137,6 +137,8 @@ class GPUQueue(Queue):
 
         handle = Accelerator(device.index).default_queue.native_stream_handle
         self._stream = torch.cuda.ExternalStream(handle, device=device)
+        self._current = torch.cuda.stream(self._stream)
+        self._mark = torch.cuda.Event()  # who waits for it takes what was recorded last
 
     @property
     def stream(self) -> torch.cuda.Stream:
@@ -148,23 +150,25 @@ class GPUQueue(Queue):
         """See `Queue.working`."""
         before = None if previous_event is None else previous_event.event
         if before is None or before.event is None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._mark.record(torch.cuda.current_stream(self.device.index))
+            self._stream.wait_event(self._mark)
         else:
             self._stream.wait_event(before.event)
-        with torch.cuda.stream(self._stream):
+        with self._current:
             yield
 
     def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
         """See `Queue.finish`."""
-        caller = torch.cuda.current_stream(self.device)
+        caller = torch.cuda.current_stream(self.device.index)
         for tensor in _tensors(made):
             tensor.record_stream(caller)
         if not async_finish:
-            caller.wait_stream(self._stream)
+            self._mark.record(self._stream)
+            caller.wait_event(self._mark)
             return EventOverlap()
         for tensor in _tensors(given):
             tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
+        with self._current:
             return EventOverlap(EventHandle())
 
 

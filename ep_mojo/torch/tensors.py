@@ -80,6 +80,8 @@ def to_buffers(tensors: Sequence[Any], device: torch.device) -> list[Buffer]:
     """Contiguous tensors as MAX buffers over the same memory; `device`: where all of them are."""
     if device.type == "cpu":
         return list(map(_to_buffer, tensors))
+    if torch.cuda.current_device() == device.index:
+        return list(map(_to_buffer, tensors))
     with torch.cuda.device(device):
         return list(map(_to_buffer, tensors))
 

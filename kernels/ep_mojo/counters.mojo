@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 3
+comptime LAYOUT_VERSION: Int32 = 4
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -45,6 +45,8 @@ comptime ARRIVED = 24
 """Four words, 0 between launches: CTAs of a GPU launch that are done. See `arrival`."""
 comptime HEAD_TIMELINE_CHECK = 28
 """(u64) The complement of `HEAD_TIMELINE`, without which it counts as 0."""
+comptime HEAD_NOTE = 30
+"""(u64) Where a failure is noted beside the record, an Int32 that the host can read at any time; 0 = nowhere."""
 comptime REC_STATE = 32
 """0 no failure, 1 being written, 2 set."""
 comptime REC_KIND = 33
@@ -65,6 +67,8 @@ comptime REC_VALUE = 42
 """(i64) rows needed, or the size given."""
 comptime REC_LIMIT = 44
 """(i64) rows available, or the size allowed."""
+comptime HEAD_NOTE_CHECK = 46
+"""(u64) The complement of `HEAD_NOTE`, without which it counts as 0."""
 
 comptime KIND_TIMEOUT: Int32 = 1
 """A peer's signal did not come within the deadline."""

@@ -13,7 +13,7 @@ from std.sys import CompilationTarget, inlined_assembly
 from std.sys import is_amd_gpu
 from .layout import *
 from .patience import clock_ns, let_others_run
-from .peers import Bytes, typed
+from .peers import Bytes, View, typed
 
 comptime VALUE_BITS = 24
 """Bits of a signal's value."""
@@ -280,6 +280,10 @@ struct Head(TrivialRegisterPassable):
         self.set_u64(REC_VALUE, UInt64(value))
         self.set_u64(REC_LIMIT, UInt64(limit))
         Atomic[Int32].store[ordering=Ordering.RELEASE](state, Int32(2))
+        var note = self.u64(HEAD_NOTE)
+        if note != 0 and note == ~self.u64(HEAD_NOTE_CHECK):
+            var word = View[DType.int32](Int(note), 1)
+            Atomic[Int32].store[ordering=Ordering.RELEASE](word.ptr, Int32(1))
 
 
 struct Waiter(ImplicitlyCopyable, Movable):

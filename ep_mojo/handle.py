@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -148,3 +149,32 @@ def handle_types(cfg: EPConfig, device: DeviceRef | None = None) -> list[TensorT
         TensorType(getattr(DType, graph_dtype(dtype, device.is_cpu())), shape, device)
         for dtype, shape in handle_shapes(cfg)
     ]
+
+
+PACKED = (
+    "row_offsets",
+    "counts",
+    "expert_ids",
+    "recv_num_tokens",
+    "row_map",
+    "recv_weights",
+    "src_info",
+    "local_ids",
+    "local_weights",
+)
+"""Tensors of a handle in one block of memory, in their order there: all but tokens and scales."""
+PACKED_WORDS = 4
+
+
+def packed_handle(cfg: EPConfig, rows: int | None = None) -> tuple[dict[str, tuple[int, str, list[int]]], int]:
+    """Where `PACKED` are in their block: name -> (first int32 word, dtype, shape); and the words of the block.
+
+    Mirrors `kernels/ep_mojo/handle_memory.mojo`. `rows`: see `handle_shapes`.
+    """
+    shapes = dict(zip(HANDLE_TENSORS, handle_shapes(cfg, rows), strict=True))
+    places, at = {}, 0
+    for name in PACKED:
+        dtype, shape = shapes[name]
+        places[name] = at, dtype, shape
+        at += -(-math.prod(shape) // PACKED_WORDS) * PACKED_WORDS
+    return places, at

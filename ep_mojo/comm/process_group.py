@@ -143,6 +143,11 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         elif self._note.failed:
             self._raise_recorded()
 
+    def glance(self) -> None:
+        """`check`, without a wait: what is known by now. On the host launches have raised it."""
+        with self._exclusive():
+            self._before_launch()
+
     @property
     def lost(self) -> list[int]:
         """Ranks whose process is known to be gone, or that have destroyed their communicator."""

@@ -41,6 +41,7 @@ class Handle(NamedTuple):
         recv_weights: float32 [R, Tmax, K].
         row_map: int32 [R, Tmax, K].
         recv_num_tokens: int32 [R].
+        memory: int32, flat: what all of them but tokens and scales are views of.
         topk_ids, weights: This rank's own, as given to dispatch; they must stay what they are until the last combine.
     """
 
@@ -55,6 +56,7 @@ class Handle(NamedTuple):
     recv_weights: torch.Tensor
     row_map: torch.Tensor
     recv_num_tokens: torch.Tensor
+    memory: torch.Tensor
     topk_ids: torch.Tensor
     weights: torch.Tensor | None
 
@@ -86,8 +88,10 @@ def dispatch(
         DTypeError, ShapeError, DeviceError, UnsupportedError: An argument does not fit the config. Nothing was sent.
         CapacityError, PeerTimeoutError, PeerLostError: What this rank recorded; `comm.reset()` on all ranks to go on.
     """
-    tensors = library.dispatch(library.ORDER, x, x_scales, topk_ids, weights, number_of(comm))
-    return Handle(*tensors, topk_ids, weights)
+    number = number_of(comm)
+    tokens, scales, memory = library.dispatch(library.ORDER, x, x_scales, topk_ids, weights, number)
+    parts = {name: memory[a:b].view(dtype).view(shape) for name, a, b, dtype, shape in library.parts_of(number)}
+    return Handle(tokens=tokens, scales=scales, memory=memory, topk_ids=topk_ids, weights=weights, **parts)
 
 
 def combine(
@@ -114,5 +118,5 @@ def combine(
     """
     first, second = [*biases_of(bias), None, None][:2]
     h = handle
-    sent = y, h.row_map, h.recv_weights, h.recv_num_tokens, h.topk_ids, h.weights
+    sent = y, h.memory, h.topk_ids, h.weights
     return library.combine(library.ORDER, *sent, first, second, number_of(comm))

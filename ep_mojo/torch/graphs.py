@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..comm.base import Rank
 from ..formats import BF16, TokenFormat
 from ..graph import _or_absent, add_op, format_parameters
-from ..handle import HANDLE_TENSORS, graph_dtype
+from ..handle import graph_dtype
 from ..kernels import kernel_library
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
     from ..comm import Communicator
     from ..config import EPConfig
 
-FOR_COMBINE = ("row_map", "recv_weights", "recv_num_tokens")
-"""What combine needs of a handle."""
 KEPT = 256
 """Configs whose sets are remembered."""
 STAGES = ("dispatch", "send", "receive", "combine0", "combine1", "combine2", "send_back", "receive_back")
-PER_TOKEN = ("R", "Tm", "K")
+MEMORY = ("int32", ["W"])
+"""What a handle has beside tokens and scales, in one block: see `packed_handle`."""
 
 Input = tuple
 """(dtype, shape), of what a graph writes (dtype, shape, "written")."""
@@ -119,8 +118,8 @@ class GraphSet:
 class DispatchSet(GraphSet):
     """dispatch, and with `split` send and receive.
 
-    dispatch (in one launch): the tensors of `HANDLE_TENSORS`, which it writes, tokens, topk_ids [T, K], weights float32
-    [T, K] (if `weighted`). send: the same without those. receive: the tensors of `HANDLE_TENSORS` alone.
+    dispatch (in one launch): rows, their scales and `MEMORY`, which it writes, tokens, topk_ids [T, K], weights float32
+    [T, K] (if `weighted`). send: the same without those three. receive: those three alone.
 
     Args:
         fmt: The format. Tokens are bfloat16 [T, H], or with `encoded` in the format, with scales [T, S].
@@ -171,26 +170,12 @@ class DispatchSet(GraphSet):
             b.add(self.name("receive"), received, receive)
 
     def received(self) -> list[tuple[str, list[Any]]]:
-        """(dtype, shape) of what is received, by the names of `HANDLE_TENSORS`."""
-        by_rank, padded = self.layout == "rank", self.layout == "expert_padded"
+        """(dtype, shape) of what is received."""
         S = self.fmt.scales_per_token(self.hidden)
         scales = (["N", S] if self.fmt.scales_layout == "row" else [S, "N"]) if S else [0, 0]
-        rows = ["G", "M"] if padded else ["N"]
-        elements = self.fmt.token_elements(self.hidden)
-        types = {
-            "tokens": (graph_dtype(self.fmt.token_dtype), [*rows, elements]),
-            "scales": (self.fmt.scale_dtype or "float32", scales),
-            "row_offsets": ("uint32", ["offsets"]),
-            "counts": ("int32", ["G"]),
-            "expert_ids": ("int32", [0] if by_rank else ["G"]),
-            "src_info": ("int32", ["N", 2]),
-            "local_ids": ("int32", ["N", "K"] if by_rank else [0, 0]),
-            "local_weights": ("float32", ["N", "K"] if by_rank else [0, 0]),
-            "recv_weights": ("float32", list(PER_TOKEN)),
-            "row_map": ("int32", list(PER_TOKEN)),
-            "recv_num_tokens": ("int32", ["R"]),
-        }
-        return [types[name] for name in HANDLE_TENSORS]
+        rows = ["G", "M"] if self.layout == "expert_padded" else ["N"]
+        tokens = graph_dtype(self.fmt.token_dtype), [*rows, self.fmt.token_elements(self.hidden)]
+        return [tokens, (self.fmt.scale_dtype or "float32", scales), MEMORY]
 
     def _more(self) -> list[str]:
         name = self.fmt.key().replace("/", "_").replace(".", "_")
@@ -202,9 +187,8 @@ class CombineSet(GraphSet):
     """combine0 and, with `biases`, combine1 and combine2; with reduce "source" and one dtype send_back and
     receive_back.
 
-    combineN (in one launch): y [T, H], which it writes, rows, `FOR_COMBINE`, topk_ids [T, K], weights float32 [T, K]
-    (with reduce "source"), N biases bfloat16 [T, H]. send_back: rows, `FOR_COMBINE`. receive_back: y, topk_ids,
-    weights.
+    combineN (in one launch): y [T, H], which it writes, rows, `MEMORY`, topk_ids [T, K], weights float32 [T, K] (with
+    reduce "source"), N biases bfloat16 [T, H]. send_back: rows, `MEMORY`. receive_back: y, topk_ids, weights.
 
     Args:
         reduce: "expert" or "source".
@@ -225,27 +209,25 @@ class CombineSet(GraphSet):
         parameters = {"hidden": self.hidden, "layout": self.layout, "reduce": self.reduce}
         at_source = self.reduce == "source"
         rows = (self.dtype, [*(["G", "M"] if self.layout == "expert_padded" else ["N"]), self.hidden])
-        per_token = ("int32", PER_TOKEN), ("float32", PER_TOKEN), ("int32", ["R"])
         choices = [(self.ids, ["T", "K"]), *([("float32", ["T", "K"])] if at_source else [])]
         y, bias = (self.out, ["T", self.hidden]), ("bfloat16", ["T", self.hidden])
-        no_shared = b.type(self.dtype, [0, 0])
 
         def combine(rank: Rank, v: list[TensorValue]) -> None:
-            sent, (ids, *rest) = v[:5], v[5:]
+            sent, (ids, *rest) = v[:3], v[3:]
             weights = _or_absent(rest.pop(0) if at_source else None, "float32", 2, b.device)
             added = [_or_absent(each, "bfloat16", 2, b.device) for each in [*rest, None, None][:2]]
             add_op("combine_into", rank, "combine", [*sent, ids, weights, *added], [], parameters, 0)
 
         def send(rank: Rank, v: list[TensorValue]) -> None:
-            add_op("combine_async", rank, "combine", v, [no_shared], parameters, 0)
+            add_op("combine_async_from", rank, "combine", v, [], parameters, 0)
 
         def receive(rank: Rank, v: list[TensorValue]) -> None:
             add_op("combine_wait_into", rank, "combine", v, [], parameters, 0)
 
         for n in range(3 if self.biases else 1):
-            b.add(self.name(f"combine{n}"), [(*y, "written"), rows, *per_token, *choices, *[bias] * n], combine)
+            b.add(self.name(f"combine{n}"), [(*y, "written"), rows, MEMORY, *choices, *[bias] * n], combine)
         if at_source and self.out == self.dtype:
-            b.add(self.name("send_back"), [rows, *per_token], send)
+            b.add(self.name("send_back"), [rows, MEMORY], send)
             b.add(self.name("receive_back"), [(*y, "written"), *choices], receive)
 
     def _more(self) -> list[str]:

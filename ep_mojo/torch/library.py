@@ -15,17 +15,15 @@ from ..comm import Communicator
 from ..config import EPConfig
 from ..errors import OrderError, UnsupportedError
 from ..formats import BF16
-from ..handle import HANDLE_TENSORS
 from .board import board_of
 from .checks import check_tensor
-from .graphs import FOR_COMBINE, CombineSet, DispatchSet
+from .graphs import CombineSet, DispatchSet
 from .rounds import Rounds
 from .streams import Queue, queue_for
-from .tensors import DTYPES, dense, empty_received, signed
-from .tensors import received_types as tensor_types
+from .tensors import DTYPES, Received, dense, places, received_types
 
 ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
-Received = tuple[(torch.Tensor,) * len(HANDLE_TENSORS)]
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 
 SAME = {"n_sms": None, "timeout_s": 0.0}
@@ -91,8 +89,8 @@ def dispatch(
     topk_ids: torch.Tensor,
     weights: torch.Tensor | None,
     comm: int,
-) -> Received:
-    """See `ep_mojo.torch.dispatch`; returns the tensors of a handle up to recv_num_tokens."""
+) -> Outputs:
+    """See `ep_mojo.torch.dispatch`; returns tokens, scales, and the rest of the handle in one block."""
     rounds = _rounds(comm)
     cfg, device = rounds.cfg, rounds.device
     fmt, encoded = cfg.dispatch_format, x_scales is not None
@@ -116,11 +114,10 @@ def dispatch(
     order += 1
     queue = queue_of(device)
     with queue.working():
-        found = empty_received(cfg, device)
-        rounds.run(graphs, "dispatch", *found.values(), *tensors)
-    made = tuple(signed(t) if t.dtype == torch.uint32 else t for t in found.values())
-    queue.finish(False, tensors, made)
-    return made
+        found = Received.empty(cfg, device)
+        rounds.run(graphs, "dispatch", *found, *tensors)
+    queue.finish(False, tensors, found)
+    return tuple(found)
 
 
 @dispatch.register_fake
@@ -132,9 +129,7 @@ def _(order, x, x_scales, topk_ids, weights, comm):
 def combine(
     order: torch.Tensor,
     y: torch.Tensor,
-    row_map: torch.Tensor,
-    recv_weights: torch.Tensor,
-    recv_num_tokens: torch.Tensor,
+    memory: torch.Tensor,
     topk_ids: torch.Tensor,
     weights: torch.Tensor | None,
     bias0: torch.Tensor | None,
@@ -147,17 +142,14 @@ def combine(
     rows = received_types(cfg)[0][1][:-1]
     check_tensor("y", y, [DTYPES[cfg.combine_dtype]], [*rows, cfg.hidden_size], device)
     check_tensor("topk_ids", topk_ids, list(IDS), [None, cfg.top_k], device)
-    per_token = cfg.n_ranks, cfg.max_tokens_per_rank, cfg.top_k
-    shapes = ((torch.int32, per_token), (torch.float32, per_token), (torch.int32, (cfg.n_ranks,)))
-    for name, value, (dtype, shape) in zip(FOR_COMBINE, (row_map, recv_weights, recv_num_tokens), shapes, strict=True):
-        check_tensor(f"handle.{name}", value, [dtype], shape, device)
+    check_tensor("handle.memory", memory, [torch.int32], [places(cfg)[1]], device)
     biases = [b for b in (bias0, bias1) if b is not None]
     for i, bias in enumerate(biases):
         check_tensor(f"bias{i}", bias, [torch.bfloat16], [topk_ids.shape[0], cfg.hidden_size], device)
     reduce = reduce_of(cfg)
     graphs = combine_set(cfg, bool(biases), IDS[topk_ids.dtype])
     _prepared(rounds, graphs, "combine0")
-    given = [y, row_map, recv_weights, recv_num_tokens, topk_ids]
+    given = [y, memory, topk_ids]
     if reduce == "source":
         ones = torch.ones(topk_ids.shape, dtype=torch.float32, device=device) if weights is None else weights
         given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
@@ -172,7 +164,7 @@ def combine(
 
 
 @combine.register_fake
-def _(order, y, row_map, recv_weights, recv_num_tokens, topk_ids, weights, bias0, bias1, comm):
+def _(order, y, memory, topk_ids, weights, bias0, bias1, comm):
     cfg = _rounds(comm).cfg
     return y.new_empty((topk_ids.shape[0], cfg.hidden_size), dtype=DTYPES[cfg.output_dtype])
 
@@ -193,9 +185,10 @@ def combine_set(cfg: EPConfig, biases: bool, ids: str) -> CombineSet:
     return CombineSet(cfg.hidden_size, cfg.output_layout, reduce_of(cfg), *types, biases, ids)
 
 
-def received_types(cfg: EPConfig) -> list[tuple[torch.dtype, list[int]]]:
-    """(dtype, shape) of the tensors that dispatch returns."""
-    return [(torch.int32 if dtype == torch.uint32 else dtype, shape) for dtype, shape in tensor_types(cfg)]
+@torch.compiler.assume_constant_result
+def parts_of(number: int) -> list[tuple[str, int, int, torch.dtype, list[int]]]:
+    """Where the tensors of a handle are in its block: name, first word, one past the last, dtype, shape."""
+    return [(name, *place) for name, place in places(_rounds(number).cfg)[0].items()]
 
 
 def queue_of(device: torch.device) -> Queue:

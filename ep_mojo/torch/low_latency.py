@@ -24,7 +24,7 @@ from .checks import check_tensor
 from .normal import check_experts
 from .rounds import Rounds
 from .session import Session
-from .tensors import ALIGNMENT, dense, empty_received
+from .tensors import ALIGNMENT, Received, dense, part
 
 Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
@@ -39,19 +39,15 @@ class LowLatencyHandle(Sequence):
     Attributes:
         cfg: The engine's config.
         num_tokens: T of this rank.
+        memory: The engine's handle: see `tensors.places`.
         counts: int32 [L], rows of each local expert.
+        received: Whether the round was received.
     """
 
-    def __init__(self, session: Session, cfg: EPConfig, num_tokens: int, counts: torch.Tensor):
-        self.session, self.cfg, self.num_tokens, self.counts = session, cfg, num_tokens, counts
-        self.for_combine: tuple[torch.Tensor, ...] = ()
+    def __init__(self, session: Session, cfg: EPConfig, num_tokens: int, memory: torch.Tensor):
+        self.session, self.cfg, self.num_tokens, self.memory = session, cfg, num_tokens, memory
+        self.counts = part(memory, "counts", cfg)
         self.received = False
-        self._origins: torch.Tensor | None = None
-
-    def fill(self, by_name: dict[str, torch.Tensor]) -> None:
-        """Take what the engine gave."""
-        self.for_combine = tuple(by_name[name] for name in graphs.FOR_COMBINE)
-        self._origins = by_name["src_info"]
 
     @functools.cached_property
     def src_info(self) -> torch.Tensor:
@@ -71,9 +67,9 @@ class LowLatencyHandle(Sequence):
     def _sources(self) -> torch.Tensor:
         if not self.received:
             raise _hook_first("handle")
-        if self._origins.is_cuda:
-            self._origins.record_stream(torch.cuda.current_stream(self._origins.device))
-        return self._origins[:, 0].view(self.cfg.n_local_experts, -1)
+        if self.memory.is_cuda:
+            self.memory.record_stream(torch.cuda.current_stream(self.memory.device))
+        return part(self.memory, "src_info", self.cfg)[:, 0].view(self.cfg.n_local_experts, -1)
 
     def __len__(self) -> int:
         return 5
@@ -157,34 +153,33 @@ class LowLatencyMode:
         self._check_room(rounds, "dispatch", later)
         too_many = functools.partial(_too_many, cfg)
         given = dense(x), dense(topk_idx)
-        found = empty_received(cfg, device)
-        handle = LowLatencyHandle(self.session, cfg, x.shape[0], found["counts"])
+        found = Received.empty(cfg, device)
+        handle = LowLatencyHandle(self.session, cfg, x.shape[0], found.memory)
         if not later:
             with self.session.announcing(rounds, x.shape[0], too_many):
-                rounds.run(sets[0], "dispatch", *found.values(), *given)
-            self._arrived(handle, found, stats)
+                rounds.run(sets[0], "dispatch", *found, *given)
+            self._arrived(handle, stats)
             return self._rows(cfg, found), handle.counts, handle, None
         with self.session.announcing(rounds, x.shape[0], too_many):
             rounds.run(sets[0], "send", *given)
 
         def receive() -> None:
             with self.session.announcing(rounds, 0, too_many):
-                rounds.run(sets[0], "receive", *found.values())
-            self._arrived(handle, found, stats)
+                rounds.run(sets[0], "receive", *found)
+            self._arrived(handle, stats)
 
         hook = self._later(rounds, "dispatch", receive)
         return self._rows(cfg, found), handle.counts, handle, hook
 
-    def _arrived(self, handle: LowLatencyHandle, found: dict[str, torch.Tensor], stats: torch.Tensor | None) -> None:
-        handle.fill(found)
+    def _arrived(self, handle: LowLatencyHandle, stats: torch.Tensor | None) -> None:
         handle.received = True
         if stats is not None:
             stats += handle.counts
 
-    def _rows(self, cfg: EPConfig, found: dict[str, torch.Tensor]) -> Any:
+    def _rows(self, cfg: EPConfig, found: Received) -> Any:
         if isinstance(cfg.dispatch_format, BF16):
-            return found["tokens"]
-        return found["tokens"], found["scales"].view(cfg.scales_per_token, cfg.n_local_experts, -1).permute(1, 2, 0)
+            return found.tokens
+        return found.tokens, found.scales.view(cfg.scales_per_token, cfg.n_local_experts, -1).permute(1, 2, 0)
 
     # Combine
 
@@ -226,9 +221,9 @@ class LowLatencyMode:
         ids, weights = dense(topk_idx), dense(topk_weights)
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
         if not later:
-            rounds.run(back, "combine0", y, rows, *handle.for_combine, ids, weights)
+            rounds.run(back, "combine0", y, rows, handle.memory, ids, weights)
             return y, None
-        rounds.run(back, "send_back", rows, *handle.for_combine)
+        rounds.run(back, "send_back", rows, handle.memory)
         return y, self._later(rounds, "combine", lambda: rounds.run(back, "receive_back", y, ids, weights))
 
     def next_buffer(self, handle: Any) -> torch.Tensor:

@@ -17,8 +17,9 @@ from ..errors import CapacityError, ConfigError, ShapeError, UnsupportedError
 from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
 from . import graphs, sizes
 from .checks import check_tensor
+from .rounds import Rounds
 from .session import Session
-from .tensors import dense, empty_received, signed
+from .tensors import Received, dense, part
 
 MAX_ALIGNMENT = 1 << 20
 MAX_WORST_TOKENS = (1 << 31) - 1
@@ -35,6 +36,7 @@ class NormalHandle:
         topk_idx: int64 [T, K], the rank's own choices; without top-k int64 [T, R], the ranks themselves.
         has_topk: Whether the dispatch had top-k choices.
         num_recv_tokens: N, rows of the received tensors; with num_worst_tokens that number.
+        memory: The engine's handle: see `tensors.places`.
         recv_count: int32 [1] on the device: rows that hold a token.
         rank_offsets: int32 [R + 1], the first row of each source rank.
     """
@@ -46,16 +48,15 @@ class NormalHandle:
         topk_idx: torch.Tensor,
         has_topk: bool,
         num_recv_tokens: int,
-        rank_offsets: torch.Tensor,
-        for_combine: Sequence[torch.Tensor],
-        src_info: torch.Tensor,
+        memory: torch.Tensor,
+        capacity: int,
     ):
         self.session, self.cfg = session, cfg
         self.topk_idx, self.has_topk = topk_idx, has_topk
         self.num_recv_tokens = num_recv_tokens
-        self.rank_offsets, self.recv_count = rank_offsets, rank_offsets[-1:]
-        self.for_combine = tuple(for_combine)
-        self._src_info = src_info
+        self.memory, self._capacity = memory, capacity
+        self.rank_offsets = part(memory, "row_offsets", cfg, capacity)
+        self.recv_count = self.rank_offsets[-1:]
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +66,8 @@ class NormalHandle:
     @property
     def recv_src_idx(self) -> torch.Tensor:
         """int32 [N]: the token, on its source rank, that each row is; unspecified past `recv_count`."""
-        return self._src_info[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
+        src_info = part(self.memory, "src_info", self.cfg, self._capacity)
+        return src_info[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
 
 
 class NormalMode:
@@ -139,22 +141,37 @@ class NormalMode:
             check_tensor("topk_weights", topk_weights, [torch.float32], topk_idx.shape, device)
             ids, weights = topk_idx.detach().clone(memory_format=torch.contiguous_format), dense(topk_weights)
         cfg = self._config(hidden, ids.shape[1], n_experts, fmt)
-        found = self._send(cfg, tokens, ids, weights, worst or cfg.rows_capacity, num_sms, not worst)
-        offsets = signed(found["row_offsets"])
-        rows = worst or int(offsets[-1])
-        for_combine = [found[name] for name in graphs.FOR_COMBINE]
-        has_topk = topk_idx is not None
-        handle = NormalHandle(self.session, cfg, ids, has_topk, rows, offsets, for_combine, found["src_info"])
+        capacity, has_topk = worst or cfg.rows_capacity, topk_idx is not None
+        rounds = self.session.rounds(cfg, graphs.normal(cfg))
+        with self.session.announcing(rounds, n_tokens, functools.partial(self._too_many, cfg)):
+            found = self._send(rounds, tokens, ids, weights, capacity, num_sms)
+            handle = NormalHandle(self.session, cfg, ids, has_topk, worst, found.memory, capacity)
+            recv_ids, recv_weights = self._choices(handle, capacity) if has_topk else (None, None)
+            if worst:
+                return self._received(found, worst, fmt), recv_ids, recv_weights, [], handle
+            *counts, rows = self._wait_for_counts(handle, recv_ids)
+            rounds.glance()
+        handle.num_recv_tokens = rows
         recv_x = self._received(found, rows, fmt)
-        if topk_idx is None:
+        if recv_ids is None or recv_weights is None:
             return recv_x, None, None, [], handle
-        recv_ids = found["local_ids"][:rows].to(torch.int64)
-        recv_weights = found["local_weights"][:rows]
-        if worst:
-            here = torch.arange(rows, device=device)[:, None] < handle.recv_count
-            return recv_x, torch.where(here, recv_ids, -1), torch.where(here, recv_weights, 0), [], handle
-        counts = torch.bincount((recv_ids + 1).flatten(), minlength=n_experts // n_ranks + 1)[1:].tolist()
-        return recv_x, recv_ids, recv_weights, [align_up(c, alignment) for c in counts], handle
+        return recv_x, recv_ids[:rows], recv_weights[:rows], [align_up(c, alignment) for c in counts], handle
+
+    def _choices(self, handle: NormalHandle, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Local ids int64 and weights float32 [capacity, K]; -1 and 0 in rows without a token."""
+        cfg, memory = handle.cfg, handle.memory
+        here = torch.arange(capacity, device=memory.device)[:, None] < handle.recv_count
+        ids = torch.where(here, part(memory, "local_ids", cfg, capacity), -1).to(torch.int64)
+        return ids, torch.where(here, part(memory, "local_weights", cfg, capacity), 0)
+
+    def _wait_for_counts(self, handle: NormalHandle, recv_ids: torch.Tensor | None) -> list[int]:
+        """Rows of each local expert, if there are choices, and of all; the only wait of the host."""
+        if recv_ids is None:
+            return handle.recv_count.tolist()
+        bins = torch.zeros(handle.cfg.n_local_experts + 1, dtype=torch.int32, device=recv_ids.device)
+        chosen = (recv_ids + 1).flatten()
+        bins.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+        return torch.cat([bins[1:], handle.recv_count]).tolist()
 
     def dispatch_again(self, x: Tokens, handle: Any, num_sms: int) -> Tokens:
         """Send other tokens along the routes of a handle: rows as then, no top-k, no wait for counts.
@@ -167,7 +184,9 @@ class NormalMode:
         tokens, fmt = self._tokens(x, handle.num_tokens)
         weights = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=self.session.device)
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
-        found = self._send(cfg, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms, False)
+        rounds = self.session.rounds(cfg, graphs.normal(cfg))
+        with self.session.announcing(rounds, handle.num_tokens, functools.partial(self._too_many, cfg)):
+            found = self._send(rounds, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
         return self._received(found, handle.num_recv_tokens, fmt)
 
     def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[list[torch.Tensor], TokenFormat]:
@@ -204,21 +223,16 @@ class NormalMode:
 
     def _send(
         self,
-        cfg: EPConfig,
+        rounds: Rounds,
         tokens: list[torch.Tensor],
         ids: torch.Tensor,
         weights: torch.Tensor,
-        rows: int,
+        capacity: int,
         num_sms: int,
-        host_waits: bool,
-    ) -> dict[str, torch.Tensor]:
-        sets = graphs.normal(cfg)
-        rounds = self.session.rounds(cfg, sets)
-        found = empty_received(cfg, self.session.device, rows)
-        with self.session.announcing(rounds, ids.shape[0], functools.partial(self._too_many, cfg)):
-            rounds.run(sets[0], "dispatch", *found.values(), *tokens, ids, weights, n_sms=num_sms)
-            if host_waits:
-                rounds.check()
+    ) -> Received:
+        found = Received.empty(rounds.cfg, self.session.device, capacity)
+        graph = graphs.normal(rounds.cfg)[0]
+        rounds.run(graph, "dispatch", *found, *tokens, ids, weights, n_sms=num_sms)
         return found
 
     def _too_many(self, cfg: EPConfig, rank: int, tokens: int) -> CapacityError:
@@ -231,10 +245,8 @@ class NormalMode:
             remedy="make a Buffer of so many bytes on all ranks; or call reset() on all ranks and send less",
         )
 
-    def _received(self, found: dict[str, torch.Tensor], rows: int, fmt: TokenFormat) -> Tokens:
-        if isinstance(fmt, BF16):
-            return found["tokens"][:rows]
-        return found["tokens"][:rows], found["scales"][:rows]
+    def _received(self, found: Received, rows: int, fmt: TokenFormat) -> Tokens:
+        return found.tokens[:rows] if isinstance(fmt, BF16) else (found.tokens[:rows], found.scales[:rows])
 
     # Combine
 
@@ -258,7 +270,7 @@ class NormalMode:
         sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        rows = [dense(x), *handle.for_combine, handle.topk_idx, *map(dense, biases)]
+        rows = [dense(x), handle.memory, handle.topk_idx, *map(dense, biases)]
         combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
         rounds.run(sets[1], f"combine{len(biases)}", combined, *rows, n_sms=num_sms)
         if topk_weights is None or sums is None:
@@ -272,7 +284,7 @@ class NormalMode:
         rounds = self.session.rounds(cfg, sets)
         rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
         summed = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.float32, device=rows.device)
-        rounds.run(sets[0], "combine0", summed, rows, *handle.for_combine, handle.topk_idx, n_sms=num_sms)
+        rounds.run(sets[0], "combine0", summed, rows, handle.memory, handle.topk_idx, n_sms=num_sms)
         return summed[:, :top_k].contiguous()
 
 

@@ -109,6 +109,10 @@ class Rounds:
         on_host = self.device.type == "cpu"
         self.comm.launch(self._stages[graphs, stage], to_buffers(tensors, self.device), check=on_host)
 
+    def glance(self) -> None:
+        """Raise what is known to have failed in this rank's rounds; waits for nothing."""
+        self.comm.glance()
+
     def check(self) -> None:
         """Raise what this rank recorded, once its queue is empty."""
         if self.device.type != "cpu":

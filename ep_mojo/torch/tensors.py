@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.dlpack import to_dlpack
 
 from ..config import EPConfig
 from ..errors import UnsupportedError
-from ..handle import HANDLE_TENSORS, handle_shapes
+from ..handle import HANDLE_TENSORS, handle_shapes, packed_handle
 
 if TYPE_CHECKING:
     from max.driver import Buffer
@@ -22,7 +23,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "int32": torch.int32,
-    "uint32": torch.uint32,
+    "uint32": torch.int32,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 """Types of the tensors of a handle."""
@@ -31,19 +32,16 @@ ALIGNMENT = 16
 """Of rows, for the kernels on GPUs."""
 
 
-def received_types(cfg: EPConfig, rows: int | None = None) -> list[tuple[torch.dtype, list[int]]]:
-    """(dtype, shape) of the tensors of `HANDLE_TENSORS`, with `rows` rows (None: those of the config).
+@functools.lru_cache(KEPT)
+def places(cfg: EPConfig, rows: int | None = None) -> tuple[dict[str, tuple[int, int, torch.dtype, list[int]]], int]:
+    """Where the tensors of a handle are in its block: name -> (first word, one past the last, dtype, shape); its words.
+
+    `rows`: of the output, None: those of the config.
 
     Raises:
         UnsupportedError: torch has no tensors of the config's format.
     """
-    return [(dtype, list(shape)) for dtype, shape in _received_types(cfg, rows)]
-
-
-@functools.lru_cache(KEPT)
-def _received_types(cfg: EPConfig, rows: int | None) -> list[tuple[torch.dtype, list[int]]]:
-    found = handle_shapes(cfg, rows)
-    if any(dtype not in DTYPES for dtype, _ in found):
+    if cfg.dispatch_format.token_dtype not in DTYPES:
         raise UnsupportedError(
             "torch has no tensors of this format",
             field="cfg.dispatch_format",
@@ -51,16 +49,41 @@ def _received_types(cfg: EPConfig, rows: int | None) -> list[tuple[torch.dtype, 
             allowed="BF16 or BlockwiseFP8",
             remedy="use MAX graphs for a format of your own",
         )
-    return [(DTYPES[dtype], shape) for dtype, shape in found]
+    found, words = packed_handle(cfg, rows)
+    return {n: (at, at + math.prod(shape), DTYPES[d], shape) for n, (at, d, shape) in found.items()}, words
 
 
-def empty_received(cfg: EPConfig, device: torch.device, rows: int | None = None) -> dict[str, torch.Tensor]:
-    """Tensors for a dispatch to write, by the names of `HANDLE_TENSORS`."""
-    types = _received_types(cfg, rows)
-    return {
-        name: torch.empty(shape, dtype=dtype, device=device)
-        for name, (dtype, shape) in zip(HANDLE_TENSORS, types, strict=True)
-    }
+@functools.lru_cache(KEPT)
+def received_types(cfg: EPConfig, rows: int | None = None) -> list[tuple[torch.dtype, list[int]]]:
+    """(dtype, shape) of what a dispatch writes: tokens, scales, and the block of the rest."""
+    shapes = dict(zip(HANDLE_TENSORS, handle_shapes(cfg, rows), strict=True))
+    words = places(cfg, rows)[1]
+    return [*((DTYPES[d], shape) for d, shape in (shapes["tokens"], shapes["scales"])), (torch.int32, [words])]
+
+
+class Received(NamedTuple):
+    """What a dispatch writes.
+
+    Attributes:
+        tokens: Rows, in the shape of the layout.
+        scales: Their scales, or of size 0.
+        memory: int32, flat: all else, see `places`.
+    """
+
+    tokens: torch.Tensor
+    scales: torch.Tensor
+    memory: torch.Tensor
+
+    @classmethod
+    def empty(cls, cfg: EPConfig, device: torch.device, rows: int | None = None) -> Received:
+        """Room for a dispatch, of so many rows (None: those of the config)."""
+        return cls(*(torch.empty(shape, dtype=dtype, device=device) for dtype, shape in received_types(cfg, rows)))
+
+
+def part(memory: torch.Tensor, name: str, cfg: EPConfig, rows: int | None = None) -> torch.Tensor:
+    """A tensor of a handle: a view of its block. Row offsets are below 2^31, and so int32."""
+    begin, end, dtype, shape = places(cfg, rows)[0][name]
+    return memory[begin:end].view(dtype).view(shape)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,11 +92,6 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.clone()
     return tensor
-
-
-def signed(offsets: torch.Tensor) -> torch.Tensor:
-    """uint32 as int32: row offsets are below 2^31, and torch can do little with unsigned numbers."""
-    return offsets.view(torch.int32)
 
 
 def to_buffers(tensors: Sequence[Any], device: torch.device) -> list[Buffer]:

@@ -77,7 +77,7 @@ def check_api_bad_input(n: int) -> None:
             (errors.DTypeError, "y", lambda: ept.combine(comm, h.tokens.float(), h)),
             (errors.ShapeError, "bias", lambda: ept.combine(comm, h.tokens, h, bias=(x, x, x))),
             (errors.DTypeError, "bias1", lambda: ept.combine(comm, h.tokens, h, bias=(x, x.float()))),
-            (errors.ShapeError, "row_map", lambda: ept.combine(comm, h.tokens, h._replace(row_map=h.row_map[1:]))),
+            (errors.ShapeError, "memory", lambda: ept.combine(comm, h.tokens, h._replace(memory=h.memory[1:]))),
         ):
             raises(error, call, field)
         cfg = buffers.api_config(1, "expert").replace(n_ranks=1, n_experts=1, slots="expert")
@@ -117,7 +117,7 @@ def check_library(n: int) -> None:
     checks = "test_schema", "test_faketensor"
     torch.library.opcheck(torch.ops.ep_mojo.dispatch.default, given, test_utils=checks)
     h = ept.dispatch(comm, s.x[me], s.ids[me], s.weights[me])
-    back = order, h.tokens, h.row_map, h.recv_weights, h.recv_num_tokens, s.ids[me], s.weights[me], None, None, number
+    back = order, h.tokens, h.memory, s.ids[me], s.weights[me], None, None, number
     torch.library.opcheck(torch.ops.ep_mojo.combine.default, back, test_utils=checks)
 
 

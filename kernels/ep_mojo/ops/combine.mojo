@@ -3,19 +3,11 @@
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
-from std.sys import size_of
 
-from ..cpu import expert_slots_combine
 from ..combine_tensors import CombineInput, CombineOutput
-from ..cpu.combine_async import combine_async
-from ..gpu import combine_async as gpu_combine_async
-from ..gpu import expert_slots_combine_async
-from ..launch import Endpoint
-from ..layout import STAGE_COMBINE_ASYNC
-from .checks import check_aligned, check_expert_rows, check_rows
-from .exchange import exchange_sums
+from .exchange import exchange_sums, send_rows
 from .receive import receive_sums
-from .tensors import gpu_peers, raw, read_settings, view
+from .tensors import raw, read_settings, view
 
 
 @extensibility.register("ep_mojo_combine_async")
@@ -79,40 +71,9 @@ struct CombineAsync:
             view(recv_num_tokens),
             raw(shared_out),
         )
-        comptime wire = hidden * size_of[Scalar[rows.dtype]]()
-        comptime if slots == "expert":
-            check_expert_rows(s, raw(rows), view(row_map), wire)
-        else:
-            check_rows[layout, reduce](s, input, wire)
-        comptime if target == "gpu":
-            check_aligned("rows", input.rows)
-            var peers = gpu_peers(
-                s, settings, counters, recv_ptrs, recv_count_ptrs
-            )
-            comptime if slots == "expert":
-                expert_slots_combine_async.combine_async[rows.dtype, hidden](
-                    peers,
-                    input.rows,
-                    input.row_map,
-                    STAGE_COMBINE_ASYNC,
-                    ctx,
-                )
-            else:
-                gpu_combine_async.combine_async[
-                    rows.dtype, hidden, layout, reduce
-                ](peers, input, STAGE_COMBINE_ASYNC, ctx)
-        else:
-            var ep = Endpoint[False](
-                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
-            )
-            comptime if slots == "expert":
-                expert_slots_combine.combine_async[rows.dtype, hidden](
-                    ep, raw(rows), view(row_map), STAGE_COMBINE_ASYNC
-                )
-            else:
-                combine_async[rows.dtype, hidden, layout, reduce](
-                    ep, input, STAGE_COMBINE_ASYNC
-                )
+        send_rows[rows.dtype, hidden, layout, reduce, slots, target](
+            s, input, settings, counters, recv_ptrs, recv_count_ptrs, ctx
+        )
 
 
 @extensibility.register("ep_mojo_combine_wait")

@@ -1,16 +1,17 @@
-"""Ops with outputs that the caller gives: for programs that own the memory, as PyTorch's do. See `ops/__init__.mojo`
-for what all ops share."""
+"""Ops with outputs that the caller gives, for programs that own the memory, as PyTorch's do: rows, their scales, and the
+rest of a handle in one block (`handle_memory.mojo`). See `ops/__init__.mojo` for what all ops share."""
 
 import extensibility
 from extensibility import InputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
 
-from ..combine_tensors import CombineInput, CombineOutput
-from ..dispatch_tensors import DispatchInput, DispatchOutput
+from ..combine_tensors import CombineOutput
+from ..dispatch_tensors import DispatchInput
 from ..formats import FormatOf, check_format
+from ..handle_memory import packed_input, packed_output
 from ..peers import View
-from .checks import check_aligned
-from .exchange import exchange, exchange_sums
+from .checks import check_aligned, require, require_at_most
+from .exchange import exchange, exchange_sums, send_rows
 from .receive import receive, receive_sums
 from .tensors import raw, read_settings, view
 
@@ -38,15 +39,7 @@ struct DispatchWaitInto:
         recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
         tokens: _MutableInputTensor[...],
         scales: _MutableInputTensor[rank=2, ...],
-        row_offsets: _MutableInputTensor[dtype=DType.uint32, rank=1, ...],
-        counts: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        expert_ids: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        src_info: _MutableInputTensor[dtype=DType.int32, rank=2, ...],
-        local_ids: _MutableInputTensor[dtype=DType.int32, rank=2, ...],
-        local_weights: _MutableInputTensor[dtype=DType.float32, rank=2, ...],
-        recv_weights: _MutableInputTensor[dtype=DType.float32, rank=3, ...],
-        row_map: _MutableInputTensor[dtype=DType.int32, rank=3, ...],
-        recv_num_tokens: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        memory: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         """Receives tokens into tensors of the caller.
@@ -57,7 +50,7 @@ struct DispatchWaitInto:
             scale: Its scale rule.
             by_column: Its scales layout.
             layout: Output layout.
-            slots: Slot policy, "rank" or "expert".
+            slots: Slot policy: "rank".
             n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
@@ -70,15 +63,7 @@ struct DispatchWaitInto:
             recv_count_ptrs: Uint64 [R], host: count windows.
             tokens: Rows of tokens.
             scales: Their scales.
-            row_offsets: First row of each group.
-            counts: Rows of each group.
-            expert_ids: Global expert of each group.
-            src_info: Where each row comes from.
-            local_ids: Local experts of each row, layout "rank".
-            local_weights: Their weights.
-            recv_weights: Weights of all sources [R, Tm, K].
-            row_map: Row of each choice [R, Tm, K].
-            recv_num_tokens: T of all sources [R].
+            memory: The rest of the handle.
             ctx: The device.
 
         Raises:
@@ -86,24 +71,17 @@ struct DispatchWaitInto:
         """
         var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
-        var output = DispatchOutput(
-            raw(tokens),
-            raw(scales),
-            view(row_offsets),
-            view(counts),
-            view(expert_ids),
-            view(src_info),
-            view(local_ids),
-            view(local_weights),
-            view(recv_weights),
-            view(row_map),
-            view(recv_num_tokens),
+        comptime F = FormatOf[format, hidden, scale, by_column]
+        var bytes = raw(tokens)
+        var packed = packed_output[layout](
+            s, bytes, raw(scales), bytes.size // F.token_bytes, view(memory)
         )
+        require("memory: words", memory.size(), packed[1])
         comptime if target == "gpu":
-            check_aligned("tokens", output.tokens)
-        receive[
-            FormatOf[format, hidden, scale, by_column], layout, slots, target
-        ](s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+            check_aligned("tokens", bytes)
+        receive[F, layout, slots, target](
+            s, packed[0], settings, counters, recv_ptrs, recv_count_ptrs, ctx
+        )
 
 
 @extensibility.register("ep_mojo_dispatch_into")
@@ -129,15 +107,7 @@ struct DispatchInto:
         recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
         tokens: _MutableInputTensor[...],
         scales: _MutableInputTensor[rank=2, ...],
-        row_offsets: _MutableInputTensor[dtype=DType.uint32, rank=1, ...],
-        counts: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        expert_ids: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        src_info: _MutableInputTensor[dtype=DType.int32, rank=2, ...],
-        local_ids: _MutableInputTensor[dtype=DType.int32, rank=2, ...],
-        local_weights: _MutableInputTensor[dtype=DType.float32, rank=2, ...],
-        recv_weights: _MutableInputTensor[dtype=DType.float32, rank=3, ...],
-        row_map: _MutableInputTensor[dtype=DType.int32, rank=3, ...],
-        recv_num_tokens: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        memory: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
         x: InputTensor[rank=2, ...],
         x_scales: InputTensor[rank=2, ...],
         topk_ids: InputTensor[rank=2, ...],
@@ -165,15 +135,7 @@ struct DispatchInto:
             recv_count_ptrs: Uint64 [R], host: count windows.
             tokens: Rows of tokens.
             scales: Their scales.
-            row_offsets: First row of each group.
-            counts: Rows of each group.
-            expert_ids: Global expert of each group.
-            src_info: Where each row comes from.
-            local_ids: Local experts of each row, layout "rank".
-            local_weights: Their weights.
-            recv_weights: Weights of all sources [R, Tm, K].
-            row_map: Row of each choice [R, Tm, K].
-            recv_num_tokens: T of all sources [R].
+            memory: The rest of the handle.
             x: Tokens [T, H].
             x_scales: Scales of tokens that are encoded already, or of size 0.
             topk_ids: The router's choices [T, K], int32 or int64.
@@ -186,32 +148,24 @@ struct DispatchInto:
         var s = read_settings[target, n_sms](settings, counters)
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
+        var bytes = raw(tokens)
+        var packed = packed_output[layout](
+            s, bytes, raw(scales), bytes.size // F.token_bytes, view(memory)
+        )
+        require("memory: words", memory.size(), packed[1])
         var input = DispatchInput[topk_ids.dtype](
             raw(x),
             x.dim_size(0),
             raw(x_scales),
             view(topk_ids),
             view(weights),
-            View[DType.int32](Int(x.unsafe_ptr()), 0),
-            View[DType.float32](Int(x.unsafe_ptr()), 0),
-        )
-        var output = DispatchOutput(
-            raw(tokens),
-            raw(scales),
-            view(row_offsets),
-            view(counts),
-            view(expert_ids),
-            view(src_info),
-            view(local_ids),
-            view(local_weights),
-            view(recv_weights),
-            view(row_map),
-            view(recv_num_tokens),
+            View[DType.int32](),
+            View[DType.float32](),
         )
         exchange[F, x.dtype != F.input_dtype, layout, slots, target](
             s,
             input,
-            output,
+            packed[0],
             settings,
             counters,
             recv_ptrs,
@@ -220,9 +174,66 @@ struct DispatchInto:
         )
 
 
+@extensibility.register("ep_mojo_combine_async_from")
+struct CombineAsyncFrom:
+    """Sends expert rows back; returns when all have left."""
+
+    @staticmethod
+    def execute[
+        hidden: Int,
+        layout: StaticString,
+        reduce: StaticString,
+        slots: StaticString,
+        n_sms: Int,
+        target: StaticString,
+    ](
+        order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        settings: InputTensor[dtype=DType.int64, rank=1, ...],
+        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
+        rows: InputTensor[...],
+        memory: InputTensor[dtype=DType.int32, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Sends expert rows back; returns when all have left.
+
+        Parameters:
+            hidden: H.
+            layout: Output layout.
+            reduce: Reduce mode, "expert" or "source".
+            slots: Slot policy: "rank".
+            n_sms: The op's own budget of SMs, 0 = the config's.
+            target: Where MAX runs the op.
+
+        Args:
+            order: Shared by all ops of a graph.
+            counters: The rank's `atomic_counters`.
+            settings: Int64 [17], host.
+            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
+            recv_ptrs: Uint64 [R], host: recv windows.
+            recv_count_ptrs: Uint64 [R], host: count windows.
+            rows: Expert rows, in the rows of the dispatch.
+            memory: The rest of the handle.
+            ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
+        """
+        var s = read_settings[target, n_sms](settings, counters)
+        var packed = packed_input[layout](
+            s, raw(rows), view(memory), View[DType.uint8]()
+        )
+        require_at_most("memory: words needed", packed[1], memory.size())
+        send_rows[rows.dtype, hidden, layout, reduce, slots, target](
+            s, packed[0], settings, counters, recv_ptrs, recv_count_ptrs, ctx
+        )
+
+
 @extensibility.register("ep_mojo_combine_wait_into")
 struct CombineWaitInto:
-    """Receives and sums expert rows into a tensor of the caller."""
+    """Receives and sums expert rows, of the dtype of y, without biases, into a tensor of the caller."""
 
     @staticmethod
     def execute[
@@ -250,7 +261,7 @@ struct CombineWaitInto:
             hidden: H.
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
-            slots: Slot policy, "rank" or "expert".
+            slots: Slot policy: "rank".
             n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
@@ -270,13 +281,13 @@ struct CombineWaitInto:
             CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
         """
         var s = read_settings[target, n_sms](settings, counters)
-        var absent = View[DType.uint8](Int(y.unsafe_ptr()), 0)
+        var absent = View[DType.uint8]()
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
             view(topk_ids),
             view(weights),
-            View[DType.int32](Int(y.unsafe_ptr()), 0),
+            View[DType.int32](),
             absent,
             absent,
             absent,
@@ -317,9 +328,7 @@ struct CombineInto:
         recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
         y: _MutableInputTensor[rank=2, ...],
         rows: InputTensor[...],
-        row_map: InputTensor[dtype=DType.int32, rank=3, ...],
-        recv_weights: InputTensor[dtype=DType.float32, rank=3, ...],
-        recv_num_tokens: InputTensor[dtype=DType.int32, rank=1, ...],
+        memory: InputTensor[dtype=DType.int32, rank=1, ...],
         topk_ids: InputTensor[rank=2, ...],
         weights: InputTensor[dtype=DType.float32, rank=2, ...],
         bias0: InputTensor[rank=2, ...],
@@ -345,9 +354,7 @@ struct CombineInto:
             recv_count_ptrs: Uint64 [R], host: count windows.
             y: Sums [T, H].
             rows: Expert rows, in the rows of the dispatch.
-            row_map: From the handle.
-            recv_weights: From the handle.
-            recv_num_tokens: From the handle.
+            memory: The rest of the handle.
             topk_ids: The router's choices [T, K].
             weights: The router's weights [T, K] for reduce "source", or of size 0.
             bias0: First bias [T, H], or of size 0.
@@ -358,20 +365,15 @@ struct CombineInto:
             CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
         """
         var s = read_settings[target, n_sms](settings, counters)
-        var absent = View[DType.uint8](Int(y.unsafe_ptr()), 0)
-        var input = CombineInput(
-            raw(rows),
-            view(row_map),
-            view(recv_weights),
-            view(recv_num_tokens),
-            absent,
-        )
+        var absent = View[DType.uint8]()
+        var packed = packed_input[layout](s, raw(rows), view(memory), absent)
+        require_at_most("memory: words needed", packed[1], memory.size())
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
             view(topk_ids),
             view(weights),
-            View[DType.int32](Int(y.unsafe_ptr()), 0),
+            View[DType.int32](),
             raw(bias0),
             raw(bias1),
             absent,
@@ -386,4 +388,13 @@ struct CombineInto:
             reduce,
             slots,
             target,
-        ](s, input, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+        ](
+            s,
+            packed[0],
+            output,
+            settings,
+            counters,
+            recv_ptrs,
+            recv_count_ptrs,
+            ctx,
+        )

@@ -5,13 +5,14 @@
     torchrun --nproc-per-node 2 python/examples/torch_moe_layer.py --train
 
 Every rank has its own tokens and its own experts; `Buffer.dispatch` brings tokens to experts, `Buffer.combine` brings
-what they give back. On the CPU, over gloo. The check computes every expert for every token, on every rank, which is
+what they give back. On a GPU for each rank where there are as many, else (or with --cpu) on the CPU. The check computes every expert for every token, on every rank, which is
 what the layer is there to avoid.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class MoELayer(nn.Module):
         self.buffer, self.n_experts, self.top_k = buffer, n_experts, top_k
         self.n_local = n_experts // buffer.group_size
         # All ranks draw all experts and keep their own, so that the check knows the others.
-        g = torch.Generator().manual_seed(0)
+        g = generator(0)
         gate, up, down = (torch.randn(n_experts, *s, generator=g) / s[0] ** 0.5 for s in
                           ((hidden, width), (hidden, width), (width, hidden)))  # fmt: skip
         own = slice(buffer.rank * self.n_local, (buffer.rank + 1) * self.n_local)
@@ -58,6 +59,11 @@ class MoELayer(nn.Module):
         return (per_expert[:, :, None] * outputs).sum(1)
 
 
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def ffn(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """A gated feed-forward network."""
     return (silu(x @ gate) * (x @ up)) @ down
@@ -77,9 +83,14 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8, help="of each rank")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--train", action="store_true", help="also compare the gradients of tokens and router")
+    parser.add_argument("--cpu", action="store_true", help="also where there are GPUs")
     args = parser.parse_args()
 
-    dist.init_process_group("gloo")
+    on_gpus = not args.cpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.set_default_device("cuda")
+    dist.init_process_group("nccl" if on_gpus else "gloo")
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     # The hint is for 8192 tokens a rank, which is more than there are here.
     room = ept.Config().get_nvl_buffer_size_hint(2 * args.hidden, n_ranks)
@@ -87,7 +98,7 @@ def main() -> None:
     layer = MoELayer(buffer, args.hidden, args.width, args.experts * n_ranks, args.top_k)
 
     n_tokens = max(args.tokens - 5 * rank, 0)
-    x = torch.randn(n_tokens, args.hidden, generator=torch.Generator().manual_seed(rank + 1)).to(torch.bfloat16)
+    x = torch.randn(n_tokens, args.hidden, generator=generator(rank + 1)).to(torch.bfloat16)
     x.requires_grad_(args.train)
     out = layer(x)
     want = layer.dense(x)

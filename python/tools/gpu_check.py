@@ -51,6 +51,7 @@ def steps(gpus: int) -> dict[str, tuple[list[str], int] | str]:
         "stress, ": ([*stress, "--limit-s", "800"], 900),
         "benchmarks, ": (pytest("tests/gpu/test_gpu_programs.py"), 900),
         "MoE layer, ": (pytest("tests/gpu/test_moe_layer.py"), 1600),
+        "PyTorch, ": (pytest("tests/gpu/test_torch_gpus.py"), 900),
     }
     for name, step in several.items():
         found[f"{name}{gpus if gpus > 1 else 'several'} GPUs"] = step if gpus > 1 else "needs two GPUs"

@@ -23,12 +23,14 @@ _compiled: dict[tuple[GraphSet, str], dict[str, Any]] = {}
 
 def compile_sets(comm: Communicator, sets: Sequence[GraphSet]) -> None:
     """Compile sets of graphs for the device of a communicator, whatever its config. All its ranks call this."""
+    from max._mlir_context import ensure_default_mlir_context
     from max.graph import Module
 
-    builder = Builder(comm, Module())
-    for each in sets:
-        each.add(builder)
-    models = dict(zip(builder.graphs, comm.compile_all(list(builder.graphs.values())), strict=True))
+    with ensure_default_mlir_context():  # backward passes on GPUs have threads of their own, where MAX has none
+        builder = Builder(comm, Module())
+        for each in sets:
+            each.add(builder)
+        models = dict(zip(builder.graphs, comm.compile_all(list(builder.graphs.values())), strict=True))
     for each in sets:
         found = {stage: models[each.name(stage)] for stage in STAGES if each.name(stage) in models}
         _compiled[each, str(builder.device)] = found

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 python/examples/torch_moe_layer.py --train
 
 Every rank has its own tokens and its own experts; `Buffer.dispatch` brings tokens to experts, `Buffer.combine` brings
-what they give back. On a GPU for each rank where there are as many, else (or with --cpu) on the CPU. The check computes every expert for every token, on every rank, which is
-what the layer is there to avoid.
+what they give back. On a GPU for each rank where there are as many, else (or with --cpu) on the CPU. The check computes
+every expert for every token, on every rank, which is what the layer is there to avoid.
 """
 
 from __future__ import annotations

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import ep_mojo as ep
+from ep_mojo.torch import rounds
+from ep_mojo.torch.graphs import CombineSet
 from tests.torch import api_calls as calls
 
 RANKS = 2, 4
@@ -49,6 +54,15 @@ def test_ops_are_what_torch_expects(ready):
 def test_gradients(ready, n):
     ready.run(calls.check_gradients, n)
     ready.run(calls.check_gradients_of_each, n)
+
+
+def test_graphs_are_built_in_any_thread():
+    """As the threads of backward passes do that make a first round."""
+    importlib.import_module("max.graph")  # it serves the thread that imports it
+    cfg = calls.buffers.api_config(1, "rank").replace(n_ranks=1, n_experts=4)
+    with ep.Communicator.cpu(cfg) as comm, ThreadPoolExecutor(1) as threads:
+        comm.compile_all = lambda graphs: [None] * len(graphs)
+        threads.submit(rounds.compile_sets, comm, [CombineSet(8, "rank", "expert", "float32", "float32")]).result()
 
 
 def test_the_example_under_torchrun():

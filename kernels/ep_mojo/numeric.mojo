@@ -72,7 +72,7 @@ def store_f32[
 ](row: Bytes, i: Int, value: SIMD[DType.float32, width]):
     """Round values once (to nearest even) and store them. NaN stays NaN, subnormals stay subnormal.
 
-    NVIDIA GPUs from sm_90 on round by an instruction of theirs, to the same bits but for NaN, which has only one pattern.
+    NVIDIA GPUs from sm_90 on round by an instruction of theirs, to the same bits but for NaN, which has one pattern.
 
     Parameters:
         dtype: The row's type, bfloat16 or float32.

@@ -23,6 +23,7 @@ from .launch import warp_memory
 from .ring import Ring
 from .routing import ballot
 from .share import Share
+from .shared_memory import moves_in_bulk
 from .shared_rows import order_for_bulk
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
 from .sums import Batch, Sums, sum_all
@@ -202,7 +203,8 @@ struct TokenSums[
             came = self.ep.chunk_of(
                 self.waiter, self.epoch, lane, Int(batch.chunk)
             )
-        order_for_bulk()  # the rows may be brought in then
+        comptime if moves_in_bulk():
+            order_for_bulk()  # the rows may be brought in then
         if ballot(not came) != 0:
             return False
         syncwarp()

@@ -157,7 +157,7 @@ def _send_rows[
     share: Share,
     mut opening: Opening,
 ):
-    """Store rows as they are: each to its slot (token, k); with layout "rank" a token's only one to (my rank, token)."""
+    """Store rows as they are, each to slot (token, k); in layout "rank" a token's only one to (my rank, token)."""
     comptime size = row_bytes[dtype, hidden]()
     var s = ep.s
     var buffer = ep.buffer(epoch)

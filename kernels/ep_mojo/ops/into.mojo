@@ -1,5 +1,5 @@
-"""Ops with outputs that the caller gives, for programs that own the memory, as PyTorch's do: rows, their scales, and the
-rest of a handle in one block (`handle_memory.mojo`). See `ops/__init__.mojo` for what all ops share."""
+"""Ops with outputs that the caller gives, for programs that own the memory, as PyTorch's do: rows, their scales, and
+the rest of a handle in one block (`handle_memory.mojo`). See `ops/__init__.mojo` for what all ops share."""
 
 import extensibility
 from extensibility import InputTensor, _MutableInputTensor

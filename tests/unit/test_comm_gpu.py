@@ -70,7 +70,7 @@ def machine(monkeypatch):
     made = Machine()
     monkeypatch.setattr(Windows, "machine", made, raising=False)
     monkeypatch.setattr(gpu_module, "accelerators", lambda devices, count: made.devices)
-    monkeypatch.setattr(gpu_module, "DeviceMemory", Windows)
+    monkeypatch.setattr(gpu_module, "BufferMemory", Windows)
     monkeypatch.setattr(gpu_module.GPUCommunicator, "_make_inputs", lambda self: [])
     return made
 

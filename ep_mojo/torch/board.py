@@ -9,13 +9,15 @@ from __future__ import annotations
 import pickle
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from ..errors import ConfigMismatchError, PeerTimeoutError
+from ..errors import ConfigMismatchError, EPError, PeerLostError, PeerTimeoutError
 
 GRACE_S = 0.2
 
@@ -32,7 +34,11 @@ class Board:
     def __init__(self, group: dist.ProcessGroup):
         """Use `board_of`: agreements of a group are numbered, all in one sequence."""
         self.rank, self.size = group.rank(), group.size()
-        self._store = dist.PrefixStore("ep_mojo", _get_process_group_store(group))
+        store = dist.PrefixStore("ep_mojo", _get_process_group_store(group))
+        # A group that is made again may find the store of the first one, and what was agreed there.
+        with _named():
+            life = store.add(f"lives/{self.rank}", 1)
+        self._store = dist.PrefixStore(f"life {life}", store)
         self._agreements = 0
 
     def agree(self, what: str, value: Any, timeout_s: float) -> list[Any]:
@@ -45,8 +51,20 @@ class Board:
 
         Raises:
             PeerTimeoutError: A rank did not come.
+            PeerLostError: The process that has the group's store is gone.
             ConfigMismatchError: A rank came with something else in mind.
         """
+        with _named():
+            found = self._gather(what, value, timeout_s)
+        if any(name != what for name, _ in found):
+            raise ConfigMismatchError(
+                f"rank {self.rank}: ranks call different things: "
+                + "; ".join(f"rank {r}: {name}" for r, (name, _) in enumerate(found)),
+                remedy="make the same calls in the same order on every rank of the group",
+            )
+        return [value for _, value in found]
+
+    def _gather(self, what: str, value: Any, timeout_s: float) -> list[tuple[str, Any]]:
         number = self._agreements
         mine = f"{number}/{self.rank}"
         self._store.set(mine, pickle.dumps((what, value)))
@@ -67,13 +85,7 @@ class Board:
         if number > 0:
             self._store.delete_key(f"{number - 1}/{self.rank}")
         self._agreements += 1
-        if any(name != what for name, _ in found):
-            raise ConfigMismatchError(
-                f"rank {self.rank}: ranks call different things: "
-                + "; ".join(f"rank {r}: {name}" for r, (name, _) in enumerate(found)),
-                remedy="make the same calls in the same order on every rank of the group",
-            )
-        return [value for _, value in found]
+        return found
 
     def agree_on(self, what: str, value: dict[str, Any], timeout_s: float) -> str:
         """`agree` on equal values. Returns a name for what was agreed: the same on all ranks, and never used again.
@@ -96,17 +108,35 @@ class Board:
 
     def leave(self, key: str, text: str) -> None:
         """Leave a note of this rank. Whoever looks for it after this call finds it."""
-        self._store.set(f"{key}/{self.rank}", text)
-        self._store.get(f"{key}/{self.rank}")  # a set may still be under way when it returns
+        with _named():
+            self._store.set(f"{key}/{self.rank}", text)
+            self._store.get(f"{key}/{self.rank}")  # a set may still be under way when it returns
 
     def take_back(self, key: str) -> None:
         """Remove this rank's note."""
-        self._store.delete_key(f"{key}/{self.rank}")
+        with _named():
+            self._store.delete_key(f"{key}/{self.rank}")
 
     def notes(self, key: str) -> dict[int, str]:
         """The notes that ranks have left, by rank. Waits for nothing."""
         keys = {r: f"{key}/{r}" for r in range(self.size)}
-        return {r: self._store.get(k).decode() for r, k in keys.items() if self._store.check([k])}
+        with _named():
+            return {r: self._store.get(k).decode() for r, k in keys.items() if self._store.check([k])}
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Name what the store raises when there is nobody to ask any more."""
+    try:
+        yield
+    except EPError:
+        raise
+    except (dist.DistError, RuntimeError) as e:
+        raise PeerLostError(
+            f"the group's store cannot be asked ({e})",
+            allowed="a process of rank 0 that is there, which has the store of most groups",
+            remedy="make a new process group, of the ranks that are left",
+        ) from e
 
 
 def board_of(group: dist.ProcessGroup) -> Board:

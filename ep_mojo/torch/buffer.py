@@ -55,8 +55,9 @@ class Buffer(LowLatencyCalls):
 
     Raises:
         ConfigError, DTypeError, UnsupportedError: An argument is out of range, or asks for what there is not.
+        OrderError: The group was destroyed.
         ConfigMismatchError: Ranks pass different arguments; on all of them.
-        PeerTimeoutError: A rank did not come.
+        PeerTimeoutError, PeerLostError: A rank did not come, or the process that has the group's store is gone.
     """
 
     num_sms: int = 20
@@ -89,6 +90,7 @@ class Buffer(LowLatencyCalls):
                 allowed="a torch.distributed process group",
                 remedy="call init_process_group, and pass dist.group.WORLD or what new_group returned",
             )
+        device = device_of(group)
         if group.size() > MAX_RANKS:
             raise ConfigError(
                 field="group", value=f"{group.size()} ranks", allowed=f"1 to {MAX_RANKS}", remedy="use smaller groups"
@@ -106,7 +108,7 @@ class Buffer(LowLatencyCalls):
             )
         self.low_latency_mode, self.enable_shrink = bool(low_latency_mode), bool(enable_shrink)
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
-        session = Session(group, device_of(group), self.timeout_s, self.make_timeout_s)
+        session = Session(group, device, self.timeout_s, self.make_timeout_s)
         given = {
             name: getattr(self, name) for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "timeout_s")
         }

@@ -221,10 +221,17 @@ class LowLatencyMode:
         ids, weights = dense(topk_idx), dense(topk_weights)
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
         if not later:
-            rounds.run(back, "combine0", y, rows, handle.memory, ids, weights)
+            with self.session.explaining(rounds):
+                rounds.run(back, "combine0", y, rows, handle.memory, ids, weights)
             return y, None
-        rounds.run(back, "send_back", rows, handle.memory)
-        return y, self._later(rounds, "combine", lambda: rounds.run(back, "receive_back", y, ids, weights))
+        with self.session.explaining(rounds):
+            rounds.run(back, "send_back", rows, handle.memory)
+
+        def receive() -> None:
+            with self.session.explaining(rounds):
+                rounds.run(back, "receive_back", y, ids, weights)
+
+        return y, self._later(rounds, "combine", receive)
 
     def next_buffer(self, handle: Any) -> torch.Tensor:
         """See `Buffer.get_next_low_latency_combine_buffer`."""

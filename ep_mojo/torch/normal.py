@@ -272,7 +272,8 @@ class NormalMode:
         rounds = self.session.rounds(cfg, sets)
         rows = [dense(x), handle.memory, handle.topk_idx, *map(dense, biases)]
         combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
-        rounds.run(sets[1], f"combine{len(biases)}", combined, *rows, n_sms=num_sms)
+        with self.session.explaining(rounds):
+            rounds.run(sets[1], f"combine{len(biases)}", combined, *rows, n_sms=num_sms)
         if topk_weights is None or sums is None:
             return combined, None
         return combined, self._sum_weights(sums, topk_weights, handle, num_sms)
@@ -284,7 +285,8 @@ class NormalMode:
         rounds = self.session.rounds(cfg, sets)
         rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
         summed = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.float32, device=rows.device)
-        rounds.run(sets[0], "combine0", summed, rows, handle.memory, handle.topk_idx, n_sms=num_sms)
+        with self.session.explaining(rounds):
+            rounds.run(sets[0], "combine0", summed, rows, handle.memory, handle.topk_idx, n_sms=num_sms)
         return summed[:, :top_k].contiguous()
 
 

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..config import EPConfig
-from ..errors import CapacityError, DTypeError, EPError, OrderError, ShapeError
+from ..errors import CapacityError, DTypeError, EPError, OrderError, PeerLostError, ShapeError
 from .board import board_of
 from .graphs import GraphSet
 from .rounds import Rounds
 from .streams import queue_for
 
 Handle = TypeVar("Handle")
+WORDS = (
+    ("call comm.reset() on all ranks", "call reset() of the Buffer on all ranks"),
+    ("comm.check()", "check() of its Buffer"),
+    ("destroy() this communicator", "destroy() this Buffer"),
+    ("and one over that", "and a Buffer over that"),
+    ("raise max_rows, or leave it None for the worst case", "raise num_worst_tokens, or leave it out"),
+    ("max_rows", "num_worst_tokens"),
+    ("raise timeout_s", "raise Buffer.timeout_s"),
+)
+"""What the engine says, and what the same is for who has a Buffer."""
+
+
+def in_words_of_a_buffer(error: EPError) -> None:
+    """Replace `WORDS` in an error's text."""
+
+    def said(text: Any) -> Any:
+        for old, new in WORDS:
+            text = text.replace(old, new) if isinstance(text, str) else text
+        return text
+
+    error.args = tuple(map(said, error.args))
+    for name in ("field", "allowed", "remedy"):
+        if getattr(error, name) is not None:
+            setattr(error, name, said(getattr(error, name)))
 
 
 class Session:
@@ -101,25 +125,34 @@ class Session:
         rounds.too_many = error
         if tokens > rounds.cfg.max_tokens_per_rank:
             self.board.leave(rounds.name, str(tokens))
-        with self._explaining(rounds):
+        with self.explaining(rounds):
             yield
 
     @contextmanager
-    def _explaining(self, rounds: Rounds) -> Iterator[None]:
+    def explaining(self, rounds: Rounds) -> Iterator[None]:
+        """Around whatever may raise a failure of rounds: say it in the words of a Buffer."""
         try:
             yield
         except EPError as raised:
-            failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
-            notes = self.board.notes(rounds.name) if failed and rounds.too_many is not None else {}
+            notes = self._notes(rounds, raised)
             if not notes:
+                in_words_of_a_buffer(raised)
                 raise
             rank = max(notes, key=lambda r: int(notes[r]))
             raise rounds.too_many(rank, int(notes[rank])) from raised
 
+    def _notes(self, rounds: Rounds, raised: EPError) -> dict[int, str]:
+        failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
+        if not failed or rounds.too_many is None:
+            return {}
+        with suppress(PeerLostError):  # then nobody can say why
+            return self.board.notes(rounds.name)
+        return {}
+
     def check(self) -> None:
         """Wait for all rounds, and raise what failed in them."""
         for rounds in self.made():
-            with self._explaining(rounds):
+            with self.explaining(rounds):
                 rounds.check()
 
     def window(self, dtype: torch.dtype, size: Sequence[int] | None, offset: int, low_latency: bool) -> torch.Tensor:

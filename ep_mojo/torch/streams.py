@@ -184,9 +184,20 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where the tensors of a group's ranks are: with nccl the current GPU, with gloo alone the host.
 
     Raises:
+        OrderError: The group was destroyed.
         UnsupportedError: The group has another backend.
     """
-    by_device = dict(part.split(":", 1) for part in str(dist.get_backend_config(group)).split(","))
+    try:
+        backends = str(dist.get_backend_config(group))
+    except (ValueError, RuntimeError) as e:
+        raise OrderError(
+            f"torch.distributed does not know the group any more ({e})",
+            field="group",
+            value="destroyed",
+            allowed="a group before torch.distributed.destroy_process_group",
+            remedy="make a new group",
+        ) from e
+    by_device = dict(part.split(":", 1) for part in backends.split(",") if ":" in part)
     if by_device.get("cuda") == "nccl" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if by_device.get("cpu") != "gloo":

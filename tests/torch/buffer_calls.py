@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import ep_mojo.torch as ept
 from ep_mojo import errors
+from ep_mojo.torch import board
 from tests.torch import buffers, plain
 from tests.torch import low_latency_calls as low
 from tests.torch import normal_calls as normal
@@ -271,11 +272,32 @@ def check_worst_too_small(n: int) -> None:
         b.check()
 
     if b.rank == 0:  # owns the expert that all tokens go to
-        raises(errors.CapacityError, dispatch, "rows")
+        raises(errors.CapacityError, dispatch, "rows", "num_worst_tokens", "reset() of the Buffer")
     else:
         dispatch()
     b.reset()
     normal.check_round(n, 1)
+
+
+def check_lives(n: int) -> None:
+    """A group that was made again finds nothing that the first one has agreed on, also on a rank that is early."""
+    if dist.get_rank() >= n:
+        return
+    group = kept["group", n]
+    for life in range(3):
+        made = board.Board(group)
+        for turn in range(2):
+            if dist.get_rank() == life % n:
+                time.sleep(0.2)
+            assert made.agree("testing", (life, turn, made.rank), 20.0) == [(life, turn, r) for r in range(n)]
+
+
+def check_destroyed_group() -> None:
+    """A group that was destroyed has no Buffer."""
+    group = dist.new_group(range(dist.get_world_size()))
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)
+    raises(errors.OrderError, lambda: ept.Buffer(group), "group", "destroyed")
 
 
 def check_missing_rank(rank: int) -> float:
@@ -297,11 +319,11 @@ def check_missing_rank(rank: int) -> float:
     dist.barrier()
     b.reset()
     plain.same("recv_x", buffers.dispatch(b, s)[0], plain.received(s, b.rank))
-    board = b._session.board
+    agreed = b._session.board
     if b.rank != rank:  # nor does it come to agree on something
-        raises(errors.PeerTimeoutError, lambda: board.agree("testing", 1, 0.5), f"rank {rank} did not come")
+        raises(errors.PeerTimeoutError, lambda: agreed.agree("testing", 1, 0.5), f"rank {rank} did not come")
     dist.barrier()
-    assert board.agree("testing", b.rank, 5.0) == list(range(n))
+    assert agreed.agree("testing", b.rank, 5.0) == list(range(n))
     b.destroy()
     return took
 

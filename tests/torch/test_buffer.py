@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ep_mojo.errors import PeerLostError
+from ep_mojo.torch import board
 from tests.torch import buffer_calls as calls
 from tests.torch.launch import Died, Pool
 
@@ -40,6 +42,17 @@ def test_too_many_tokens_on_one_rank(ready, n, rank, hook):
 
 def test_more_rows_than_num_worst_tokens(ready):
     ready.run(calls.check_worst_too_small, 4)
+
+
+def test_groups_made_again_and_destroyed(ready):
+    ready.run(calls.check_lives, 2)
+    ready.run(calls.check_lives, 4)
+    ready.run(calls.check_destroyed_group)
+
+
+def test_a_store_that_is_gone_is_named():
+    with pytest.raises(PeerLostError, match="new process group"), board._named():
+        raise RuntimeError("connection reset")
 
 
 def test_a_rank_that_does_not_come(ready):

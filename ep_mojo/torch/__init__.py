@@ -25,6 +25,7 @@ except ImportError as error:
 from . import autograd, utils
 from .api import Handle, combine, dispatch
 from .buffer import Buffer
+from .dispatchers import AllGatherDispatcher, AllGatherDispatcherBase, AllGatherVDispatcher
 from .sizes import Config
 from .streams import EventHandle, EventOverlap
 
@@ -32,6 +33,9 @@ topk_idx_t = torch.int64
 """Element type of `topk_idx`."""
 
 __all__ = [
+    "AllGatherDispatcher",
+    "AllGatherDispatcherBase",
+    "AllGatherVDispatcher",
     "Buffer",
     "Config",
     "EventHandle",

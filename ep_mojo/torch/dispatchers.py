@@ -1,0 +1,380 @@
+"""Dispatchers in the shape of Megatron-Core's for inference: all tokens to all ranks, then a reduction.
+
+`AllGatherVDispatcher`: any counts, which stay on the device; nothing waits for the host, so that steps can be captured.
+`AllGatherDispatcher`: equal counts, or with `_use_allgather_v` any, which the host then waits for.
+
+A step: `dispatch_preprocess`, `token_dispatch`, the experts, `token_combine`, `combine_postprocess`, by all ranks
+alike. Buffers belong to the classes, as there: layers use them in turn, and addresses stay. Letters as in
+`gathering.py`; K = topk, the router's choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import OrderError, ShapeError
+from ..formats import check_int
+from .board import board_of
+from .checks import check_tensor
+from .gathering import Gathering, gather_graph, rows_to_words, width_of_words, words_to_rows
+from .streams import device_of
+
+METADATA = ("valid tokens", "own offset", "largest count")
+"""What `_step_metadata` holds."""
+COUNT_WIDTH = 8
+"""Channels of a row that carries a count."""
+
+
+class AllGatherDispatcherBase:
+    """What both dispatchers share; for isinstance, and for who reads `_valid_tokens_tensor`.
+
+    Args:
+        num_local_experts: Experts of this rank.
+        local_expert_indices: Their global numbers.
+        config: Of the layer; `moe_shared_expert_overlap` is read if it is there.
+        pg_collection: Not read: the group is that of `allocate_buffers`.
+        runs_metadata_sync: Whether this instance's `token_dispatch` calls `update_metadata`: the first layer's does.
+
+    Attributes:
+        routing_map: int64 [n, K], the choices of all gathered tokens, -1 past the last; before token_dispatch the
+            rank's own.
+        timeout_s, make_timeout_s: See `Buffer`. Class attributes: set them before `allocate_buffers`, on all ranks.
+        reduce_dtype: Type of the rows that are reduced, float32 or bfloat16; the same holds.
+    """
+
+    timeout_s: float = 30.0
+    make_timeout_s: float = 300.0
+    reduce_dtype: torch.dtype = torch.bfloat16
+
+    _valid_tokens_tensor: ClassVar[torch.Tensor | None] = None
+    _host_valid_tokens_estimate: ClassVar[int | None] = None
+    _external_shared_expert_launch: ClassVar[bool] = False
+    _step_metadata: ClassVar[torch.Tensor | None] = None
+    _per_rank_worst_case_token_count: ClassVar[int] = 2048
+    _local_tokens_tensor: ClassVar[torch.Tensor | None] = None
+    _topk: ClassVar[int] = 0
+    _hidden_size: ClassVar[int] = 0
+    _device: ClassVar[torch.device | None] = None
+    _rank: ClassVar[int] = 0
+    _gatherings: ClassVar[dict[str, Gathering]] = {}
+    _symm_agv_hidden: ClassVar[dict[str, torch.Tensor] | None] = None
+    _symm_agv_routing: ClassVar[dict[str, torch.Tensor] | None] = None
+    _symm_agv_probs: ClassVar[dict[str, torch.Tensor] | None] = None
+    _symm_rsv: ClassVar[dict[str, torch.Tensor] | None] = None
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: Sequence[int],
+        config: Any = None,
+        pg_collection: Any = None,
+        runs_metadata_sync: bool = True,
+    ):
+        self.num_local_experts = check_int("num_local_experts", num_local_experts, 1, 2048)
+        if len(local_expert_indices) != num_local_experts:
+            raise ShapeError(
+                field="local_expert_indices",
+                value=list(local_expert_indices),
+                allowed=f"{num_local_experts} numbers",
+                remedy="pass the global numbers of this rank's experts",
+            )
+        self.local_expert_indices, self.config = list(local_expert_indices), config
+        self.runs_metadata_sync = bool(runs_metadata_sync)
+        self.shared_experts: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.routing_map: torch.Tensor | None = None
+        self.hidden_shape: torch.Size | None = None
+        self._shared_output: torch.Tensor | None = None
+        self._shared_stream: torch.cuda.Stream | None = None
+
+    # Buffers
+
+    @classmethod
+    def allocate_buffers(
+        cls, per_rank_worst_case_token_count: int, topk: int, hidden_size: int, ep_group: dist.ProcessGroup
+    ) -> None:
+        """Make everything that steps need, for all instances of both classes. All ranks of the group call this.
+
+        Args:
+            per_rank_worst_case_token_count: Tmax.
+            topk: K.
+            hidden_size: H, a multiple of 8.
+            ep_group: The ranks.
+
+        Raises:
+            ConfigError: A number is out of range.
+            ConfigMismatchError: Ranks pass different ones; on all of them.
+            OrderError: Inside the capture of a CUDA graph.
+            PeerTimeoutError, PeerLostError: A rank did not come, or is gone.
+        """
+        base, device = AllGatherDispatcherBase, device_of(ep_group)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise OrderError(
+                "buffers cannot be made inside a capture",
+                allowed="before the capture",
+                remedy="call allocate_buffers when the model is made",
+            )
+        tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, 1 << 22)
+        width = width_of_words(2 * check_int("topk", topk, 1, 1 << 10))
+        base._delete_buffers()
+        how = ep_group, board_of(ep_group), device
+        waits, others = (cls.timeout_s, cls.make_timeout_s), (width, COUNT_WIDTH)
+        base._gatherings = {
+            "hidden": Gathering(*how, tmax, hidden_size, *waits, cls.reduce_dtype, list(map(gather_graph, others))),
+            "routing": Gathering(*how, tmax, width, *waits),
+            "counts": Gathering(*how, 1, COUNT_WIDTH, *waits),
+        }
+        n = ep_group.size() * tmax
+        base._per_rank_worst_case_token_count, base._topk, base._hidden_size = tmax, topk, hidden_size
+        base._device = device
+        rows = base._gatherings["routing"].rows
+        base._symm_agv_hidden = {"tensor": base._gatherings["hidden"].rows}
+        base._symm_agv_routing = {"tensor": rows_to_words(rows, 0, topk, torch.int32)}
+        base._symm_agv_probs = {"tensor": rows_to_words(rows, topk, topk, torch.float32)}
+        base._symm_rsv = {"tensor": torch.zeros(n, hidden_size, dtype=cls.reduce_dtype, device=device)}
+        base._step_metadata = torch.zeros(len(METADATA), dtype=torch.int32, device=device)
+        base._rank = ep_group.rank()
+        base.allocate_valid_tokens_tensor()
+
+    @classmethod
+    def allocate_valid_tokens_tensor(cls) -> None:
+        """Make `_valid_tokens_tensor`, int32 [1], unless it is there."""
+        base = AllGatherDispatcherBase
+        if base._valid_tokens_tensor is None:
+            base._valid_tokens_tensor = torch.zeros(1, dtype=torch.int32, device=base._device)
+
+    @classmethod
+    def _delete_buffers(cls) -> None:
+        base = AllGatherDispatcherBase
+        made, base._gatherings = base._gatherings, {}
+        for each in made.values():
+            each.destroy()
+        base._symm_agv_hidden = base._symm_agv_routing = base._symm_agv_probs = base._symm_rsv = None
+        base._step_metadata = base._valid_tokens_tensor = base._local_tokens_tensor = None
+        base._host_valid_tokens_estimate = None
+
+    @classmethod
+    def check(cls) -> None:
+        """Wait for all steps, and raise what failed in them."""
+        for each in cls._made().values():
+            each.check()
+
+    @classmethod
+    def reset(cls) -> None:
+        """Go on after a failure. All ranks call this."""
+        for each in cls._made().values():
+            each.reset()
+
+    @classmethod
+    def _made(cls) -> dict[str, Gathering]:
+        if not AllGatherDispatcherBase._gatherings:
+            raise OrderError(
+                "there are no buffers",
+                allowed="after allocate_buffers",
+                remedy=f"call {cls.__name__}.allocate_buffers(tokens, topk, hidden_size, ep_group) on all ranks first",
+            )
+        return AllGatherDispatcherBase._gatherings
+
+    @classmethod
+    def set_local_tokens(cls, count: torch.Tensor | None) -> None:
+        """Let a device count say how many of a rank's rows are tokens, the first ones; the others are padding.
+
+        Args:
+            count: int32 [1], read in every step, so that it may change between replays of a captured one; None: the
+                number given to `update_metadata`.
+        """
+        cls._made()
+        if count is not None:
+            check_tensor("count", count, [torch.int32], [1], AllGatherDispatcherBase._device)
+        AllGatherDispatcherBase._local_tokens_tensor = count
+
+    @classmethod
+    def _valid_tokens(cls) -> torch.Tensor:
+        cls._made()
+        return AllGatherDispatcherBase._valid_tokens_tensor
+
+    @classmethod
+    def _get_host_valid_tokens_estimate(cls) -> int | None:
+        return AllGatherDispatcherBase._host_valid_tokens_estimate
+
+    # A step
+
+    def update_metadata(self, local_tokens: int) -> None:
+        """Tell all ranks how many tokens this one has, and refresh `_step_metadata` and `_valid_tokens_tensor`.
+
+        Once a step, by all ranks; `token_dispatch` of the first instance does it.
+        """
+        base, made = AllGatherDispatcherBase, self._made()
+        count = base._local_tokens_tensor
+        if count is None:
+            count = torch.full((1,), local_tokens, dtype=torch.int32, device=base._device)
+        words = torch.nn.functional.pad(count[None].clamp(0, local_tokens), (0, COUNT_WIDTH // 2 - 1))
+        made["counts"].gather(words.view(torch.bfloat16))
+        counts = made["counts"].rows.view(torch.int32)[:, 0]
+        own = counts[: base._rank].sum(dtype=torch.int32)
+        base._step_metadata.copy_(torch.stack([counts.sum(dtype=torch.int32), own, counts.max()]))
+        base._valid_tokens_tensor.copy_(base._step_metadata[:1])
+
+    def set_shared_experts(self, shared_experts: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Run `shared_experts` beside the step, and add what it gives in `combine_postprocess`."""
+        self.shared_experts = shared_experts
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note the routes, and begin the shared experts on a queue of their own; nothing is sent.
+
+        Args:
+            hidden_states: [..., H].
+            routing_map: int64 or int32 [T, K], global experts.
+            probs: float32 [T, K].
+
+        Returns:
+            hidden_states [T, H], probs.
+        """
+        self.hidden_shape, self.routing_map = hidden_states.shape, routing_map
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.shared_experts is not None and not self._external_shared_expert_launch:
+            self._shared_output = self._beside(hidden)
+        return hidden, probs
+
+    def _beside(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not hidden.is_cuda:
+            return self.shared_experts(hidden)
+        if self._shared_stream is None:
+            self._shared_stream = torch.cuda.Stream(hidden.device)
+        self._shared_stream.wait_stream(torch.cuda.current_stream(hidden.device))
+        with torch.cuda.stream(self._shared_stream):
+            hidden.record_stream(self._shared_stream)
+            return self.shared_experts(hidden)
+
+    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather tokens, probabilities and routes of all ranks, ranks ascending, without gaps. All ranks call this.
+
+        Args:
+            hidden_states: bfloat16 [T, H].
+            probs: float32 [T, K].
+
+        Returns:
+            hidden_states [n, H] and probs [n, K], and `routing_map` becomes int64 [n, K]: n rows, of which the first
+            `_valid_tokens_tensor` hold a token; past those routes are -1, and the rest is unspecified. All stay good
+            until the next token_dispatch of any instance.
+
+        Raises:
+            OrderError: Before `allocate_buffers` or `dispatch_preprocess`.
+            CapacityError: T > Tmax. Nothing was sent.
+            DTypeError, ShapeError, DeviceError: An argument does not fit. Nothing was sent.
+            PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With GPUs later.
+        """
+        base, made = AllGatherDispatcherBase, self._made()
+        if self.routing_map is None:
+            raise OrderError("there are no routes", allowed="after dispatch_preprocess", remedy="call that first")
+        tokens, choices = hidden_states.shape[0], base._topk
+        check_tensor("hidden_states", hidden_states, [torch.bfloat16], [tokens, base._hidden_size], base._device)
+        check_tensor("probs", probs, [torch.float32], [tokens, choices], base._device)
+        check_tensor("routing_map", self.routing_map, [torch.int64, torch.int32], [tokens, choices], base._device)
+        if tokens > base._per_rank_worst_case_token_count:
+            made["hidden"].gather(hidden_states)  # raises, before anything is sent
+        if self.runs_metadata_sync:
+            self.update_metadata(tokens)
+        count = base._local_tokens_tensor
+        made["routing"].gather(words_to_rows(self.routing_map.to(torch.int32), probs.detach()), count)
+        made["hidden"].gather(hidden_states, count)
+        ids, probs = base._symm_agv_routing["tensor"], base._symm_agv_probs["tensor"]
+        here = torch.arange(ids.shape[0], device=base._device)[:, None] < made["routing"].offsets[-1:]
+        n = self._rows(tokens)
+        self.routing_map = torch.where(here, ids, -1).to(torch.int64)[:n]
+        return made["hidden"].rows[:n], probs[:n]
+
+    def _rows(self, tokens: int) -> int:
+        """How many gathered rows to give."""
+        raise NotImplementedError
+
+    def dispatch_postprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None, torch.Tensor]:
+        """As they are, and None for the tokens of each expert: experts take the gathered tokens with `routing_map`."""
+        return hidden_states, None, probs
+
+    def combine_preprocess(self, expert_output: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return expert_output
+
+    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Add up what the ranks give for each token: float32, ranks ascending, rounded once. All ranks call this.
+
+        Args:
+            hidden_states: [n, H], the rows of `token_dispatch`; in `reduce_dtype`, as `_get_rsv_tensor()` is, which is
+                read in place. Other types are converted first.
+
+        Returns:
+            bfloat16 [T, H].
+
+        Raises:
+            OrderError: Before `allocate_buffers`.
+            ShapeError, DeviceError: An argument does not fit. Nothing was sent.
+            PeerTimeoutError, PeerLostError: See `token_dispatch`.
+        """
+        gathering = self._made()["hidden"]
+        return gathering.reduce(hidden_states.detach().to(AllGatherDispatcherBase._symm_rsv["tensor"].dtype))
+
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """In the shape given to `dispatch_preprocess`, with what the shared experts gave added."""
+        shared, self._shared_output = self._shared_output, None
+        if shared is not None:
+            if self._shared_stream is not None:
+                current = torch.cuda.current_stream(shared.device)
+                current.wait_stream(self._shared_stream)
+                shared.record_stream(current)
+            hidden_states = hidden_states + shared.reshape(hidden_states.shape)
+        return hidden_states if self.hidden_shape is None else hidden_states.view(self.hidden_shape)
+
+
+class AllGatherVDispatcher(AllGatherDispatcherBase):
+    """Any counts, which may change from step to step and stay on the device. Steps can be captured.
+
+    token_dispatch gives R*Tmax rows; `_valid_tokens_tensor` says how many hold a token.
+    """
+
+    def _rows(self, tokens: int) -> int:
+        return self._made()["hidden"].rows.shape[0]
+
+    @classmethod
+    def _get_rsv_tensor(cls) -> torch.Tensor | None:
+        """[R*Tmax, H] in `reduce_dtype`, for experts to write to: token_combine then copies nothing."""
+        made = AllGatherDispatcherBase._symm_rsv
+        return None if made is None else made["tensor"]
+
+    @classmethod
+    def _rank_token_offset(cls) -> torch.Tensor:
+        cls._made()
+        return AllGatherDispatcherBase._step_metadata[1:2]
+
+    @classmethod
+    def _ep_max_tokens(cls) -> torch.Tensor:
+        cls._made()
+        return AllGatherDispatcherBase._step_metadata[2:3]
+
+
+class AllGatherDispatcher(AllGatherDispatcherBase):
+    """Equal counts on all ranks: token_dispatch gives R*T rows. With `_use_allgather_v` counts may differ: the host
+    waits for them, and token_dispatch gives as many rows as there are tokens."""
+
+    _use_allgather_v: ClassVar[bool] = False
+    _local_tokens_per_rank: ClassVar[list[int] | None] = None
+
+    def update_metadata(self, local_tokens: int) -> None:
+        """See `AllGatherDispatcherBase.update_metadata`."""
+        super().update_metadata(local_tokens)
+        if self._use_allgather_v:
+            counts = self._made()["counts"].rows.view(torch.int32)[:, 0]
+            AllGatherDispatcher._local_tokens_per_rank = counts.tolist()
+            AllGatherDispatcherBase._host_valid_tokens_estimate = sum(AllGatherDispatcher._local_tokens_per_rank)
+
+    def _rows(self, tokens: int) -> int:
+        if self._use_allgather_v:
+            return sum(AllGatherDispatcher._local_tokens_per_rank or [])
+        return tokens * (self._made()["hidden"].offsets.shape[0] - 1)

@@ -1,0 +1,176 @@
+"""All-gather-v and reduce-scatter-v: every token goes to every rank, and every rank gives a row for every token.
+
+Rounds of the engine in which each rank is an expert and each token chooses all of them: layout "rank", E = K = R. Rows
+come by source rank, then token, without gaps; what comes back is added up in float32, ranks ascending, and rounded
+once. A token that is masked chooses nobody. Counts of ranks may differ, and change from round to round; they stay on
+the device. R ranks, Tmax tokens of a rank at most, T tokens of this one, H channels, N = R*Tmax rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ..config import EPConfig
+from ..errors import CapacityError
+from ..formats import BF16
+from .board import Board
+from .checks import check_tensor
+from .graphs import CombineSet, DispatchSet, GraphSet
+from .rounds import Rounds
+from .streams import queue_for
+from .tensors import Received, dense, part
+
+ROW_WORDS = 4
+"""Rows of words are padded to a multiple of as many int32, 16 bytes."""
+
+
+class Gathering:
+    """Gathers rows of one width, into tensors that stay where they are, and reduces rows of that width.
+
+    Attributes:
+        rows: bfloat16 [N, H], what was gathered.
+        offsets: int32 [R + 1], the first row of each rank, and one past the last.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        board: Board,
+        device: torch.device,
+        tmax: int,
+        hidden: int,
+        timeout_s: float,
+        make_timeout_s: float,
+        reduced: torch.dtype | None = None,
+        more: Sequence[GraphSet] = (),
+    ):
+        """All ranks of the group call this, with equal numbers.
+
+        Args:
+            group, board, device: Whose, and where tensors are.
+            tmax: Tmax.
+            hidden: H.
+            timeout_s: The longest wait for a peer in a round.
+            make_timeout_s: The same here.
+            reduced: Type of the rows that are reduced, bfloat16 or float32; None: nothing is going to be.
+            more: Graphs of others, to be compiled together with these.
+
+        Raises:
+            ConfigError: A number is out of range.
+            ConfigMismatchError: Ranks pass different ones; on all of them.
+            PeerTimeoutError, PeerLostError: A rank did not come, or is gone.
+        """
+        n_ranks = group.size()
+        self._cfg = EPConfig(
+            hidden_size=hidden,
+            top_k=n_ranks,
+            n_experts=n_ranks,
+            max_tokens_per_rank=tmax,
+            n_ranks=n_ranks,
+            output_layout="rank",
+            reduce="expert",
+            num_buffers=1,
+            tokens_per_signal=1,
+            combine_dtype="float32" if reduced == torch.float32 else "bfloat16",
+            output_dtype="bfloat16",
+            timeout_s=timeout_s,
+        )
+        self._dispatch = gather_graph(hidden)
+        self._combine = CombineSet(hidden, "rank", "expert", self._cfg.combine_dtype, "bfloat16")
+        sets: list[GraphSet] = [self._dispatch, *([self._combine] if reduced is not None else []), *more]
+        self._rounds = Rounds.make(group, board, device, self._cfg, sets, make_timeout_s)
+        self._queue, self._device, self._reduced = queue_for(device), device, reduced
+        self._received = Received.empty(self._cfg, device)
+        self._ranks = torch.arange(n_ranks, device=device)
+        self._weights = torch.zeros(tmax, n_ranks, dtype=torch.float32, device=device)
+        self._choices = torch.empty(0, n_ranks, dtype=torch.int64, device=device)
+        self.rows = self._received.tokens
+        self.offsets = part(self._received.memory, "row_offsets", self._cfg)
+
+    def gather(self, x: torch.Tensor, count: torch.Tensor | None = None) -> None:
+        """Fill `rows` and `offsets`. All ranks call this; the host waits for nothing.
+
+        Args:
+            x: bfloat16 [T, H].
+            count: int32 [1]: rows of x from there on are masked; None: none is.
+
+        Raises:
+            CapacityError: T > Tmax. Nothing was sent.
+            DTypeError, ShapeError, DeviceError: Not such tensors.
+            PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With GPUs later.
+        """
+        check_tensor("x", x, [torch.bfloat16], [None, self._cfg.hidden_size], self._device)
+        if x.shape[0] > self._cfg.max_tokens_per_rank:
+            raise CapacityError(
+                "the buffers have no room for these tokens",
+                field="tokens of this rank",
+                value=x.shape[0],
+                allowed=f"up to {self._cfg.max_tokens_per_rank}",
+                remedy="allocate_buffers for as many on all ranks",
+            )
+        with self._queue.working():
+            choices = self._ranks.expand(x.shape[0], -1)
+            if count is not None:
+                here = torch.arange(x.shape[0], device=self._device)[:, None] < count
+                choices = torch.where(here, choices, -1)
+            self._choices = choices.contiguous()
+            weights = self._weights[: x.shape[0]]
+            self._rounds.run(self._dispatch, "dispatch", *self._received, dense(x), self._choices, weights)
+        self._queue.finish(False, x)
+
+    def reduce(self, rows: torch.Tensor) -> torch.Tensor:
+        """Send row i of every rank back to where row i of the last gather came from, and add up. All ranks call this.
+
+        Args:
+            rows: [n, H] in the type given to `__init__`, n at least as many as were gathered.
+
+        Returns:
+            bfloat16 [T, H]; 0 where a row was masked.
+
+        Raises:
+            DTypeError, ShapeError, DeviceError: Not such a tensor. Nothing was sent.
+            PeerTimeoutError, PeerLostError: See `gather`.
+        """
+        check_tensor("hidden_states", rows, [self._reduced], [None, self._cfg.hidden_size], self._device)
+        with self._queue.working():
+            shape = self._choices.shape[0], self._cfg.hidden_size
+            summed = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+            self._rounds.run(self._combine, "combine0", summed, dense(rows), self._received.memory, self._choices)
+        self._queue.finish(False, rows, summed)
+        return summed
+
+    def check(self) -> None:
+        """Wait for all rounds, and raise what failed in them."""
+        self._rounds.check()
+
+    def reset(self) -> None:
+        """Go on after a failure. All ranks call this."""
+        self._rounds.reset()
+
+    def destroy(self) -> None:
+        """Give up the windows."""
+        self._rounds.destroy()
+
+
+def gather_graph(hidden: int) -> DispatchSet:
+    """What gathers rows of H channels."""
+    return DispatchSet(hidden, "rank", BF16(), False, True, False)
+
+
+def words_to_rows(*parts: torch.Tensor) -> torch.Tensor:
+    """Tensors of 32-bit words [T, n] each, side by side, as bfloat16 [T, H] with the same bits; padded with zeros."""
+    words = torch.cat([p.contiguous().view(torch.int32) for p in parts], 1)
+    return torch.nn.functional.pad(words, (0, -words.shape[1] % ROW_WORDS)).view(torch.bfloat16)
+
+
+def width_of_words(n: int) -> int:
+    """H of `words_to_rows` for n words a row."""
+    return 2 * (n + -n % ROW_WORDS)
+
+
+def rows_to_words(rows: torch.Tensor, first: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Words first to first + n of each row, as `dtype` [N, n]."""
+    return rows.view(torch.int32)[:, first : first + n].view(dtype)

@@ -1,0 +1,221 @@
+"""What processes run for the tests of the all-gather dispatchers. Each call checks its own rank."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ep_mojo.torch as ept
+from ep_mojo import errors
+from tests.torch import plain
+from tests.torch.launch import kept
+
+HIDDEN, TOPK, TMAX, EXPERTS = 64, 3, 64, 32
+V, EQUAL = ept.AllGatherVDispatcher, ept.AllGatherDispatcher
+TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def make_groups() -> None:
+    """Groups of the first 1, 2, ... processes."""
+    for n in range(1, dist.get_world_size() + 1):
+        kept["first", n] = dist.new_group(range(n))
+
+
+def allocate(n: int, reduce_dtype: str = "bfloat16") -> bool:
+    """Buffers over the first n ranks; whether this process is one of them."""
+    if dist.get_rank() >= n:
+        return False
+    if kept.get("allocated") != (n, reduce_dtype):
+        ept.AllGatherDispatcherBase.reduce_dtype = TYPES[reduce_dtype]
+        V.allocate_buffers(TMAX, TOPK, HIDDEN, kept["first", n])
+        kept["allocated"] = n, reduce_dtype
+    return True
+
+
+def draw(seed: int, counts: list[int]) -> SimpleNamespace:
+    """Every rank's tokens, routes and probabilities."""
+    g = plain.generator(seed)
+    return SimpleNamespace(
+        x=[torch.randn(t, HIDDEN, generator=g).bfloat16() for t in counts],
+        ids=[torch.randint(0, EXPERTS, (t, TOPK), generator=g) for t in counts],
+        probs=[torch.rand(t, TOPK, generator=g) for t in counts],
+        # what the experts of each rank give for all tokens
+        y=[torch.randn(sum(counts), HIDDEN, generator=g).to(ept.AllGatherDispatcherBase.reduce_dtype) for _ in counts],
+    )
+
+
+def wanted(s: SimpleNamespace, counts: list[int], me: int) -> torch.Tensor:
+    """float32 sums of the own tokens' rows, ranks ascending, rounded once."""
+    first = sum(counts[:me])
+    total = torch.zeros(counts[me], HIDDEN)
+    for y in s.y:
+        total = total + y[first : first + counts[me]].float()
+    return total.bfloat16()
+
+
+def dispatcher(kind=V, **more):
+    return kind(4, [0, 1, 2, 3], SimpleNamespace(), **more)
+
+
+def check_gathered(d, s: SimpleNamespace, hidden, probs) -> None:
+    n = sum(map(len, s.x))
+    plain.same("hidden", hidden[:n], torch.cat(s.x))
+    plain.same("probs", probs[:n], torch.cat(s.probs))
+    plain.same("routing_map", d.routing_map[:n], torch.cat(s.ids))
+    assert (d.routing_map[n:] == -1).all()
+
+
+def check_steps(n: int, counts: list[int], reduce_dtype: str = "bfloat16") -> None:
+    """Two layers a step, three steps: the first layer refreshes the metadata; experts write to the reduce buffer."""
+    if not allocate(n, reduce_dtype):
+        return
+    me = dist.get_rank()
+    layers = [dispatcher(runs_metadata_sync=i == 0) for i in range(2)]
+    places = V._valid_tokens().data_ptr(), V._step_metadata.data_ptr(), V._get_rsv_tensor().data_ptr()
+    for step in range(3):
+        now = counts[step:] + counts[:step]
+        for i, d in enumerate(layers):
+            s = draw(10 * step + i, now)
+            shape = (now[me], 1, HIDDEN)
+            hidden, probs = d.dispatch_preprocess(s.x[me].view(shape), s.ids[me], s.probs[me])
+            hidden, probs = d.token_dispatch(hidden, probs)
+            hidden, none, probs = d.dispatch_postprocess(hidden, probs)
+            assert none is None
+            assert hidden.shape == (n * TMAX, HIDDEN)
+            check_gathered(d, s, hidden, probs)
+            assert V._step_metadata.tolist() == [sum(now), sum(now[:me]), max(now)]
+            assert (int(V._rank_token_offset()), int(V._ep_max_tokens())) == (sum(now[:me]), max(now))
+            rsv = V._get_rsv_tensor().fill_(float("nan"))
+            rsv[: sum(now)] = s.y[me]
+            back = d.token_combine(d.combine_preprocess(rsv))
+            plain.same("reduced", d.combine_postprocess(back), wanted(s, now, me).view(shape))
+    assert places == (V._valid_tokens().data_ptr(), V._step_metadata.data_ptr(), V._get_rsv_tensor().data_ptr())
+    assert int(V._valid_tokens()) == sum(counts)
+
+
+def check_device_counts(n: int) -> None:
+    """A count on the device masks padding; it changes without a new call of anything else."""
+    if not allocate(n):
+        return
+    me, d = dist.get_rank(), dispatcher()
+    count = torch.zeros(1, dtype=torch.int32)
+    V.set_local_tokens(count)
+    try:
+        for step in range(4):
+            now = [(5 * r + 7 * step) % (TMAX + 1) for r in range(n)]
+            s = draw(step, now)
+            count.fill_(now[me])
+            x = torch.full((TMAX, HIDDEN), float("nan"), dtype=torch.bfloat16)
+            ids, probs = torch.full((TMAX, TOPK), 7), torch.full((TMAX, TOPK), 9.0)
+            x[: now[me]], ids[: now[me]], probs[: now[me]] = s.x[me], s.ids[me], s.probs[me]
+            hidden, probs = d.token_dispatch(*d.dispatch_preprocess(x, ids, probs))
+            check_gathered(d, s, hidden, probs)
+            assert int(V._valid_tokens()) == sum(now)
+            back = d.token_combine(s.y[me])
+            plain.same("reduced", back[: now[me]], wanted(s, now, me))
+            assert (back[now[me] :] == 0).all()
+    finally:
+        V.set_local_tokens(None)
+
+
+def check_equal_counts(n: int) -> None:
+    """AllGatherDispatcher: R*T rows; with _use_allgather_v as many as there are tokens."""
+    if not allocate(n):
+        return
+    me, d = dist.get_rank(), dispatcher(EQUAL)
+    for now, any_counts in (
+        ([8] * n, False),
+        ([TMAX] * n, False),
+        ([(r * 9) % 20 for r in range(n)], True),
+        ([0] * n, True),
+    ):
+        EQUAL._use_allgather_v = any_counts
+        s = draw(3, now)
+        hidden, probs = d.token_dispatch(*d.dispatch_preprocess(s.x[me], s.ids[me], s.probs[me]))
+        assert len(hidden) == len(probs) == len(d.routing_map) == sum(now)
+        check_gathered(d, s, hidden, probs)
+        plain.same("reduced", d.token_combine(s.y[me]), wanted(s, now, me))
+        if any_counts:
+            assert EQUAL._local_tokens_per_rank == now
+            assert EQUAL._get_host_valid_tokens_estimate() == sum(now)
+    EQUAL._use_allgather_v = False
+
+
+def check_shared_experts(n: int) -> None:
+    """What the shared experts give is added, once."""
+    if not allocate(n):
+        return
+    me, d, now = dist.get_rank(), dispatcher(), [6] * n
+    d.set_shared_experts(lambda x: x * 2)
+    for _ in range(2):
+        s = draw(5, now)
+        hidden, probs = d.dispatch_preprocess(s.x[me], s.ids[me], s.probs[me])
+        d.token_dispatch(hidden, probs)
+        out = d.combine_postprocess(d.token_combine(s.y[me]))
+        plain.same("with shared experts", out, wanted(s, now, me) + s.x[me] * 2)
+
+
+def check_bad_input(n: int) -> None:
+    """What is wrong is named on the rank that passes it, before anything is sent; the next step is right."""
+    if not allocate(n):
+        return
+    s, d = draw(1, [4] * n), dispatcher()
+    x, ids, probs = s.x[0], s.ids[0], s.probs[0]
+    more = torch.zeros(TMAX + 1, HIDDEN, dtype=torch.bfloat16)
+    wrong = {
+        "no routes": (errors.OrderError, "routes", lambda: dispatcher().token_dispatch(x, probs)),
+        "dtype": (errors.DTypeError, "hidden_states", lambda: step(d, x.float(), ids, probs)),
+        "hidden": (errors.ShapeError, "hidden_states", lambda: step(d, x[:, 8:], ids, probs)),
+        "topk": (errors.ShapeError, "routing_map", lambda: step(d, x, ids[:, :1], probs)),
+        "probs": (errors.DTypeError, "probs", lambda: step(d, x, ids, probs.double())),
+        "worst case": (
+            errors.CapacityError,
+            "tokens of this rank",
+            lambda: step(d, more, ids.new_zeros(TMAX + 1, TOPK), probs.new_zeros(TMAX + 1, TOPK)),
+        ),
+        "experts": (errors.ShapeError, "local_expert_indices", lambda: V(3, [1])),
+        "count": (errors.DTypeError, "count", lambda: V.set_local_tokens(torch.zeros(1))),
+        "rows": (errors.ShapeError, "hidden_states", lambda: d.token_combine(x[:, 8:])),
+    }
+    for name, (error, word, call) in wrong.items():
+        with pytest.raises(errors.EPError) as found:
+            call()
+        assert type(found.value) is error, f"{name}: {found.value!r}"
+        assert word in str(found.value), f"{name}: {found.value}"
+    check_steps(n, [4] * n)
+
+
+def step(d, x, ids, probs):
+    return d.token_dispatch(*d.dispatch_preprocess(x, ids, probs))
+
+
+def check_buffers(n: int) -> None:
+    """No buffers, other numbers on some rank, numbers out of range; then all is well."""
+    if dist.get_rank() >= n:
+        return
+    V._delete_buffers()
+    kept.pop("allocated", None)
+    d, s = dispatcher(), draw(1, [4])
+    for call in (
+        lambda: step(d, s.x[0], s.ids[0], s.probs[0]),
+        lambda: d.token_combine(s.x[0]),
+        lambda: d.update_metadata(4),
+        V._valid_tokens,
+        lambda: V.set_local_tokens(None),
+    ):
+        with pytest.raises(errors.OrderError, match="allocate_buffers"):
+            call()
+    assert V._get_rsv_tensor() is None
+    group, me = kept["first", n], dist.get_rank()
+    for arguments in ((TMAX + me, TOPK, HIDDEN), (TMAX, TOPK + 2 * me, HIDDEN), (TMAX, TOPK, HIDDEN + 8 * me)):
+        with pytest.raises(errors.ConfigMismatchError):
+            V.allocate_buffers(*arguments, group)
+        V._delete_buffers()
+    for arguments in ((0, TOPK, HIDDEN), (TMAX, 0, HIDDEN), (TMAX, TOPK, HIDDEN + 1)):
+        with pytest.raises(errors.ConfigError):
+            V.allocate_buffers(*arguments, group)
+        V._delete_buffers()
+    check_steps(n, [3] * n)

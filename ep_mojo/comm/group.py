@@ -164,9 +164,11 @@ class ProcessGroup:
     def _on_host(self) -> Any:
         """A group of these processes that moves what is on the host; the first call for a group makes it."""
         if self._host_group is None:
-            dist = torch_distributed()
-            ranks = dist.get_process_group_ranks(self.group)
-            self._host_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            dist, backends = torch_distributed(), self.group._device_types
+            options = [self.group._get_backend(device).options for device in backends]
+            timeouts = [o._timeout for o in options if getattr(o, "_timeout", None) is not None]
+            how = {"backend": "gloo", "use_local_synchronization": True, "timeout": min(timeouts, default=None)}
+            self._host_group = dist.new_group(dist.get_process_group_ranks(self.group), **how)
             _host_groups[self.group] = self._host_group
         return self._host_group
 

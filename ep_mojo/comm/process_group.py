@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, layout
 from ..config import EPConfig
-from ..errors import ConfigError, ConfigMismatchError, EPError, UnsupportedError
+from ..errors import ConfigError, ConfigMismatchError, EPError, OrderError, UnsupportedError
 from . import shm, windows
 from .base import CompiledGraph
 from .group import ProcessGroup
@@ -96,13 +96,11 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             if self._provider is not None:
                 self._provider.close()
         self.compiles_once = self._provider.compiles_once
-        shared = self.memories if self._provider.on_host else []
+        shared = self.memories if self._note is None else []
         settle = self._provider.synchronize  # no window goes while a kernel of this rank may use it
         self._finalizer = weakref.finalize(self, leave, os.getpid(), self._watch, shared, self.rank, settle)
         if shared:
             self._watch.start(shared, self.rank)
-        else:
-            self._note = FailureNote(self._own)
 
     def _introduce(self, cfg: EPConfig, device: Any) -> Card:
         if self.group in KNOWN_PIDS:
@@ -123,6 +121,8 @@ class ProcessGroupCommunicator(OneRankCommunicator):
     def _attach(self, offers: Sequence[Any]) -> None:
         self.memories = self._provider.attach(offers)
         self._own.check_head()
+        if not self._provider.on_host:
+            self._note = FailureNote(self._own)
 
     def device_refs(self) -> list[DeviceRef]:
         """See `Communicator.device_refs`."""
@@ -141,7 +141,20 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         if self._note is None:
             super()._before_launch()
         elif self._note.failed:
+            if self._provider.capturing():
+                raise OrderError(
+                    "an earlier launch has failed, and a capture cannot look into it",
+                    allowed="captures after rounds that went well",
+                    remedy="end the capture, call check() for the error, then reset() on all ranks",
+                )
             self._raise_recorded()
+
+    def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
+        try:
+            super()._abort(own, memories)
+        finally:
+            if self._note is not None:
+                self._note.set()
 
     def glance(self) -> None:
         """`check`, without a wait: what is known by now. On the host launches have raised it."""
@@ -248,8 +261,10 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         return "; ".join(words)
 
     def _release(self) -> None:
-        self._finalizer()
-        super()._release()
+        try:
+            self._finalizer()
+        finally:
+            super()._release()
 
 
 def check_cards(cards: Sequence[Card]) -> None:
@@ -327,8 +342,10 @@ def leave(
     the process."""
     if os.getpid() != pid:
         return
-    settle()
-    for memory in memories:
-        if memory.rank != rank:
-            shm.lost_flags(memory)[rank] = LEFT
-    watch.stop()
+    try:
+        settle()
+    finally:
+        for memory in memories:
+            if memory.rank != rank:
+                shm.lost_flags(memory)[rank] = LEFT
+        watch.stop()

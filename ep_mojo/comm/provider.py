@@ -57,6 +57,9 @@ class MemoryProvider(Protocol):
     def synchronize(self) -> None:
         """Wait until the rank's memory shows all that it has run."""
 
+    def capturing(self) -> bool:
+        """Whether launches are being captured, so that nothing may be waited for."""
+
 
 class HostProvider:
     """POSIX shared memory: ranks are processes of one host."""
@@ -139,6 +142,10 @@ class HostProvider:
 
     def synchronize(self) -> None:
         """Runs on the host are over when they return."""
+
+    def capturing(self) -> bool:
+        """No."""
+        return False
 
 
 def provider_for(device: Any, group: Any) -> MemoryProvider:

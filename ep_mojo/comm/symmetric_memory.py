@@ -60,7 +60,8 @@ class BlockMemory(DeviceMemory):
         import torch
 
         given = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).copy())
-        self.part(part)[at : at + given.numel()].copy_(given)
+        with torch.inference_mode():  # where the block may have been mapped
+            self.part(part)[at : at + given.numel()].copy_(given)
 
     def synchronize(self) -> None:
         """See `DeviceMemory.synchronize`."""
@@ -83,6 +84,10 @@ class FailureNote:
         layout.put_u64(counters, layout.HEAD_NOTE_CHECK, self._word.data_ptr() ^ (2**64 - 1))
         own.write("counters", counters)
         own.synchronize()
+
+    def set(self) -> None:
+        """Note what the host itself has put on record."""
+        self._seen[0] = 1
 
     @property
     def failed(self) -> bool:
@@ -132,6 +137,9 @@ class SymmetricMemoryProvider:
         import torch
 
         need, (free, _) = windows.block_bytes(cfg), torch.cuda.mem_get_info(self.device)
+        if need > free:  # torch may only keep it for later
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self.device)
         if need > free:
             raise _too_small(need, f"at most {free} bytes free on {self.device}", "the windows do not fit")
 
@@ -233,6 +241,12 @@ class SymmetricMemoryProvider:
         import torch
 
         torch.cuda.synchronize(self.device)
+
+    def capturing(self) -> bool:
+        """See `MemoryProvider`."""
+        import torch
+
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _too_small(need: int, allowed: str, what: str) -> DeviceMemoryError:

@@ -144,7 +144,7 @@ class Buffer(LowLatencyCalls):
         self._low_latency.forget()
 
     def __del__(self):
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError, RuntimeError):
             if self._session is not None and not self._session.destroyed:
                 self._session.destroy()
                 if self.explicitly_destroy:
@@ -329,7 +329,7 @@ class Buffer(LowLatencyCalls):
             found = self._normal.dispatch(
                 x, *layout, topk_idx, topk_weights, expert_alignment, num_worst_tokens, num_sms
             )
-        return *found, queue.finish(async_finish, (x, layout, topk_idx, topk_weights), found)
+        return *found, queue.finish(async_finish, (x, layout, topk_idx, topk_weights), (found, found[-1].memory))
 
     def combine(
         self,

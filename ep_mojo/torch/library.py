@@ -63,7 +63,7 @@ def _prepare(comm: Communicator) -> int:
     board = board_of(comm.group)
     name = board.agree_on("using a communicator with tensors", {"config": repr(cfg.replace(**SAME))}, cfg.timeout_s)
     number = next(_numbers)
-    comm.torch_rounds = _by_number[number] = Rounds(comm, board, name, cfg.timeout_s)
+    comm.torch_rounds = _by_number[number] = Rounds(weakref.proxy(comm), board, name, cfg.timeout_s)
     comm.torch_number = number
     return number
 

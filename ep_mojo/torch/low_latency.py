@@ -219,6 +219,8 @@ class LowLatencyMode:
         self._check_room(rounds, "combine", later)
         rows = self._filled(shape) if zero_copy else dense(x)
         ids, weights = dense(topk_idx), dense(topk_weights)
+        if later:  # the hook reads them, when the caller may have changed its own
+            ids, weights = ids.clone(), weights.clone()
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
         if not later:
             with self.session.explaining(rounds):

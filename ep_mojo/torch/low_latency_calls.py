@@ -101,7 +101,7 @@ class LowLatencyCalls:
                 x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, stats, fmt, bool(return_recv_hook)
             )
         event = queue.finish(async_finish, (x, topk_idx, stats), (recv_x, count))
-        return recv_x, count, handle, event, self._hook(hook)
+        return recv_x, count, handle, event, self._hook(hook, (stats,), (recv_x, count, handle.memory))
 
     def low_latency_combine(
         self,
@@ -157,7 +157,7 @@ class LowLatencyCalls:
                 x, topk_idx, topk_weights, handle, bool(zero_copy), bool(return_recv_hook), out
             )
         event = queue.finish(async_finish, (x, topk_idx, topk_weights, out), combined)
-        return combined, event, self._hook(hook)
+        return combined, event, self._hook(hook, (out,), (combined,))
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bfloat16 [L, R*Tmax, H] to write expert rows to, for `low_latency_combine(..., zero_copy=True)`.
@@ -196,8 +196,8 @@ class LowLatencyCalls:
         """
         self._shrinking()
 
-    def _hook(self, receive: Hook | None) -> Hook | None:
-        """A hook that runs on the queue of the rounds, and lets the current one wait for it."""
+    def _hook(self, receive: Hook | None, given: Any, made: Any) -> Hook | None:
+        """A hook that runs on the queue of the rounds and lets the current one wait for it; tensors as for `finish`."""
         if receive is None:
             return None
         queue = self._live().queue
@@ -205,7 +205,7 @@ class LowLatencyCalls:
         def hook() -> None:
             with queue.working():
                 receive()
-            queue.finish(False)
+            queue.finish(False, given, made)
 
         return hook
 

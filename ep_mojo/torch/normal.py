@@ -19,6 +19,7 @@ from . import graphs, sizes
 from .checks import check_tensor
 from .rounds import Rounds
 from .session import Session
+from .streams import check_not_capturing
 from .tensors import Received, dense, part
 
 MAX_ALIGNMENT = 1 << 20
@@ -66,6 +67,8 @@ class NormalHandle:
     @property
     def recv_src_idx(self) -> torch.Tensor:
         """int32 [N]: the token, on its source rank, that each row is; unspecified past `recv_count`."""
+        if self.memory.is_cuda:
+            self.memory.record_stream(torch.cuda.current_stream(self.memory.device))
         src_info = part(self.memory, "src_info", self.cfg, self._capacity)
         return src_info[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
 
@@ -141,6 +144,8 @@ class NormalMode:
             check_tensor("topk_weights", topk_weights, [torch.float32], topk_idx.shape, device)
             ids, weights = topk_idx.detach().clone(memory_format=torch.contiguous_format), dense(topk_weights)
         cfg = self._config(hidden, ids.shape[1], n_experts, fmt)
+        if not worst:
+            check_not_capturing(device, "the host cannot wait for counts", "pass num_worst_tokens, or a handle")
         capacity, has_topk = worst or cfg.rows_capacity, topk_idx is not None
         rounds = self.session.rounds(cfg, graphs.normal(cfg))
         with self.session.announcing(rounds, n_tokens, functools.partial(self._too_many, cfg)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from ..errors import CapacityError, DTypeError, EPError, OrderError, PeerLostErr
 from .board import board_of
 from .graphs import GraphSet
 from .rounds import Rounds
-from .streams import queue_for
+from .streams import check_not_capturing, queue_for
 
 Handle = TypeVar("Handle")
 WORDS = (
@@ -103,6 +103,7 @@ class Session:
         """
         key = cfg, tuple(sets)
         if key not in self._rounds:
+            check_not_capturing(self.device, "windows and graphs cannot be made", "make one such round before")
             self._rounds[key] = Rounds.make(self.group, self.board, self.device, cfg, sets, self.make_timeout_s)
         return self._rounds[key]
 
@@ -192,5 +193,6 @@ class Session:
         """Give up all windows. Can be called again."""
         self.destroyed = True
         made, self._rounds = self.made(), {}
-        for rounds in made:
-            rounds.destroy()
+        with ExitStack() as all_of_them:  # each, also where one raises
+            for rounds in made:
+                all_of_them.callback(rounds.destroy)

@@ -7,6 +7,7 @@ order of the calls.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -135,10 +136,10 @@ class GPUQueue(Queue):
         super().__init__(device)
         from max.driver import Accelerator
 
-        handle = Accelerator(device.index).default_queue.native_stream_handle
+        self._accelerator = Accelerator(device.index)
+        handle = self._accelerator.default_queue.native_stream_handle
         self._stream = torch.cuda.ExternalStream(handle, device=device)
-        self._current = torch.cuda.stream(self._stream)
-        self._mark = torch.cuda.Event()  # who waits for it takes what was recorded last
+        self._mark, self._marking = torch.cuda.Event(), threading.Lock()
 
     @property
     def stream(self) -> torch.cuda.Stream:
@@ -148,14 +149,25 @@ class GPUQueue(Queue):
     @contextmanager
     def working(self, previous_event: EventOverlap | None = None) -> Iterator[None]:
         """See `Queue.working`."""
+        caller = torch.cuda.current_stream(self.device.index)
         before = None if previous_event is None else previous_event.event
-        if before is None or before.event is None:
-            self._mark.record(torch.cuda.current_stream(self.device.index))
-            self._stream.wait_event(self._mark)
-        else:
+        known = before is not None and before.event is not None
+        if known:
             self._stream.wait_event(before.event)
-        with self._current:
-            yield
+        if not known or torch.cuda.is_current_stream_capturing():  # an event from before a capture is no part of it
+            self._follow(caller, self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        except BaseException:
+            self._follow(self._stream, caller)  # what was launched may still read what the caller lets go
+            raise
+
+    def _follow(self, first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
+        """Let one queue wait for what another has been given."""
+        with self._marking:  # who waits for the event takes what was recorded last
+            self._mark.record(first)
+            then.wait_event(self._mark)
 
     def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
         """See `Queue.finish`."""
@@ -163,12 +175,11 @@ class GPUQueue(Queue):
         for tensor in _tensors(made):
             tensor.record_stream(caller)
         if not async_finish:
-            self._mark.record(self._stream)
-            caller.wait_event(self._mark)
+            self._follow(self._stream, caller)
             return EventOverlap()
         for tensor in _tensors(given):
             tensor.record_stream(self._stream)
-        with self._current:
+        with torch.cuda.stream(self._stream):
             return EventOverlap(EventHandle())
 
 
@@ -209,6 +220,12 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
             remedy='init_process_group("nccl"), or "gloo" for tensors on the host',
         )
     return torch.device("cpu")
+
+
+def check_not_capturing(device: torch.device, what: str, remedy: str) -> None:
+    """Raise `OrderError` inside the capture of a CUDA graph, where `what` cannot be."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy=remedy)
 
 
 def queue_for(device: torch.device) -> Queue:

@@ -116,6 +116,13 @@ def test_queues(ready, side):
     ready.run(buffer_calls.check_events, N)
 
 
+def test_memory_of_tensors(ready):
+    ready.run(gpu_calls.check_memory, N, 21)
+    ready.run(gpu_calls.check_inference_mode, N)
+    ready.run(gpu_calls.check_abort, N)
+    ready.run(api_calls.check_forgotten, N)
+
+
 @pytest.mark.parametrize("kind", gpu_calls.ROUNDS)
 def test_captured_rounds(ready, kind):
     ready.run(gpu_calls.check_capture, N, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import torch
@@ -85,6 +87,26 @@ def check_api_bad_input(n: int) -> None:
         raises(errors.UnsupportedError, lambda: ept.dispatch(virtual, x, ids), "comm")
         virtual.destroy()
     check_api(n, "expert", 2, torch.int64, True)
+
+
+def check_forgotten(n: int) -> None:
+    """A communicator that nobody holds any more goes at once."""
+    if dist.get_rank() >= n:
+        return
+    s, was_on = buffers.step(n, 1), gc.isenabled()
+    gc.disable()
+    try:
+        device = torch.get_default_device()
+        comm = ep.Communicator.process_group(buffers.api_config(n, "rank"), kept["group", n], device=device)
+        me = comm.rank
+        h = ept.dispatch(comm, s.x[me], s.ids[me], s.weights[me])
+        plain.same("recv_x", h.tokens[: int(h.row_offsets[-1])], plain.received(s, me))
+        seen = weakref.ref(comm)
+        del comm, h
+        assert seen() is None
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def check_compiled(n: int, backend: str) -> None:

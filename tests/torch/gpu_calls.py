@@ -64,6 +64,79 @@ def check_queues(n: int, seed: int, side: bool) -> None:
                 plain.same("combined", combined, plain.reduced(s, me, ys).bfloat16())
 
 
+def check_memory(n: int, seed: int) -> None:
+    """Tensors may be freed while queues still use them: those given to a call that has an event, those that it gave, and
+    what a handle holds. Nobody waits for the host, and new tensors take the memory at once."""
+    if (b := shared(n)) is None:
+        return
+    me = b.rank
+    for i in range(8):
+        s = buffers.step(n, seed + i)
+        layout = plain.layout(b, s)
+        more = {"topk_idx": s.ids[me], "topk_weights": s.weights[me], "num_worst_tokens": WORST}
+        # Given: freed while MAX's queue has yet to read it, which begins behind a burden.
+        x = s.x[me].clone()
+        with torch.cuda.stream(b.get_comm_stream()):
+            burden()
+        recv_x, _, _, _, handle, event = b.dispatch(x, **layout, **more, async_finish=True)
+        del x
+        for _ in range(4):
+            torch.full(s.x[me].shape, float("nan"), dtype=torch.bfloat16)
+        with event:
+            pass
+        other = buffers.step(n, seed + 50 + i)
+        next_layout = plain.layout(b, other)
+        # Made: freed while the current queue has yet to read it; the next round does not wait for that.
+        early = b.capture()
+        burden()
+        got, rows, count = recv_x.clone(), handle.recv_src_idx.clone(), handle.recv_count.clone()
+        del recv_x, handle
+        again = {"topk_idx": other.ids[me], "topk_weights": other.weights[me], "num_worst_tokens": WORST}
+        b.dispatch(other.x[me], **next_layout, **again, previous_event=early, async_finish=True)
+        torch.cuda.synchronize()
+        want = plain.received(s, me)
+        assert int(count) == len(want)
+        plain.same("recv_x", got[: len(want)], want)
+        token = [torch.arange(len(v), dtype=torch.int32)[:, None] for v in s.x]
+        plain.same("recv_src_idx", rows[: len(want), None], plain.received(s, me, token))
+
+
+def check_inference_mode(n: int) -> None:
+    """Windows that were made in inference mode can be reset outside of it."""
+    import ep_mojo.torch as ept
+    from tests.torch.launch import kept
+
+    s = buffers.step(n, 1)
+    b = ept.Buffer(kept["group", n], **buffers.bytes_of(n))
+    with torch.inference_mode():
+        plain.same("inside", buffers.dispatch(b, s)[0], plain.received(s, b.rank))
+    b.reset()
+    plain.same("outside", buffers.dispatch(b, s)[0], plain.received(s, b.rank))
+    b.destroy()
+
+
+def check_abort(n: int) -> None:
+    """What an op refused on the host is raised by the next call, too, until a reset."""
+    import pytest
+
+    from ep_mojo import errors
+
+    if (b := shared(n)) is None:
+        return
+    s = buffers.step(n, 1)
+    buffers.dispatch(b, s)
+    rounds = b._session.made()[0]
+    with pytest.raises(errors.EPError):
+        graphs = next(g for g, stage in rounds._stages if stage == "dispatch")
+        wrong = torch.empty(1, dtype=torch.int32)
+        empty = torch.empty(0, HIDDEN, dtype=torch.bfloat16), torch.empty(0, 0), wrong
+        rounds.run(graphs, "dispatch", *empty, s.x[b.rank], s.ids[b.rank], s.weights[b.rank])
+    with pytest.raises(errors.EPError):
+        rounds.glance()
+    b.reset()
+    plain.same("recv_x", buffers.dispatch(b, s)[0], plain.received(s, b.rank))
+
+
 def low_latency_round(b, x, ids, weights, fmt):
     recv_x, count, handle, _, hook = b.low_latency_dispatch(
         x, ids, TMAX, LOCAL * b.group_size, use_fp8=fmt == "fp8", return_recv_hook=fmt == "hook"

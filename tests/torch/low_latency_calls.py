@@ -116,7 +116,11 @@ def check_round(n: int, seed: int, fmt: str, tokens=None, kind="mixed", hook=Fal
         y, more = torch.full_like(y, float("nan")), {"zero_copy": True}
     elif how == "out":
         more["out"] = torch.full(s.x[me].shape, float("nan"), dtype=torch.bfloat16)
-    combined, event, receive = b.low_latency_combine(y, s.ids[me], s.weights[me], handle, **more, **later)
+    ids, weights = s.ids[me].clone(), s.weights[me].clone()
+    combined, event, receive = b.low_latency_combine(y, ids, weights, handle, **more, **later)
+    if hook:
+        ids.fill_(-1)  # they may change behind the call
+        weights.fill_(0)
     receive() if hook else event.current_stream_wait()
     plain.same("combined", combined, summed(s, me, ys))
     if how == "out":

@@ -29,6 +29,10 @@ def test_rounds_are_the_reference(ready, name):
     ready.run(calls.check_api, 2, name, 3, torch.int64, True)
 
 
+def test_a_forgotten_communicator_goes(ready):
+    ready.run(calls.check_forgotten, 2)
+
+
 def test_other_inputs(ready):
     ready.run(calls.check_api, 4, "expert", 1, torch.int32, False, timeout_s=300)
     for biases in (1, 2):

@@ -65,8 +65,8 @@ def check_queues(n: int, seed: int, side: bool) -> None:
 
 
 def check_memory(n: int, seed: int) -> None:
-    """Tensors may be freed while queues still use them: those given to a call that has an event, those that it gave, and
-    what a handle holds. Nobody waits for the host, and new tensors take the memory at once."""
+    """Tensors may be freed while queues still use them: those given to a call that has an event, those that it gave,
+    and what a handle holds. Nobody waits for the host, and new tensors take the memory at once."""
     if (b := shared(n)) is None:
         return
     me = b.rank

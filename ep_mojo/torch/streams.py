@@ -200,7 +200,7 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     """
     try:
         backends = str(dist.get_backend_config(group))
-    except (ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise OrderError(
             f"torch.distributed does not know the group any more ({e})",
             field="group",

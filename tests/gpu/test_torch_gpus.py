@@ -11,7 +11,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.torch import api_calls, buffer_calls, buffers, gpu_calls, low_latency_calls, normal_calls  # noqa: E402
+from tests.torch import (  # noqa: E402
+    api_calls,
+    buffer_calls,
+    buffers,
+    gather_calls,
+    gpu_calls,
+    low_latency_calls,
+    normal_calls,
+)
 from tests.torch.launch import Died, Pool  # noqa: E402
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -126,6 +134,19 @@ def test_memory_of_tensors(ready):
 @pytest.mark.parametrize("kind", gpu_calls.ROUNDS)
 def test_captured_rounds(ready, kind):
     ready.run(gpu_calls.check_capture, N, kind)
+
+
+def test_all_gather_dispatchers(ready):
+    ready.run(gather_calls.make_groups)
+    for n in range(1, N + 1):
+        for counts in ([8 * (r + 1) for r in range(n)], [16] * n, [5 * (r % 2) for r in range(n)]):
+            ready.run(gather_calls.check_steps, n, counts, timeout_s=300)
+        ready.run(gather_calls.check_device_counts, n)
+        ready.run(gather_calls.check_equal_counts, n)
+        ready.run(gather_calls.check_replays, n, 100)
+    ready.run(gather_calls.check_steps, N, [8] * N, "float32", timeout_s=300)
+    ready.run(gather_calls.check_shared_experts, N, timeout_s=300)
+    ready.run(gather_calls.check_bad_input, N, timeout_s=300)
 
 
 def test_settings_and_the_end(ready):

@@ -121,6 +121,50 @@ def check_device_counts(n: int) -> None:
         V.set_local_tokens(None)
 
 
+def check_replays(n: int, replays: int) -> None:
+    """On GPUs: a captured step, replayed with other tokens and counts; between replays steps run uncaptured."""
+    if not allocate(n):
+        return
+    me, layers = dist.get_rank(), [dispatcher(runs_metadata_sync=i == 0) for i in range(2)]
+    count = torch.zeros(1, dtype=torch.int32)
+    x = torch.zeros(TMAX, HIDDEN, dtype=torch.bfloat16)
+    ids, probs = torch.zeros(TMAX, TOPK, dtype=torch.int64), torch.zeros(TMAX, TOPK)
+
+    def run():
+        found = []
+        for d in layers:
+            hidden, weights = d.token_dispatch(*d.dispatch_preprocess(x, ids, probs))
+            rsv = V._get_rsv_tensor().copy_(hidden)
+            out = d.combine_postprocess(d.token_combine(rsv))
+            found.append((hidden.clone(), weights.clone(), d.routing_map.clone(), V._step_metadata.clone(), out))
+        return found
+
+    V.set_local_tokens(count)
+    try:
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        for step in range(replays):
+            now = [(5 * r + 7 * step) % (TMAX + 1) for r in range(n)]
+            s = draw(step, now)
+            count.fill_(now[me])
+            for whole, part in ((x, s.x[me]), (ids, s.ids[me]), (probs, s.probs[me])):
+                whole[: now[me]] = part
+            graph.replay()
+            for d, (hidden, weights, routes, metadata, out) in zip(layers, found, strict=True):
+                d.routing_map = routes
+                check_gathered(d, s, hidden, weights)
+                assert metadata.tolist() == [sum(now), sum(now[:me]), max(now)]
+                plain.same("reduced", out[: now[me]], (s.x[me].float() * n).bfloat16())
+            if step % 10 == 0:
+                run()
+        V.check()
+    finally:
+        V.set_local_tokens(None)
+
+
 def check_equal_counts(n: int) -> None:
     """AllGatherDispatcher: R*T rows; with _use_allgather_v as many as there are tokens."""
     if not allocate(n):

@@ -303,6 +303,11 @@ def write_head(counters: np.ndarray, cfg: EPConfig, rank: int, epoch: int = 0) -
     put_u64(counters, HEAD_DISPATCH_HASH, cfg.config_hash("dispatch"))
     put_u64(counters, HEAD_COMBINE_HASH, cfg.config_hash("combine"))
     put_u64(counters, HEAD_DEADLINE_NS, round(cfg.timeout_s * 1e9))
+    put_epochs(counters, epoch)
+
+
+def put_epochs(counters: np.ndarray, epoch: int) -> None:
+    """Let all four epochs be this one."""
     for index in EPOCH_FIELDS:
         put_u64(counters, index, epoch)
 

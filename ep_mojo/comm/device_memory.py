@@ -52,8 +52,7 @@ class DeviceMemory(RankMemory):
     def put_epochs(self, epoch: int) -> None:
         """See `RankMemory.put_epochs`."""
         counters = self.counters
-        for index in layout.EPOCH_FIELDS:
-            layout.put_u64(counters, index, epoch)
+        layout.put_epochs(counters, epoch)
         self.write("counters", counters)
         self.synchronize()
 

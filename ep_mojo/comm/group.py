@@ -81,22 +81,14 @@ class ProcessGroup:
                 allowed="a torch.distributed.ProcessGroup, or None for the default group",
                 remedy="pass what torch.distributed.new_group returned",
             )
-        try:
-            backends = str(dist.get_backend_config(group))
-            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        except Exception as e:  # of several kinds, none of them documented
-            raise OrderError(
-                f"torch.distributed does not know the group any more ({text_of(e)})",
-                allowed="a group before torch.distributed.destroy_process_group",
-                remedy="make a new group",
-            ) from e
-        by_device = dict(part.split(":", 1) for part in backends.split(",") if ":" in part)
+        by_device = backends_of(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         on_host = by_device.get("cpu") in HOST_BACKENDS
         if not on_host and by_device.get("cuda") != "nccl":
             raise UnsupportedError(
                 "the group cannot move what is on the host",
                 field="backend of the group",
-                value=backends,
+                value=",".join(f"{device}:{backend}" for device, backend in by_device.items()),
                 allowed="gloo, nccl, or cpu:gloo,cuda:nccl",
                 remedy='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or pass '
                 'group=torch.distributed.new_group(backend="gloo")',
@@ -211,6 +203,25 @@ class ProcessGroup:
             allowed="all processes of the group make the same calls in the same order, within the group's timeout",
             remedy="see what the other ranks did; make a new process group where a process is gone",
         ) from value
+
+
+def backends_of(group: Any) -> dict[str, str]:
+    """The backend of a group for each kind of device: "cpu" and "cuda" to "gloo" or "nccl", say.
+
+    Raises:
+        OrderError: The group was destroyed.
+    """
+    try:
+        backends = str(torch_distributed().get_backend_config(group))
+    except Exception as e:  # of several kinds, none of them documented
+        raise OrderError(
+            f"torch.distributed does not know the group any more ({text_of(e)})",
+            field="group",
+            value="destroyed",
+            allowed="a group before torch.distributed.destroy_process_group",
+            remedy="make a new group",
+        ) from e
+    return dict(part.split(":", 1) for part in backends.split(",") if ":" in part)
 
 
 def torch_distributed() -> Any:

@@ -108,8 +108,7 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         super().__init__(cfg, self.rank)
         self._provider = provider_for(device, self.group)
         self._provider.check_free(cfg)
-        fields = {f.name: repr(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.name not in OWN_CHOICE}
-        fields["device"] = "cpu" if self._provider.on_host else "cuda"
+        fields = shared_fields(cfg) | {"device": "cpu" if self._provider.on_host else "cuda"}
         version = f"ep-mojo {__version__} with layout {layout.LAYOUT_VERSION}"
         return Card(version, host_id(), os.getpid(), fields, shm.new_group())
 
@@ -265,6 +264,11 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             self._finalizer()
         finally:
             super()._release()
+
+
+def shared_fields(cfg: EPConfig) -> dict[str, str]:
+    """What all ranks must have alike of a config: its fields, without `OWN_CHOICE`, and their reprs."""
+    return {f.name: repr(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.name not in OWN_CHOICE}
 
 
 def check_cards(cards: Sequence[Card]) -> None:

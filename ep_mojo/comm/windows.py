@@ -133,8 +133,7 @@ class RankMemory:
 
     def put_epochs(self, epoch: int) -> None:
         """Let all of the rank's own epochs be this one. It must not be inside an op."""
-        for index in layout.EPOCH_FIELDS:
-            layout.put_u64(self.counters, index, epoch)
+        layout.put_epochs(self.counters, epoch)
 
     def record_abort(self) -> None:
         """Put on record that an op raised in the middle of a run, unless an earlier failure is there already.
@@ -218,8 +217,7 @@ class RankMemory:
 
 def restart_counters(counters: np.ndarray, epoch: int) -> None:
     """Let a rank's own counters say that all rounds up to `epoch` are done, and that nothing has failed."""
-    for index in layout.EPOCH_FIELDS:
-        layout.put_u64(counters, index, epoch)
+    layout.put_epochs(counters, epoch)
     layout.clear_record(counters)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from ..errors import ConfigMismatchError, EPError, PeerLostError, PeerTimeoutError
+from ..errors import ConfigMismatchError, PeerLostError, PeerTimeoutError
 
 GRACE_S = 0.2
 
@@ -129,9 +129,7 @@ def _named() -> Iterator[None]:
     """Name what the store raises when there is nobody to ask any more."""
     try:
         yield
-    except EPError:
-        raise
-    except (dist.DistError, RuntimeError) as e:
+    except RuntimeError as e:  # what the store raises derives from it
         raise PeerLostError(
             f"the group's store cannot be asked ({e})",
             allowed="a process of rank 0 that is there, which has the store of most groups",

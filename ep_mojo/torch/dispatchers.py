@@ -21,7 +21,7 @@ from ..formats import check_int
 from .board import board_of
 from .checks import check_tensor
 from .gathering import Gathering, gather_graph, rows_to_words, width_of_words, words_to_rows
-from .streams import device_of
+from .streams import check_not_capturing, device_of
 
 METADATA = ("valid tokens", "own offset", "largest count")
 """What `_step_metadata` holds."""
@@ -57,7 +57,6 @@ class AllGatherDispatcherBase:
     _per_rank_worst_case_token_count: ClassVar[int] = 2048
     _local_tokens_tensor: ClassVar[torch.Tensor | None] = None
     _topk: ClassVar[int] = 0
-    _hidden_size: ClassVar[int] = 0
     _device: ClassVar[torch.device | None] = None
     _rank: ClassVar[int] = 0
     _gatherings: ClassVar[dict[str, Gathering]] = {}
@@ -111,12 +110,7 @@ class AllGatherDispatcherBase:
             PeerTimeoutError, PeerLostError: A rank did not come, or is gone.
         """
         base, device = AllGatherDispatcherBase, device_of(ep_group)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise OrderError(
-                "buffers cannot be made inside a capture",
-                allowed="before the capture",
-                remedy="call allocate_buffers when the model is made",
-            )
+        check_not_capturing(device, "buffers cannot be made", "call allocate_buffers when the model is made")
         tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, 1 << 22)
         width = width_of_words(2 * check_int("topk", topk, 1, 1 << 10))
         base._delete_buffers()
@@ -128,7 +122,7 @@ class AllGatherDispatcherBase:
             "counts": Gathering(*how, 1, COUNT_WIDTH, *waits),
         }
         n = ep_group.size() * tmax
-        base._per_rank_worst_case_token_count, base._topk, base._hidden_size = tmax, topk, hidden_size
+        base._per_rank_worst_case_token_count, base._topk = tmax, topk
         base._device = device
         rows = base._gatherings["routing"].rows
         base._symm_agv_hidden = {"tensor": base._gatherings["hidden"].rows}
@@ -213,10 +207,14 @@ class AllGatherDispatcherBase:
             count = torch.full((1,), local_tokens, dtype=torch.int32, device=base._device)
         words = torch.nn.functional.pad(count[None].clamp(0, local_tokens), (0, COUNT_WIDTH // 2 - 1))
         made["counts"].gather(words.view(torch.bfloat16))
-        counts = made["counts"].rows.view(torch.int32)[:, 0]
+        counts = self._counts()
         own = counts[: base._rank].sum(dtype=torch.int32)
         base._step_metadata.copy_(torch.stack([counts.sum(dtype=torch.int32), own, counts.max()]))
         base._valid_tokens_tensor.copy_(base._step_metadata[:1])
+
+    def _counts(self) -> torch.Tensor:
+        """int32 [R]: tokens of each rank, as the last `update_metadata` found them."""
+        return self._made()["counts"].rows.view(torch.int32)[:, 0]
 
     def set_shared_experts(self, shared_experts: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run `shared_experts` beside the step, and add what it gives in `combine_postprocess`."""
@@ -272,12 +270,10 @@ class AllGatherDispatcherBase:
         base, made = AllGatherDispatcherBase, self._made()
         if self.routing_map is None:
             raise OrderError("there are no routes", allowed="after dispatch_preprocess", remedy="call that first")
+        made["hidden"].check_rows("hidden_states", hidden_states)
         tokens, choices = hidden_states.shape[0], base._topk
-        check_tensor("hidden_states", hidden_states, [torch.bfloat16], [tokens, base._hidden_size], base._device)
         check_tensor("probs", probs, [torch.float32], [tokens, choices], base._device)
         check_tensor("routing_map", self.routing_map, [torch.int64, torch.int32], [tokens, choices], base._device)
-        if tokens > base._per_rank_worst_case_token_count:
-            made["hidden"].gather(hidden_states)  # raises, before anything is sent
         if self.runs_metadata_sync:
             self.update_metadata(tokens)
         count = base._local_tokens_tensor
@@ -370,8 +366,7 @@ class AllGatherDispatcher(AllGatherDispatcherBase):
         """See `AllGatherDispatcherBase.update_metadata`."""
         super().update_metadata(local_tokens)
         if self._use_allgather_v:
-            counts = self._made()["counts"].rows.view(torch.int32)[:, 0]
-            AllGatherDispatcher._local_tokens_per_rank = counts.tolist()
+            AllGatherDispatcher._local_tokens_per_rank = self._counts().tolist()
             AllGatherDispatcherBase._host_valid_tokens_estimate = sum(AllGatherDispatcher._local_tokens_per_rank)
 
     def _rows(self, tokens: int) -> int:

@@ -102,15 +102,7 @@ class Gathering:
             DTypeError, ShapeError, DeviceError: Not such tensors.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With GPUs later.
         """
-        check_tensor("x", x, [torch.bfloat16], [None, self._cfg.hidden_size], self._device)
-        if x.shape[0] > self._cfg.max_tokens_per_rank:
-            raise CapacityError(
-                "the buffers have no room for these tokens",
-                field="tokens of this rank",
-                value=x.shape[0],
-                allowed=f"up to {self._cfg.max_tokens_per_rank}",
-                remedy="allocate_buffers for as many on all ranks",
-            )
+        self.check_rows("x", x)
         with self._queue.working():
             choices = self._ranks.expand(x.shape[0], -1)
             if count is not None:
@@ -120,6 +112,23 @@ class Gathering:
             weights = self._weights[: x.shape[0]]
             self._rounds.run(self._dispatch, "dispatch", *self._received, dense(x), self._choices, weights)
         self._queue.finish(False, x)
+
+    def check_rows(self, name: str, x: torch.Tensor) -> None:
+        """Raise unless `x`, an argument of that name, can be gathered.
+
+        Raises:
+            CapacityError: T > Tmax.
+            DTypeError, ShapeError, DeviceError: Not bfloat16 [T, H] where it has to be.
+        """
+        check_tensor(name, x, [torch.bfloat16], [None, self._cfg.hidden_size], self._device)
+        if x.shape[0] > self._cfg.max_tokens_per_rank:
+            raise CapacityError(
+                "the buffers have no room for these tokens",
+                field="tokens of this rank",
+                value=x.shape[0],
+                allowed=f"up to {self._cfg.max_tokens_per_rank}",
+                remedy="allocate_buffers for as many on all ranks",
+            )
 
     def reduce(self, rows: torch.Tensor) -> torch.Tensor:
         """Send row i of every rank back to where row i of the last gather came from, and add up. All ranks call this.

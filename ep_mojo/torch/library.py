@@ -12,6 +12,7 @@ import weakref
 import torch
 
 from ..comm import Communicator
+from ..comm.process_group import shared_fields
 from ..config import EPConfig
 from ..errors import OrderError, UnsupportedError
 from ..formats import BF16
@@ -19,18 +20,15 @@ from .board import board_of
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet
 from .rounds import Rounds
-from .streams import Queue, queue_for
+from .streams import queue_for
 from .tensors import DTYPES, Received, dense, places, received_types
 
 ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 
-SAME = {"n_sms": None, "timeout_s": 0.0}
-"""Fields of a config in which ranks may differ, for comparing the others."""
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, Rounds] = weakref.WeakValueDictionary()
-_queues: dict[torch.device, Queue] = {}
 
 
 def number_of(comm: Communicator) -> int:
@@ -61,7 +59,7 @@ def _prepare(comm: Communicator) -> int:
                 field=f"cfg.{name}", value=getattr(cfg, name), allowed=repr(allowed), remedy="use ep_mojo.dispatch"
             )
     board = board_of(comm.group)
-    name = board.agree_on("using a communicator with tensors", {"config": repr(cfg.replace(**SAME))}, cfg.timeout_s)
+    name = board.agree_on("using a communicator with tensors", {"config": shared_fields(cfg)}, cfg.timeout_s)
     number = next(_numbers)
     comm.torch_rounds = _by_number[number] = Rounds(weakref.proxy(comm), board, name, cfg.timeout_s)
     comm.torch_number = number
@@ -112,7 +110,7 @@ def dispatch(
     graphs = dispatch_set(cfg, encoded, weights is not None, IDS[topk_ids.dtype])
     _prepared(rounds, graphs, "dispatch")
     order += 1
-    queue = queue_of(device)
+    queue = queue_for(device)
     with queue.working():
         found = Received.empty(cfg, device)
         rounds.run(graphs, "dispatch", *found, *tensors)
@@ -155,7 +153,7 @@ def combine(
         given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
     order += 1
     given = list(map(dense, [*given, *biases]))
-    queue = queue_of(device)
+    queue = queue_for(device)
     with queue.working():
         out = torch.empty(topk_ids.shape[0], cfg.hidden_size, dtype=DTYPES[cfg.output_dtype], device=device)
         rounds.run(graphs, f"combine{len(biases)}", out, *given)
@@ -189,10 +187,3 @@ def combine_set(cfg: EPConfig, biases: bool, ids: str) -> CombineSet:
 def parts_of(number: int) -> list[tuple[str, int, int, torch.dtype, list[int]]]:
     """Where the tensors of a handle are in its block: name, first word, one past the last, dtype, shape."""
     return [(name, *place) for name, place in places(_rounds(number).cfg)[0].items()]
-
-
-def queue_of(device: torch.device) -> Queue:
-    """The queue of a device, the same for all communicators."""
-    if device not in _queues:
-        _queues[device] = queue_for(device)
-    return _queues[device]

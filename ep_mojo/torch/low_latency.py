@@ -24,7 +24,7 @@ from .checks import check_tensor
 from .normal import check_experts
 from .rounds import Rounds
 from .session import Session
-from .tensors import ALIGNMENT, Received, dense, part
+from .tensors import ALIGNMENT, Received, dense, part, used_here
 
 Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
@@ -67,9 +67,7 @@ class LowLatencyHandle(Sequence):
     def _sources(self) -> torch.Tensor:
         if not self.received:
             raise _hook_first("handle")
-        if self.memory.is_cuda:
-            self.memory.record_stream(torch.cuda.current_stream(self.memory.device))
-        return part(self.memory, "src_info", self.cfg)[:, 0].view(self.cfg.n_local_experts, -1)
+        return part(used_here(self.memory), "src_info", self.cfg)[:, 0].view(self.cfg.n_local_experts, -1)
 
     def __len__(self) -> int:
         return 5

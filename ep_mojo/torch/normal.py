@@ -20,7 +20,7 @@ from .checks import check_tensor
 from .rounds import Rounds
 from .session import Session
 from .streams import check_not_capturing
-from .tensors import Received, dense, part
+from .tensors import Received, dense, part, used_here
 
 MAX_ALIGNMENT = 1 << 20
 MAX_WORST_TOKENS = (1 << 31) - 1
@@ -67,9 +67,7 @@ class NormalHandle:
     @property
     def recv_src_idx(self) -> torch.Tensor:
         """int32 [N]: the token, on its source rank, that each row is; unspecified past `recv_count`."""
-        if self.memory.is_cuda:
-            self.memory.record_stream(torch.cuda.current_stream(self.memory.device))
-        src_info = part(self.memory, "src_info", self.cfg, self._capacity)
+        src_info = part(used_here(self.memory), "src_info", self.cfg, self._capacity)
         return src_info[: self.num_recv_tokens, 0] % self.cfg.max_tokens_per_rank
 
 
@@ -96,12 +94,10 @@ class NormalMode:
         n_ranks, n_experts = self.session.size, check_experts(num_experts, self.session.size)
         valid = (topk_idx >= 0) & (topk_idx < n_experts)
         ids = torch.where(valid, topk_idx, n_experts)
-        per_expert = torch.zeros(n_experts + 1, dtype=torch.int32, device=topk_idx.device)
-        per_expert.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=torch.int32))
         in_rank = torch.zeros(topk_idx.shape[0], n_ranks + 1, dtype=torch.bool, device=topk_idx.device)
         in_rank.scatter_(1, ids // (n_experts // n_ranks), True)
         in_rank = in_rank[:, :n_ranks].contiguous()
-        return in_rank.sum(0, dtype=torch.int32), per_expert[:n_experts], in_rank
+        return in_rank.sum(0, dtype=torch.int32), occurrences(ids, n_experts + 1)[:n_experts], in_rank
 
     # Dispatch
 
@@ -173,10 +169,8 @@ class NormalMode:
         """Rows of each local expert, if there are choices, and of all; the only wait of the host."""
         if recv_ids is None:
             return handle.recv_count.tolist()
-        bins = torch.zeros(handle.cfg.n_local_experts + 1, dtype=torch.int32, device=recv_ids.device)
-        chosen = (recv_ids + 1).flatten()
-        bins.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
-        return torch.cat([bins[1:], handle.recv_count]).tolist()
+        counts = occurrences(recv_ids + 1, handle.cfg.n_local_experts + 1)[1:]
+        return torch.cat([counts, handle.recv_count]).tolist()
 
     def dispatch_again(self, x: Tokens, handle: Any, num_sms: int) -> Tokens:
         """Send other tokens along the routes of a handle: rows as then, no top-k, no wait for counts.
@@ -293,6 +287,13 @@ class NormalMode:
         with self.session.explaining(rounds):
             rounds.run(sets[0], "combine0", summed, rows, handle.memory, handle.topk_idx, n_sms=num_sms)
         return summed[:, :top_k].contiguous()
+
+
+def occurrences(ids: torch.Tensor, n: int) -> torch.Tensor:
+    """int32 [n]: how often each of 0 to n-1 occurs in ids, int64, which has no other numbers. No wait of the host."""
+    flat = ids.flatten()
+    counts = torch.zeros(n, dtype=torch.int32, device=ids.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
 
 
 def check_experts(num_experts: Any, n_ranks: int) -> int:

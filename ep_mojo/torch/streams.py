@@ -7,6 +7,7 @@ order of the calls.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..comm.group import backends_of
 from ..errors import ConfigError, DTypeError, OrderError, UnsupportedError
 
 
@@ -27,7 +29,7 @@ class EventHandle:
 
     def __init__(self) -> None:
         self.event: torch.cuda.Event | None = None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             self.event = torch.cuda.Event()
             self.event.record()
 
@@ -198,17 +200,7 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
         OrderError: The group was destroyed.
         UnsupportedError: The group has another backend.
     """
-    try:
-        backends = str(dist.get_backend_config(group))
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise OrderError(
-            f"torch.distributed does not know the group any more ({e})",
-            field="group",
-            value="destroyed",
-            allowed="a group before torch.distributed.destroy_process_group",
-            remedy="make a new group",
-        ) from e
-    by_device = dict(part.split(":", 1) for part in backends.split(",") if ":" in part)
+    by_device = backends_of(group)
     if by_device.get("cuda") == "nccl" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if by_device.get("cpu") != "gloo":
@@ -228,8 +220,9 @@ def check_not_capturing(device: torch.device, what: str, remedy: str) -> None:
         raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy=remedy)
 
 
+@functools.cache
 def queue_for(device: torch.device) -> Queue:
-    """The queue of a device."""
+    """The queue of a device, the same for all who ask."""
     return Queue(device) if device.type == "cpu" else GPUQueue(device)
 
 

@@ -86,6 +86,13 @@ def part(memory: torch.Tensor, name: str, cfg: EPConfig, rows: int | None = None
     return memory[begin:end].view(dtype).view(shape)
 
 
+def used_here(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, of which the allocator is told that the current queue uses it."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as graphs take it, itself or a copy: contiguous, on GPUs from a multiple of `ALIGNMENT` bytes on."""
     tensor = tensor.detach().contiguous()
@@ -96,9 +103,7 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 
 def to_buffers(tensors: Sequence[Any], device: torch.device) -> list[Buffer]:
     """Contiguous tensors as MAX buffers over the same memory; `device`: where all of them are."""
-    if device.type == "cpu":
-        return list(map(_to_buffer, tensors))
-    if torch.cuda.current_device() == device.index:
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
         return list(map(_to_buffer, tensors))
     with torch.cuda.device(device):
         return list(map(_to_buffer, tensors))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +14,7 @@ from tests.torch import (  # noqa: E402
     buffers,
     gather_calls,
     gpu_calls,
+    launch,
     low_latency_calls,
     normal_calls,
 )
@@ -156,14 +154,8 @@ def test_settings_and_the_end(ready):
 
 def test_the_example_under_torchrun():
     """A layer and its gradients against a dense one."""
-    root = Path(__file__).parents[2]
-    script = root / "python" / "examples" / "torch_moe_layer.py"
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(N)]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, script, "--train"], capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("gradient of x 0.00") == N, done.stdout
+    printed = launch.torchrun(N, "torch_moe_layer.py", "--train")
+    assert printed.count("gradient of x 0.00") == N, printed
 
 
 def test_two_hundred_buffers_leave_nothing_behind(ready):

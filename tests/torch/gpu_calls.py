@@ -151,16 +151,9 @@ def low_latency_round(b, x, ids, weights, fmt):
 
 
 def normal_round(b, x, ids, weights, fmt):
-    per_rank, _, per_expert, in_rank, _ = b.get_dispatch_layout(ids, LOCAL * b.group_size)
-    recv_x, recv_ids, recv_weights, _, handle, _ = b.dispatch(
-        x,
-        num_tokens_per_rank=per_rank,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
-        topk_idx=ids,
-        topk_weights=weights,
-        num_worst_tokens=WORST,
-    )
+    layout = plain.layout_of(b, ids, LOCAL * b.group_size)
+    more = {"topk_idx": ids, "topk_weights": weights, "num_worst_tokens": WORST}
+    recv_x, recv_ids, recv_weights, _, handle, _ = b.dispatch(x, **layout, **more)
     y = (recv_x.float() * recv_weights.sum(1, keepdim=True)).bfloat16()
     combined, summed, _ = b.combine(y, handle, topk_weights=recv_weights)
     return handle.recv_count, recv_ids, combined, summed

@@ -12,17 +12,20 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from ep_mojo.comm.causes import raise_first
 from ep_mojo.comm.worker import FunctionRef, portable
 from ep_mojo.errors import EPError
 
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 START_S = 120.0
 """How long processes may take to start: each imports torch."""
 GROUP_TIMEOUT_S = 300.0
@@ -30,6 +33,22 @@ GROUP_TIMEOUT_S = 300.0
 
 kept: dict[Any, Any] = {}
 """What functions keep for later ones, in each process."""
+
+
+def torchrun(n: int, example: str, *args: str) -> str:
+    """Run one of `python/examples` in `n` processes; what they printed. It must end well."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    done = subprocess.run(
+        [*command, root / "python" / "examples" / example, *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 class Died(EPError, ConnectionError):
@@ -154,7 +173,7 @@ class Pool:
 
 def _serve(end: connection.Connection, rank: int, n: int, store: str | None, backend: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     try:
         import torch
         import torch.distributed as dist

@@ -137,5 +137,10 @@ def outputs(step: Step, seed: int, dtype: torch.dtype = torch.bfloat16, width: i
 
 def layout(buffer: ept.Buffer, step: Step) -> dict[str, torch.Tensor]:
     """What `dispatch` takes from `get_dispatch_layout`."""
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(step.ids[buffer.rank], step.n_experts)
+    return layout_of(buffer, step.ids[buffer.rank], step.n_experts)
+
+
+def layout_of(buffer: ept.Buffer, ids: torch.Tensor, n_experts: int) -> dict[str, torch.Tensor]:
+    """`layout` of these choices."""
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, n_experts)
     return {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert, "is_token_in_rank": in_rank}

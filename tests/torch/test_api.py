@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ import ep_mojo as ep
 from ep_mojo.torch import rounds
 from ep_mojo.torch.graphs import CombineSet
 from tests.torch import api_calls as calls
+from tests.torch import launch
 
 RANKS = 2, 4
 
@@ -71,25 +68,6 @@ def test_graphs_are_built_in_any_thread():
 
 def test_the_example_under_torchrun():
     """A layer of 2 ranks, its gradients too, against a dense one."""
-    script = Path(__file__).parents[2] / "python" / "examples" / "torch_moe_layer.py"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-        "--train",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.findall(r"rank ([01]): \d+ tokens; [\w ]*: output 0\.00\d+, gradient of x 0\.00", done.stdout)
-    assert sorted(found) == ["0", "1"], done.stdout  # in one line or two: processes share the pipe
-
-
-def environment():
-    loopback = "lo" if sys.platform == "linux" else "lo0"
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    printed = launch.torchrun(2, "torch_moe_layer.py", "--train")
+    found = re.findall(r"rank ([01]): \d+ tokens; [\w ]*: output 0\.00\d+, gradient of x 0\.00", printed)
+    assert sorted(found) == ["0", "1"], printed  # in one line or two: processes share the pipe

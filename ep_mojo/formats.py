@@ -42,7 +42,7 @@ class TokenFormat:
     Attributes:
         token_dtype: Element type of `Handle.tokens`, a key of `DTYPE_BYTES`.
         scale_dtype: Element type of `Handle.scales`, or None where the format has no scales.
-        scales_layout: "row": scales [rows, S]; "column": scales [S, rows].
+        scales_layout: "row": scales [rows, S]; "column": scales [S, rows], with the "expert_padded" layout [G*S, M].
         hidden_multiple: H must be a multiple of this.
     """
 
@@ -97,7 +97,7 @@ class BlockwiseFP8(TokenFormat):
         scale: "float32": s = amax / 448, q = round(x * (448 / amax)). "power_of_two": s = 2^ceil(log2(amax / 448)),
             q = round(x / s), s stored as float32. "ue8m0": the same s stored as its exponent byte, four to an int32.
             Rounding is to nearest even and saturates at +-448; NaN becomes 0x7F.
-        scales_layout: "row": scales [rows, S]; "column": scales [S, rows].
+        scales_layout: "row": scales [rows, S]; "column": scales [S, rows], with the "expert_padded" layout [G*S, M].
 
     Raises:
         ConfigError: An option has another value.
@@ -140,7 +140,7 @@ class CustomFormat(TokenFormat):
         token_size: Elements of an output row; None = hidden_size.
         scale_dtype: "float32", "int32" or None (no scales).
         scale_count: S, scales of one row; positive exactly where `scale_dtype` is given.
-        scales_layout: "row": scales [rows, S]; "column": scales [S, rows].
+        scales_layout: "row": scales [rows, S]; "column": scales [S, rows], with the "expert_padded" layout [G*S, M].
         encode: For the NumPy reference only: takes float32 [T, H] (the tokens times the input scale) and returns
             (tokens [T, token_size], scales [T, S]) in the NumPy types that stand for the dtypes above (bfloat16: uint16
             bits,

@@ -41,7 +41,8 @@ class Handle:
         tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype, but on
             the host float8 as uint8 bit patterns, because MAX has no float8 tensors there. Quantised rows are to be
             multiplied by their scales (docs/gpus.md): a cast alone makes combine's sums wrong.
-        scales: [N, S] or, column-major, [S, N]; [0, 0] where the format has none.
+        scales: [N, S] or, column-major, [S, N], with "expert_padded" [G*S, N/G]: a block [S, N/G] for each group, as
+            grouped GEMMs of padded rows take it; [0, 0] where the format has none.
         row_offsets: uint32. "expert" [G + 1], the aligned first row of each group; "expert_padded" [G + 1];
             "rank" [R + 1], the first row of each source rank.
         counts: int32 [G], true rows of each group; "rank" [R].
@@ -121,7 +122,9 @@ def handle_shapes(cfg: EPConfig, rows: int | None = None) -> list[tuple[str, lis
     N = cfg.rows_capacity if rows is None else rows
     fmt, by_rank = cfg.dispatch_format, cfg.output_layout == "rank"
     tokens = [G, N // G] if cfg.output_layout == "expert_padded" else [N]
-    scales = ([S, N] if fmt.scales_layout == "column" else [N, S]) if S else [0, 0]
+    scales = [N, S] if S else [0, 0]
+    if S and fmt.scales_layout == "column":
+        scales = [G * S, N // G] if cfg.output_layout == "expert_padded" else [S, N]
     per_token = [R, cfg.max_tokens_per_rank, K]
     types = {
         "tokens": (fmt.token_dtype, [*tokens, cfg.token_elements]),

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import EPConfig
 from ..dtypes import float32_to_bfloat16_bits
 from ..gate import sigmoid
-from ..reference import dequantize
+from ..reference import dequantize, scales_by_row
 from .baselines import available_cores
 
 
@@ -102,8 +102,7 @@ def expert_outputs(cfg: EPConfig, rank: int, handle: Any, ffn: Any) -> np.ndarra
 
 
 def _rows(cfg: EPConfig, flat: np.ndarray, scales: np.ndarray, rows: slice) -> np.ndarray:
-    column = cfg.dispatch_format.scales_layout == "column"
-    return dequantize(cfg, flat[rows], scales[:, rows] if column else scales[rows])
+    return dequantize(cfg, flat[rows], scales_by_row(cfg, scales)[rows])
 
 
 def _without_repeats(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -199,8 +199,7 @@ def float_tokens(x: np.ndarray, cfg: EPConfig) -> np.ndarray:
     from ..reference import dequantize, encode
 
     tokens, scales = encode(cfg, x, None)
-    column = cfg.dispatch_format.scales_layout == "column"
-    return dequantize(cfg, tokens, scales.T if column else scales)
+    return dequantize(cfg, tokens, scales)
 
 
 class Encoder:

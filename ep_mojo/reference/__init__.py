@@ -6,7 +6,7 @@ bfloat16 arrays are uint16 bit patterns and float8_e4m3fn arrays uint8 bit patte
 from .arithmetic import fma
 from .combine import cast_rows, combine, reduce_mode
 from .compare import array_difference, defined_rows, handle_differences, output_difference
-from .dispatch import ReferenceHandle, dequantize, dispatch, encode
+from .dispatch import ReferenceHandle, dequantize, dispatch, encode, scales_by_row
 from .fp8 import quantize
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "output_difference",
     "quantize",
     "reduce_mode",
+    "scales_by_row",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config import EPConfig
 from ..dtypes import as_bits, bfloat16_bits_to_float32
-from .dispatch import ReferenceHandle
+from .dispatch import ReferenceHandle, scales_by_row
 
 FIELDS = (
     "tokens",
@@ -83,8 +83,10 @@ def handle_differences(cfg: EPConfig, want: ReferenceHandle, got: Any) -> list[s
             where = rows.reshape(expected.shape[:-1])
         elif field == "scales" and cfg.scales_per_token:
             where = rows
-            if cfg.dispatch_format.scales_layout == "column":
-                expected, actual = expected.T, np.asarray(actual).T
+            if np.shape(expected) == np.shape(actual):
+                expected, actual = (scales_by_row(cfg, np.asarray(a)) for a in (expected, actual))
+            else:
+                where = None
         difference = array_difference(f"rank {want.rank} {field}", expected, actual, where)
         if difference:
             found.append(difference)

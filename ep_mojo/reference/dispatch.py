@@ -25,7 +25,8 @@ class ReferenceHandle:
     Attributes:
         rank: The rank.
         tokens: [rows, H], or [n_groups, R * Tmax, H] for "expert_padded"; bfloat16 as uint16, e4m3 as uint8 bits.
-        scales: [rows, S], or [S, rows] with scales_layout="column"; float32 [0, 0] without scales.
+        scales: [rows, S], or with scales_layout="column" [S, rows], "expert_padded" [G*S, rows/G]; float32 [0, 0]
+            without scales.
         row_offsets: uint32 [n_groups + 1], or [R + 1] for "rank".
         counts: int32 [n_groups], or [R] for "rank": true number of rows of each group.
         expert_ids: int32 [n_groups]: global expert id, E for the shared expert; [0] for "rank".
@@ -145,7 +146,7 @@ def dequantize(cfg: EPConfig, tokens: np.ndarray, scales: np.ndarray) -> np.ndar
     Args:
         cfg: The config.
         tokens: `ReferenceHandle.tokens`, or a slice of rows [rows, elements].
-        scales: The scales of these rows, in the config's layout.
+        scales: Those of these rows, [rows, S]: see `scales_by_row`.
 
     Returns:
         float32, shaped like `tokens` with H elements a row.
@@ -157,14 +158,23 @@ def dequantize(cfg: EPConfig, tokens: np.ndarray, scales: np.ndarray) -> np.ndar
     if isinstance(fmt, BF16):
         return bfloat16_bits_to_float32(tokens)
     rows = tokens.reshape(-1, tokens.shape[-1])
-    by_row = scales.T if fmt.scales_layout == "column" else scales
     if isinstance(fmt, BlockwiseFP8):
-        values = fp8.dequantize(rows, np.ascontiguousarray(by_row), fmt.scale)
+        values = fp8.dequantize(rows, np.ascontiguousarray(scales), fmt.scale)
     elif fmt.decode is None:
         raise _unknown_format(fmt, "decode")
     else:
-        values = fmt.decode(rows, by_row)
+        values = fmt.decode(rows, scales)
     return values.reshape(*tokens.shape[:-1], cfg.hidden_size)
+
+
+def scales_by_row(cfg: EPConfig, scales: np.ndarray) -> np.ndarray:
+    """[rows, S] from the scales of a handle, in whichever layout the config has them."""
+    if cfg.scales_per_token == 0 or cfg.dispatch_format.scales_layout == "row":
+        return scales
+    if cfg.output_layout == "expert_padded":
+        blocks = scales.reshape(cfg.n_groups, cfg.scales_per_token, -1)
+        return blocks.swapaxes(1, 2).reshape(-1, cfg.scales_per_token)
+    return scales.T
 
 
 def _unknown_format(fmt: CustomFormat, function: str) -> UnsupportedError:
@@ -235,7 +245,11 @@ def _receive(
     if cfg.scales_per_token == 0:
         scales = np.zeros((0, 0), np.float32)
     elif cfg.dispatch_format.scales_layout == "column":
-        scales = np.ascontiguousarray(scales.T)
+        if cfg.output_layout == "expert_padded":
+            blocks = scales.reshape(cfg.n_groups, -1, cfg.scales_per_token)
+            scales = np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(cfg.n_groups * cfg.scales_per_token, -1)
+        else:
+            scales = np.ascontiguousarray(scales.T)
     return ReferenceHandle(
         rank=rank,
         tokens=tokens,

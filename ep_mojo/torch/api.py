@@ -32,7 +32,7 @@ class Handle(NamedTuple):
 
     Attributes:
         tokens: "expert" and "rank" [N, H], "expert_padded" [G, R*Tmax, H]: bfloat16 or float8_e4m3fn.
-        scales: float32 or int32 [N, S], column-major [S, N]; [0, 0] without scales.
+        scales: float32 or int32 [N, S], column-major [S, N] or ("expert_padded") [G*S, N/G]; [0, 0] without scales.
         row_offsets: int32 [G + 1], the first row of each expert ("rank": [R + 1], of each source rank).
         counts: int32 [G] (or [R]), rows of each.
         expert_ids: int32 [G], the global expert of each group; "rank" [0].

@@ -172,8 +172,9 @@ class DispatchSet(GraphSet):
     def received(self) -> list[tuple[str, list[Any]]]:
         """(dtype, shape) of what is received."""
         S = self.fmt.scales_per_token(self.hidden)
-        scales = (["N", S] if self.fmt.scales_layout == "row" else [S, "N"]) if S else [0, 0]
-        rows = ["G", "M"] if self.layout == "expert_padded" else ["N"]
+        padded, column = self.layout == "expert_padded", self.fmt.scales_layout == "column"
+        scales = (["N", S] if not column else ["GS", "M"] if padded else [S, "N"]) if S else [0, 0]
+        rows = ["G", "M"] if padded else ["N"]
         tokens = graph_dtype(self.fmt.token_dtype), [*rows, self.fmt.token_elements(self.hidden)]
         return [tokens, (self.fmt.scale_dtype or "float32", scales), MEMORY]
 

@@ -177,7 +177,7 @@ class LowLatencyMode:
     def _rows(self, cfg: EPConfig, found: Received) -> Any:
         if isinstance(cfg.dispatch_format, BF16):
             return found.tokens
-        return found.tokens, found.scales.view(cfg.scales_per_token, cfg.n_local_experts, -1).permute(1, 2, 0)
+        return found.tokens, found.scales.view(cfg.n_local_experts, cfg.scales_per_token, -1).transpose(1, 2)
 
     # Combine
 

@@ -6,6 +6,9 @@ from .peers import Bytes, View, window_view
 from .routing import NO_ROW, local_group
 from .team import Team, fill, zero_bytes
 
+comptime SCALE_BYTES = 4
+"""Bytes of one scale."""
+
 comptime InputScales = def[dtype: DType](Int) capturing -> Scalar[dtype]
 """Gives the factor for an expert; only the factor for expert 0 is used, for all."""
 
@@ -172,17 +175,20 @@ struct DispatchOutput(TrivialRegisterPassable):
         fill[T](self.recv_num_tokens, 0)
 
 
-struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
+struct Rows[F: TokenFormat, layout: StaticString](ImplicitlyCopyable, Movable):
     """Where output rows and their scales are.
 
     Parameters:
         F: The format.
+        layout: Output layout.
     """
 
     var out: DispatchOutput
     """The outputs."""
     var capacity: Int
     """Rows that fit."""
+    var column: Int
+    """Rows whose scales stand together, where they come by column: those of a group if they have a block each."""
 
     def __init__(out self, out_: DispatchOutput):
         """Derive the capacity from the outputs.
@@ -192,6 +198,30 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
         """
         self.out = out_
         self.capacity = out_.tokens.size // Self.F.token_bytes
+        comptime if Self.layout == "expert_padded":
+            self.column = self.capacity // max(1, out_.counts.size)
+        else:
+            self.column = self.capacity
+
+    @always_inline
+    def scale(self, row: Int) -> Bytes:
+        """Where a row's first scale is; the next one is the stride of `put` further on.
+
+        Args:
+            row: The row.
+
+        Returns:
+            Its place.
+        """
+        comptime S = Self.F.scales_per_token
+        comptime if not Self.F.scales_by_column:
+            return self.out.scales.bytes(row * S * SCALE_BYTES)
+        elif Self.layout == "expert_padded":
+            var group = row // self.column
+            var first = group * S * self.column + row - group * self.column
+            return self.out.scales.bytes(first * SCALE_BYTES)
+        else:
+            return self.out.scales.bytes(row * SCALE_BYTES)
 
     @always_inline
     def put[T: Team](self, message: Bytes, row: Int):
@@ -204,21 +234,12 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
             message: The message.
             row: The row.
         """
-        comptime unit = 4
-        comptime if Self.F.scales_by_column:
-            Self.F.unpack[T](
-                message,
-                self.out.tokens.bytes(row * Self.F.token_bytes),
-                self.out.scales.bytes(row * unit),
-                self.capacity,
-            )
-        else:
-            Self.F.unpack[T](
-                message,
-                self.out.tokens.bytes(row * Self.F.token_bytes),
-                self.out.scales.bytes(row * Self.F.scales_per_token * unit),
-                1,
-            )
+        Self.F.unpack[T](
+            message,
+            self.out.tokens.bytes(row * Self.F.token_bytes),
+            self.scale(row),
+            self.column if Self.F.scales_by_column else 1,
+        )
 
     def zero[T: Team](self, row: Int):
         """Zero a row and its scales.
@@ -232,18 +253,11 @@ struct Rows[F: TokenFormat](ImplicitlyCopyable, Movable):
         zero_bytes[T](
             self.out.tokens.bytes(row * Self.F.token_bytes), Self.F.token_bytes
         )
+        var stride = self.column if Self.F.scales_by_column else 1
         for i in range(Self.F.scales_per_token):
-            comptime if Self.F.scales_by_column:
-                zero_bytes[T](
-                    self.out.scales.bytes((i * self.capacity + row) * 4), 4
-                )
-            else:
-                zero_bytes[T](
-                    self.out.scales.bytes(
-                        (row * Self.F.scales_per_token + i) * 4
-                    ),
-                    4,
-                )
+            zero_bytes[T](
+                self.scale(row) + i * stride * SCALE_BYTES, SCALE_BYTES
+            )
 
     def zero_padding[T: Team](self, group: Int):
         """Zero the rows between a group's last and the next group's first.

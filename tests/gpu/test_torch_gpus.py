@@ -1,4 +1,8 @@
-"""`ep_mojo.torch` with a process and a GPU for each rank, over nccl: the checks of tests/torch, and queues, graphs."""
+"""`ep_mojo.torch` with a process and a GPU for each rank, over nccl: the checks of tests/torch, and queues, graphs.
+
+EP_MOJO_TEST_RANKS says how many ranks; if there are more than GPUs, they share them, and kernels take turns: right, but
+slow. By default there is a rank for each GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ from tests.torch import (  # noqa: E402
 from tests.torch.launch import Died, Pool  # noqa: E402
 
 COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
-N = min(int(os.environ.get("EP_MOJO_TEST_GPUS", COUNT)), COUNT, 8)
+N = min(int(os.environ.get("EP_MOJO_TEST_RANKS", COUNT)), 8) if COUNT else 0
 SIZES = [[(7 * r + 3) % (buffers.TMAX + 1) for r in range(N)], [0] * N, [0, *[5] * (N - 1)], [buffers.TMAX] * N]
 
-pytestmark = pytest.mark.skipif(N < 2, reason="needs two GPUs that torch sees")
+pytestmark = pytest.mark.skipif(N < 2, reason="needs two GPUs that torch sees, or one and EP_MOJO_TEST_RANKS=2")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,7 @@ def test_settings_and_the_end(ready):
     ready.run(buffer_calls.check_after_destroy, N)
 
 
+@pytest.mark.skipif(N > COUNT, reason="the example takes a GPU for each rank")
 def test_the_example_under_torchrun():
     """A layer and its gradients against a dense one."""
     printed = launch.torchrun(N, "torch_moe_layer.py", "--train")

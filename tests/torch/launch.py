@@ -62,8 +62,8 @@ def run(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0, **h
 
 
 class Pool:
-    """`n` processes with a default process group, which stay until `close`. Over nccl each has a GPU of its own, where
-    tensors are made.
+    """`n` processes with a default process group, which stay until `close`. Over nccl each has a GPU, where tensors are
+    made: one of its own, or one that it shares if there are fewer GPUs than processes.
 
     Attributes:
         processes: The processes, by rank.
@@ -180,8 +180,11 @@ def _serve(end: connection.Connection, rank: int, n: int, store: str | None, bac
 
         torch.set_num_threads(1)
         if backend == "nccl":
-            torch.cuda.set_device(rank)
-            torch.set_default_device(f"cuda:{rank}")
+            gpu = rank % torch.cuda.device_count()
+            if n > torch.cuda.device_count():
+                _share_gpus(rank)
+            torch.cuda.set_device(gpu)
+            torch.set_default_device(f"cuda:{gpu}")
         if store is not None:
             from datetime import timedelta
 
@@ -197,6 +200,13 @@ def _serve(end: connection.Connection, rank: int, n: int, store: str | None, bac
         except EOFError:
             os._exit(0)
         end.send(_answer(ref, packed, rank))
+
+
+def _share_gpus(rank: int) -> None:
+    """Let ranks have one GPU: NCCL takes them for hosts of their own and goes over the loopback interface, torch maps
+    memory of one GPU in several processes. Their kernels take turns on it."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    os.environ |= {"NCCL_HOSTID": f"ep-mojo-{rank}", "NCCL_SOCKET_IFNAME": LOOPBACK, "NCCL_IB_DISABLE": "1"}
 
 
 def _answer(ref: FunctionRef, packed: bytes, rank: int) -> tuple[bool, Any]:

@@ -71,7 +71,8 @@ def check_received(b, s: plain.Step, fmt: str, recv_x, count, handle) -> None:
     wire = sent(s, fmt)
     assert packed[0].shape == (LOCAL, b.group_size * TMAX, HIDDEN)
     if fmt != "bf16":
-        assert packed[1].stride(1) == 1, "scales of neighbouring rows are neighbours"
+        rows, per_row = packed[1].shape[1:]
+        assert packed[1].stride() == (per_row * rows, 1, rows), "a block for each expert, scales of rows side by side"
     src_info, layout_range, *rest = handle
     assert rest == [TMAX, HIDDEN, s.n_experts]
     assert (src_info.dtype, layout_range.dtype) == (torch.int32, torch.int64)

@@ -1,5 +1,7 @@
 """Dispatch of the reference: against a second implementation by sorting, and by hand."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from unit.cases import Case, cases, make_case
 from ep_mojo.config import BlockwiseFP8, CustomFormat, EPConfig
 from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits
 from ep_mojo.errors import CapacityError, DTypeError, ShapeError, UnsupportedError
-from ep_mojo.reference import defined_rows, dequantize, dispatch, handle_differences, quantize
+from ep_mojo.reference import defined_rows, dequantize, dispatch, handle_differences, quantize, scales_by_row
 
 SMALL = EPConfig(hidden_size=8, top_k=2, n_experts=4, max_tokens_per_rank=3, n_ranks=2)
 
@@ -216,7 +218,7 @@ def test_fp8_rows(scale, scales_layout, layout, factor):
             q, want = quantize(bfloat16_bits_to_float32(case.xs[s][t : t + 1]) * np.float32(f), scale)
             assert np.array_equal(h.tokens[row], q[0])
             assert np.array_equal(scales[row], want[0])
-        values = dequantize(cfg, h.tokens, h.scales)
+        values = dequantize(cfg, h.tokens, scales)
         assert values.shape == (cfg.rows_capacity, cfg.hidden_size)
 
 
@@ -226,6 +228,19 @@ def test_fp8_padded_shapes():
         assert h.tokens.shape == (2, 6, 128)
         assert h.scales.shape == (12, 1)
         assert dequantize(case.cfg, h.tokens, h.scales).shape == (2, 6, 128)
+
+
+def test_padded_rows_have_their_columns_of_scales_by_expert():
+    def config(layout: str) -> EPConfig:
+        fmt = BlockwiseFP8("float32", layout)
+        return EPConfig(384, 1, 4, 3, 2, dispatch_format=fmt, output_layout="expert_padded")
+
+    case = make_case(config("row"), 0)
+    for want, got in zip(run(case), run(replace(case, cfg=config("column"))), strict=True):
+        assert (want.scales.shape, got.scales.shape) == ((12, 3), (2 * 3, 6))
+        for row, scales in enumerate(want.scales):
+            assert np.array_equal(got.scales.reshape(2, 3, 6)[row // 6, :, row % 6], scales)
+        assert np.array_equal(scales_by_row(config("column"), got.scales), want.scales)
 
 
 @pytest.mark.parametrize("scale", ["float32", "ue8m0"])
@@ -253,7 +268,7 @@ def test_custom_format():
     for h in run(case):
         assert h.tokens.dtype == np.int8
         assert h.scales.shape == (1, case.cfg.rows_capacity)
-        values = dequantize(case.cfg, h.tokens, h.scales)
+        values = dequantize(case.cfg, h.tokens, h.scales.T)
         for row in range(int(h.row_offsets[-1])):
             s, t = divmod(int(h.src_info[row, 0]), 3)
             assert np.allclose(values[row], bfloat16_bits_to_float32(case.xs[s][t]), atol=0.05)

@@ -45,7 +45,7 @@ def dispatch_wait[
             break
         out_.recv_num_tokens[r] = Int32(ep.header_of(waiter, epoch, r))
     if not ep.head.failed():
-        _receive[F, layout](ep, epoch, waiter, Rows[F](out_), stage)
+        _receive[F, layout](ep, epoch, waiter, Rows[F, layout](out_), stage)
     if ep.head.failed():
         out_.clear[HostTeam]()
     ep.end_wait[HostTeam](epoch)
@@ -57,7 +57,7 @@ def _receive[
     ep: Endpoint[True],
     epoch: UInt64,
     waiter: Waiter,
-    rows: Rows[F],
+    rows: Rows[F, layout],
     stage: Int32,
 ) raises:
     var s = ep.s

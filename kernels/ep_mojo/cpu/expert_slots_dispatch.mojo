@@ -195,7 +195,7 @@ def dispatch_wait[
             )
         )
     if not ep.head.failed():
-        _receive[F, layout](ep, counts, Rows[F](out_), stage)
+        _receive[F, layout](ep, counts, Rows[F, layout](out_), stage)
     if ep.head.failed():
         out_.clear[HostTeam]()
     end_wait(ep, epoch)
@@ -207,7 +207,7 @@ def _receive[
 ](
     ep: Endpoint[True],
     counts: View[DType.int32],
-    rows: Rows[F],
+    rows: Rows[F, layout],
     stage: Int32,
 ) raises:
     var s = ep.s

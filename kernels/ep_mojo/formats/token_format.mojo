@@ -31,7 +31,8 @@ trait TokenFormat:
     comptime scales_per_token: Int
     """Scales of one row, 0 = none."""
     comptime scales_by_column: Bool
-    """Whether the scales output is [scales_per_token, rows] and not [rows, scales_per_token]."""
+    """Whether scales of neighbouring rows stand together: [scales_per_token, rows], with layout "expert_padded" one such
+    block for each group."""
     comptime message_bytes: Int
     """Bytes of one message, a multiple of 16."""
 

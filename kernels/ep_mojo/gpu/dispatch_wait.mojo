@@ -96,7 +96,7 @@ def copy_rows[
     waiter: Waiter,
     pieces: Pieces,
     share: Share,
-    rows: Rows[F],
+    rows: Rows[F, layout],
 ):
     """Copy messages to their rows as they arrive.
 
@@ -180,7 +180,7 @@ def mark_rest[
     epoch: UInt64,
     waiter: Waiter,
     share: Share,
-    rows: Rows[F],
+    rows: Rows[F, layout],
 ):
     """Say of all rows that hold nothing that they do: padding between groups, and what is behind the last group.
 
@@ -267,9 +267,11 @@ def dispatch_wait_stage[
         var share = Share(skip=pieces.n)
         keep_weights(ep, epoch, waiter, share, output.value)
         copy_rows[F, layout, slot_bytes[F]()](
-            ep, epoch, waiter, pieces, share, Rows[F](output.value)
+            ep, epoch, waiter, pieces, share, Rows[F, layout](output.value)
         )
-        mark_rest[F, layout](ep, epoch, waiter, share, Rows[F](output.value))
+        mark_rest[F, layout](
+            ep, epoch, waiter, share, Rows[F, layout](output.value)
+        )
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         close_wait(ep, epoch, output.value)
 

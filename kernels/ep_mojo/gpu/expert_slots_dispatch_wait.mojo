@@ -125,7 +125,7 @@ def receive[
         if _gather_blocks(ep, epoch, waiter, blocks):
             _sum_blocks(blocks)
             var needed = _group_rows[layout](ep, blocks, out_)
-            var rows = Rows[F](out_)
+            var rows = Rows[F, layout](out_)
             var room = min(rows.capacity, out_.src_info.size // 2)
             comptime if layout == "expert_padded":
                 room = ep.s.n_ranks * ep.s.max_tokens
@@ -258,7 +258,7 @@ def _group_rows[
 @always_inline
 def _copy_messages[
     F: TokenFormat, layout: StaticString
-](ep: Endpoint[True], blocks: Blocks, rows: Rows[F]):
+](ep: Endpoint[True], blocks: Blocks, rows: Rows[F, layout]):
     """Copy messages to their rows, 32 of a block at a time."""
     var s = ep.s
     var R = s.n_ranks

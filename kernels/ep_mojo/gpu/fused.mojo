@@ -111,15 +111,22 @@ def dispatch_stage[
                 ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
             )
         if roles.sends:
-            mark_rest[F, layout](ep, epoch, waiter, roles.share, Rows[F](out_))
+            mark_rest[F, layout](
+                ep, epoch, waiter, roles.share, Rows[F, layout](out_)
+            )
         else:
             keep_weights(ep, epoch, waiter, roles.share, out_)
             copy_rows[F, layout, 2 * token_slot_bytes[F]()](
-                ep, epoch, waiter, roles.pieces, roles.share, Rows[F](out_)
+                ep,
+                epoch,
+                waiter,
+                roles.pieces,
+                roles.share,
+                Rows[F, layout](out_),
             )
             if not roles.apart:
                 mark_rest[F, layout](
-                    ep, epoch, waiter, roles.share, Rows[F](out_)
+                    ep, epoch, waiter, roles.share, Rows[F, layout](out_)
                 )
     mark[MARK_ENDED](ep)
     if is_last_cta(ep, sending=False) and warp_index() == 0:

@@ -273,8 +273,12 @@ def check_worst_too_small(n: int) -> None:
 
     if b.rank == 0:  # owns the expert that all tokens go to
         raises(errors.CapacityError, dispatch, "rows", "num_worst_tokens", "reset() of the Buffer")
-    else:
-        dispatch()
+    else:  # its own round goes well, unless it hears of the failure before it is done
+        try:
+            dispatch()
+        except errors.EPError as e:
+            if not (e.peer_failed and "rank 0" in str(e)):
+                raise
     b.reset()
     normal.check_round(n, 1)
 

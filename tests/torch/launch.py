@@ -77,7 +77,9 @@ class Pool:
         store = f"file://{self._folder.name}/store" if init else None
         for rank in range(n):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, rank, n, store, backend), daemon=True)
+            process = spawn.Process(
+                target=_serve, args=(theirs, rank, n, self._stacks(rank), store, backend), daemon=True
+            )
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -150,7 +152,7 @@ class Pool:
         while missing:
             ready = connection.wait(list(missing), max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._give_up(sorted(missing.values()))
+                self._give_up(sorted(missing.values()), answers)
             for end in ready:
                 rank = missing.pop(end)
                 try:
@@ -160,7 +162,7 @@ class Pool:
                     answers[rank] = False, Died(f"rank {rank} ended with exit code {self.processes[rank].exitcode}")
         return answers
 
-    def _give_up(self, late: list[int]) -> None:
+    def _give_up(self, late: list[int], answers: dict[int, tuple[bool, Any]]) -> None:
         for rank in late:
             with contextlib.suppress(OSError):
                 os.kill(self.pids[rank], signal.SIGCONT)
@@ -168,11 +170,16 @@ class Pool:
         time.sleep(1)
         for process in self.processes:
             process.kill()
-        raise TimeoutError(f"ranks {late} were not done in time; their stacks are on stderr")
+        failed = "".join(f"\nrank {r} raised {value!r}" for r, (ok, value) in answers.items() if not ok)
+        stacks = "".join(f"\nrank {rank} was at\n{self._stacks(rank).read_text()}" for rank in late)
+        raise TimeoutError(f"ranks {late} were not done in time{failed}{stacks}")
+
+    def _stacks(self, rank: int) -> Path:
+        return Path(self._folder.name, f"stacks-{rank}")
 
 
-def _serve(end: connection.Connection, rank: int, n: int, store: str | None, backend: str) -> None:
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+def _serve(end: connection.Connection, rank: int, n: int, stacks: Path, store: str | None, backend: str) -> None:
+    faulthandler.register(signal.SIGUSR1, file=stacks.open("w"), all_threads=True)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     try:
         import torch

@@ -29,7 +29,9 @@ MAX_ROWS = (1 << 31) - 1
 """Rows are int32."""
 MAX_TIMEOUT_S = 1e6
 
-OUTPUT_LAYOUTS = ("expert", "expert_padded", "rank")
+OUTPUT_LAYOUTS = ("expert", "expert_padded", "rank", "gathered")
+BY_SOURCE = ("rank", "gathered")
+"""Layouts whose rows are grouped by the ranks that they come from."""
 REDUCE_MODES = ("expert", "source", None)
 SLOTS = ("rank", "expert")
 OUTPUT_DTYPES = ("bfloat16", "float32")
@@ -52,19 +54,20 @@ class EPConfig:
 
     Args:
         hidden_size: H, elements of a token: 8 to 65536, a multiple of 8 (of 128 for `BlockwiseFP8`).
-        top_k: K, experts a token: 1 to 32. May be larger than n_experts.
+        top_k: K, experts a token: 1 to 32. May be larger than n_experts. With the "gathered" layout also 0: tokens
+            travel without choices.
         n_experts: E: 1 to 2048, a multiple of n_ranks. Rank r owns the experts [r * L, (r + 1) * L).
         max_tokens_per_rank: Tmax: 1 to 2^22, with Tmax * K below 2^24.
         n_ranks: R: 1 to 8.
         dispatch_format: `BF16()`, `BlockwiseFP8(...)` or `CustomFormat(...)`.
         output_layout: Rows of dispatch. "expert": grouped by expert; "expert_padded": [groups, R * Tmax, H]; "rank":
-            one row for each (source rank, token).
+            one row for each (source rank, token) that has an expert here; "gathered": every token of every rank.
         reduce: Who sums the rows of a token in combine. "expert": the experts' rank, one row a rank travels; "source":
             every row travels; None: the window is sized for both, and each call may choose ("expert" unless it says
             otherwise).
         slots: "rank": one message for each (token, destination rank); "expert": one for each (token, expert).
         alignment: Groups of the "expert" layout start at multiples of this many rows: 1 to 1024.
-        max_rows: Rows of the output for "expert" and "rank"; None = the worst case. More rows than that:
+        max_rows: Rows of the output, but with "expert_padded"; None = the worst case. More rows than that:
             `CapacityError`.
         combine_dtype: Type of the expert rows and of what travels in combine, "bfloat16" or "float32".
         output_dtype: Type of what combine returns, "bfloat16" or "float32".
@@ -153,7 +156,7 @@ class EPConfig:
         if self.max_rows is not None:
             return self.max_rows
         tokens = self.n_ranks * self.max_tokens_per_rank
-        if self.output_layout == "rank":
+        if self.output_layout in BY_SOURCE:
             return tokens
         if self.output_layout == "expert_padded":
             return self.n_groups * tokens
@@ -185,11 +188,11 @@ class EPConfig:
     def combine_slots(self) -> int:
         """Rows of the combine window for each token: R (reduce="expert"), K ("source"), max(R, K) (None).
 
-        The "rank" layout sends one row a rank in either mode, and so has at least R.
+        The layouts by source send one row a rank in either mode, and so have at least R.
         """
         if self.slots == "expert":
             return self.top_k
-        if self.reduce == "expert":
+        if self.reduce == "expert" or self.output_layout == "gathered":
             return self.n_ranks
         if self.reduce == "source" and self.output_layout != "rank":
             return self.top_k
@@ -220,7 +223,7 @@ class EPConfig:
             self.combine_slots,
             self.n_sms or 0,
             int(bool(virtual)),
-            int(self.slots == "expert"),
+            2 if self.output_layout == "gathered" else int(self.slots == "expert"),
             int(self.shared_expert),
             fnv1a64(self.dispatch_format.key().encode()) >> 1,
             {None: 0, "expert": 1, "source": 2}[self.reduce],
@@ -266,7 +269,7 @@ class EPConfig:
             self._set("num_buffers", 1 if self.slots == "expert" else 2)
         ranges = {
             "hidden_size": (8, MAX_HIDDEN),
-            "top_k": (1, layout.MAX_TOP_K),
+            "top_k": (int(self.output_layout != "gathered"), layout.MAX_TOP_K),
             "n_ranks": (1, MAX_RANKS),
             "n_experts": (1, layout.MAX_EXPERTS),
             "max_tokens_per_rank": (1, layout.MAX_TOKENS),

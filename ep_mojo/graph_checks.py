@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .config import MAX_SMS, EPConfig
+from .config import BY_SOURCE, MAX_SMS, EPConfig
 from .errors import ConfigError, DeviceError, DTypeError, OrderError, ShapeError, UnsupportedError
 from .formats import BF16, BlockwiseFP8, check_int
 from .handle import Handle, graph_dtype
@@ -318,7 +318,7 @@ def check_wait(
         UnsupportedError: Weights where they have been applied already.
     """
     T, H = h.topk_ids.shape[0], cfg.hidden_size
-    if weights is not None and (mode != "source" or cfg.output_layout == "rank"):
+    if weights is not None and (mode != "source" or cfg.output_layout in BY_SOURCE):
         raise UnsupportedError(
             field="weights",
             value=f"given, with reduce={mode!r} and output_layout={cfg.output_layout!r}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import EPConfig
+from .config import BY_SOURCE, EPConfig
 from .errors import ShapeError
 
 if TYPE_CHECKING:
@@ -38,22 +38,25 @@ class Handle:
 
     Attributes:
         cfg: The config.
-        tokens: "expert" [N, H]; "expert_padded" [G, R*Tmax, H]; "rank" [N, H]; in the format's token dtype, but on
-            the host float8 as uint8 bit patterns, because MAX has no float8 tensors there. Quantised rows are to be
-            multiplied by their scales (docs/gpus.md): a cast alone makes combine's sums wrong.
+        tokens: [N, H], "expert_padded" [G, R*Tmax, H]; in the format's token dtype, but on the host float8 as uint8 bit
+            patterns, because MAX has no float8 tensors there. Quantised rows are to be multiplied by their scales
+            (docs/gpus.md): a cast alone makes combine's sums wrong.
         scales: [N, S] or, column-major, [S, N], with "expert_padded" [G*S, N/G]: a block [S, N/G] for each group, as
             grouped GEMMs of padded rows take it; [0, 0] where the format has none.
         row_offsets: uint32. "expert" [G + 1], the aligned first row of each group; "expert_padded" [G + 1];
-            "rank" [R + 1], the first row of each source rank.
-        counts: int32 [G], true rows of each group; "rank" [R].
-        expert_ids: int32 [G], the global expert of each group, E for the shared one; "rank" [0].
-        src_info: int32 [N, 2] = (source rank * Tmax + token, k), -1 where there is no row; k = -1 in shared rows and in
-            layout "rank".
-        local_ids: int32 [N, K] in layout "rank": local expert ids, -1 = not on this rank; else [0, 0].
-        local_weights: float32 [N, K] in layout "rank"; else [0, 0].
+            by source [R + 1], the first row of each source rank. ("By source": the layouts "rank" and "gathered".)
+        counts: int32 [G], true rows of each group; by source [R].
+        expert_ids: int32 [G], the global expert of each group, E for the shared one; by source [0].
+        src_info: int32 [N, 2] = (source rank * Tmax + token, k), -1 where there is no row; k = -1 in shared rows and
+            by source.
+        local_ids: int32 [N, K], "rank": local expert ids, -1 = not on this rank; "gathered": global ids, -1 = none;
+            else [0, 0].
+        local_weights: float32 [N, K] by source, the weights of these choices, 0 where the id is -1 in "rank"; rows
+            that hold no token have -1 and 0; else [0, 0].
         recv_weights: float32 [R, Tmax, K]: all sources' weights, 1 where there are none, 0 past their tokens. With
             slots="expert" all 0: weights do not travel, and the source sums.
-        row_map: int32 [R, Tmax, K]: the row of a source token's k-th choice, -1 = none here.
+            "gathered" [0, 0, 0].
+        row_map: int32 [R, Tmax, K]: the row of a source token's k-th choice, -1 = none here. "gathered" [0, 0, 0].
         recv_num_tokens: int32 [R]: all sources' tokens. With slots="expert" one more than the highest token that came
             from each source.
         topk_ids, weights, num_tokens: The rank's own, as given to dispatch (weights and num_tokens may be None).
@@ -120,12 +123,12 @@ def handle_shapes(cfg: EPConfig, rows: int | None = None) -> list[tuple[str, lis
     """(dtype, shape) of `HANDLE_TENSORS` for a config; `rows`: N, where it is not `cfg.rows_capacity`."""
     R, K, G, S = cfg.n_ranks, cfg.top_k, cfg.n_groups, cfg.scales_per_token
     N = cfg.rows_capacity if rows is None else rows
-    fmt, by_rank = cfg.dispatch_format, cfg.output_layout == "rank"
+    fmt, by_rank = cfg.dispatch_format, cfg.output_layout in BY_SOURCE
     tokens = [G, N // G] if cfg.output_layout == "expert_padded" else [N]
     scales = [N, S] if S else [0, 0]
     if S and fmt.scales_layout == "column":
         scales = [G * S, N // G] if cfg.output_layout == "expert_padded" else [S, N]
-    per_token = [R, cfg.max_tokens_per_rank, K]
+    per_token = [0, 0, 0] if cfg.output_layout == "gathered" else [R, cfg.max_tokens_per_rank, K]
     types = {
         "tokens": (fmt.token_dtype, [*tokens, cfg.token_elements]),
         "scales": (fmt.scale_dtype or "float32", scales),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import EPConfig
+from ..config import BY_SOURCE, EPConfig
 from ..dtypes import as_bits, bfloat16_bits_to_float32, float32_to_bfloat16_bits, round_to_bfloat16
 from ..errors import ConfigError, UnsupportedError
 from ..formats import check_choice
@@ -31,7 +31,7 @@ def combine(
         reduce="source": acc = fma(w, x, acc) in ascending k
         reduce="expert": on each expert's rank p = fma(w, x, p) in ascending k from 0, p rounded to combine_dtype;
             acc = acc + p in ascending rank
-        layout "rank": acc = acc + row in ascending rank, unweighted
+        layouts by source: acc = acc + row in ascending rank, unweighted; with "gathered" all ranks give one
 
     Args:
         cfg: The config.
@@ -102,7 +102,7 @@ def _combine_rank(
                 acc = add(acc, _to_float32(bias[t]))
         if cfg.shared_expert:
             acc = add(acc, rows32[source][int(own.row_offsets[0]) + t])
-        if cfg.output_layout == "rank" or mode == "expert":
+        if cfg.output_layout in BY_SOURCE or mode == "expert":
             for r, handle in enumerate(handles):
                 partial = _partial(cfg, rows32[r], handle, source, t)
                 if partial is not None:
@@ -121,6 +121,8 @@ def _combine_rank(
 
 def _partial(cfg: EPConfig, rows: np.ndarray, handle: ReferenceHandle, source: int, token: int) -> np.ndarray | None:
     """What an expert's rank sends for a token, or None where it has no expert of it."""
+    if cfg.output_layout == "gathered":
+        return rows[int(handle.row_offsets[source]) + token]
     partial = None
     for k in range(cfg.top_k):
         row = int(handle.row_map[source, token, k])
@@ -141,7 +143,7 @@ def _to_float32(values: np.ndarray) -> np.ndarray:
 
 
 def _check_weights(cfg: EPConfig, rank: int, weights: Any, mode: str, rows: int) -> None:
-    if cfg.output_layout == "rank" or mode != "source":
+    if cfg.output_layout in BY_SOURCE or mode != "source":
         raise UnsupportedError(
             f"combine takes weights only where the source sums (here: layout {cfg.output_layout!r}, reduce {mode!r})",
             field=f"weights[{rank}]",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import EPConfig
+from ..config import BY_SOURCE, EPConfig
 from ..dtypes import as_bits, bfloat16_bits_to_float32, storage_dtype
 from ..errors import CapacityError, UnsupportedError
 from ..formats import BF16, BlockwiseFP8, CustomFormat
@@ -27,16 +27,18 @@ class ReferenceHandle:
         tokens: [rows, H], or [n_groups, R * Tmax, H] for "expert_padded"; bfloat16 as uint16, e4m3 as uint8 bits.
         scales: [rows, S], or with scales_layout="column" [S, rows], "expert_padded" [G*S, rows/G]; float32 [0, 0]
             without scales.
-        row_offsets: uint32 [n_groups + 1], or [R + 1] for "rank".
-        counts: int32 [n_groups], or [R] for "rank": true number of rows of each group.
-        expert_ids: int32 [n_groups]: global expert id, E for the shared expert; [0] for "rank".
-        src_info: int32 [rows, 2]: (source rank * Tmax + token, k), k = -1 for shared rows and for "rank"; (-1, -1) = no
+        row_offsets: uint32 [n_groups + 1], or [R + 1] by source ("rank", "gathered").
+        counts: int32 [n_groups], or [R] by source: true number of rows of each group.
+        expert_ids: int32 [n_groups]: global expert id, E for the shared expert; [0] by source.
+        src_info: int32 [rows, 2]: (source rank * Tmax + token, k), k = -1 for shared rows and by source; (-1, -1) = no
             row.
-        local_ids: int32 [rows, K]: local expert ids, -1 = not on this rank; "rank" only, else [0, 0].
-        local_weights: float32 [rows, K], 0 where the id is -1; "rank" only, else [0, 0].
+        local_ids: int32 [rows, K]: "rank" local expert ids, -1 = not on this rank; "gathered" global ids, -1 = none;
+            else [0, 0].
+        local_weights: float32 [rows, K]: "rank" 0 where the id is -1; "gathered" as they came; else [0, 0].
         recv_weights: float32 [R, Tmax, K]: every rank's weights, 1 where it gave none, 0 past its tokens; with
-            slots="expert" all 0, because weights do not travel.
-        row_map: int32 [R, Tmax, K]: the row of (source, token, k), or -1. "rank": at the first local k only.
+            slots="expert" all 0, because weights do not travel; "gathered" [0, 0, 0].
+        row_map: int32 [R, Tmax, K]: the row of (source, token, k), or -1. "rank": at the first local k only;
+            "gathered" [0, 0, 0].
         recv_num_tokens: int32 [R]: tokens of every rank; with slots="expert" one more than the highest token that came
             from it, because no more is known.
         topk_ids: [T, K] as given.
@@ -198,13 +200,16 @@ def _receive(
         recv_weights[s, : counts[s]] = 1.0 if weights[s] is None else weights[s][: counts[s]]
 
     # (source, token, k) of every row, by group, in the order of the contract: source rank, then token, then k.
-    by_rank = cfg.output_layout == "rank"
+    by_rank, gathered = cfg.output_layout in BY_SOURCE, cfg.output_layout == "gathered"
     shared = int(cfg.shared_expert)
     groups: list[list[tuple[int, int, int]]] = [[] for _ in range(n_ranks if by_rank else cfg.n_groups)]
     if shared:
         groups[0] = [(rank, t, -1) for t in range(counts[rank])]
     for s in range(n_ranks):
         for t in range(counts[s]):
+            if gathered:
+                groups[s].append((s, t, -1))
+                continue
             for k in range(top_k):
                 local = int(topk_ids[s][t, k]) - first
                 if not 0 <= local < n_local:
@@ -228,10 +233,12 @@ def _receive(
             if k >= 0:
                 row_map[s, t, k] = row
             if by_rank:
-                local = topk_ids[s][t].astype(np.int64) - first
-                here = (local >= 0) & (local < n_local)
+                local = topk_ids[s][t].astype(np.int64) - (0 if gathered else first)
+                here = (local >= 0) & (local < (cfg.n_experts if gathered else n_local))
                 local_ids[row] = np.where(here, local, -1)
-                local_weights[row] = np.where(here, recv_weights[s, t], 0)
+                local_weights[row] = np.where(here | gathered, recv_weights[s, t], 0)
+    if gathered:
+        recv_weights, row_map = np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int32)
 
     recv_num_tokens = np.array(counts, np.int32)
     if cfg.slots == "expert":

@@ -12,6 +12,7 @@ from .layout import (
 )
 from .numeric import accumulate, store_f32
 from .peers import Bytes, View
+from .routing import by_source
 from .team import Team
 
 comptime RouterWeights = def[width: Int](
@@ -219,9 +220,9 @@ def travels_by_row[layout: StaticString, reduce: StaticString]() -> Bool:
         reduce: "expert" or "source".
 
     Returns:
-        False with layout "rank", where a token has one row.
+        False with rows by source, where a token has one row.
     """
-    return reduce == "source" and layout != "rank"
+    return reduce == "source" and not by_source[layout]()
 
 
 @always_inline

@@ -100,17 +100,17 @@ struct DispatchOutput(TrivialRegisterPassable):
     var scales: View[DType.uint8]
     """Row- or column-major scales as bytes, or of size 0."""
     var row_offsets: View[DType.uint32]
-    """[groups + 1], or [R + 1] with layout "rank"."""
+    """[groups + 1], or [R + 1] with rows by source."""
     var counts: View[DType.int32]
-    """[groups], or [R] with layout "rank"."""
+    """[groups], or [R] with rows by source."""
     var expert_ids: View[DType.int32]
     """[groups], or of size 0."""
     var src_info: View[DType.int32]
     """[rows, 2]: (source rank * Tm + token, k)."""
     var local_ids: View[DType.int32]
-    """[rows, K] with layout "rank"."""
+    """[rows, K] with rows by source."""
     var local_weights: View[DType.float32]
-    """[rows, K] with layout "rank"."""
+    """[rows, K] with rows by source."""
     var recv_weights: View[DType.float32]
     """[R, Tm, K]."""
     var row_map: View[DType.int32]
@@ -320,7 +320,7 @@ def table_weights(
 
 @always_inline
 def localise[
-    T: Team
+    T: Team, layout: StaticString
 ](
     ep: Endpoint[True],
     buffer: Int,
@@ -329,10 +329,12 @@ def localise[
     row: Int,
     out_: DispatchOutput,
 ):
-    """Write a row's local ids and weights (layout "rank"), -1 and 0 for experts of other ranks.
+    """Write a row's ids and weights: with layout "rank" local ids, -1 and 0 for experts of other ranks; with
+    "gathered" as they came.
 
     Parameters:
         T: Who writes.
+        layout: Output layout.
 
     Args:
         ep: The rank.
@@ -346,8 +348,11 @@ def localise[
     var weights = table_weights(ep, buffer, source)
     var K = ep.s.top_k
     for k in range(T.lane(), K, T.lanes):
-        var local = local_group(ep.s, ids[token * K + k], ep.me)
-        out_.local_ids[row * K + k] = Int32(local)
-        out_.local_weights[row * K + k] = weights[
-            token * K + k
-        ] if local >= 0 else Float32(0)
+        var id = Int(ids[token * K + k])
+        var weight = weights[token * K + k]
+        comptime if layout == "rank":
+            id = local_group(ep.s, ids[token * K + k], ep.me)
+            if id < 0:
+                weight = 0
+        out_.local_ids[row * K + k] = Int32(id)
+        out_.local_weights[row * K + k] = weight

@@ -4,13 +4,15 @@
     row_offsets [groups + 1] | counts [groups] | expert_ids [groups or 0] | recv_num_tokens [R] | row_map [R, Tm, K] |
     recv_weights [R, Tm, K] | src_info [rows, 2] | local_ids [rows, K or 0] | local_weights [rows, K or 0]
 
-in words of 32 bits, each from a multiple of `WORDS` words on. What combine needs does not move with the rows.
+in words of 32 bits, each from a multiple of `WORDS` words on. What combine needs does not move with the rows. With
+layout "gathered" row_map and recv_weights have size 0.
 """
 
 from .combine_tensors import CombineInput
 from .dispatch_tensors import DispatchOutput
 from .layout import align_up
 from .peers import View, window_view
+from .routing import by_source, choices_mapped
 from .settings import Settings
 
 comptime WORDS = 4
@@ -59,9 +61,9 @@ def packed_output[
     Returns:
         The tensors, and the words that the block must have.
     """
-    comptime by_rank = layout == "rank"
+    comptime by_rank = by_source[layout]()
     var groups = s.n_ranks if by_rank else s.n_groups()
-    var choices = s.n_ranks * s.max_tokens * s.top_k
+    var choices = choices_mapped[layout](s)
     var local = rows * s.top_k if by_rank else 0
     var parts = _Parts(memory)
     var row_offsets = parts.take[DType.uint32](groups + 1)
@@ -111,9 +113,9 @@ def packed_input[
     Returns:
         The tensors, and the words that the block must have at least.
     """
-    comptime by_rank = layout == "rank"
+    comptime by_rank = by_source[layout]()
     var groups = s.n_ranks if by_rank else s.n_groups()
-    var choices = s.n_ranks * s.max_tokens * s.top_k
+    var choices = choices_mapped[layout](s)
     var parts = _Parts(memory)
     _ = parts.take[DType.uint32](groups + 1)
     _ = parts.take[DType.int32](groups)

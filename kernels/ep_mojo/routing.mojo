@@ -49,6 +49,32 @@ def destination(id: Int16, n_local: Int) -> UInt32:
 
 
 @always_inline
+def everyone(s: Settings) -> UInt32:
+    """All ranks.
+
+    Args:
+        s: The settings.
+
+    Returns:
+        Bits 0 to R - 1.
+    """
+    return (UInt32(1) << UInt32(s.n_ranks)) - 1
+
+
+@always_inline
+def by_source[layout: StaticString]() -> Bool:
+    """Whether rows are grouped by the ranks that they come from, one for a token, and not by expert.
+
+    Parameters:
+        layout: Output layout.
+
+    Returns:
+        True with "rank" and "gathered".
+    """
+    return layout == "rank" or layout == "gathered"
+
+
+@always_inline
 def destinations(
     ids: View[DType.int16], token: Int, top_k: Int, n_local: Int
 ) -> UInt32:
@@ -67,6 +93,22 @@ def destinations(
     for k in range(top_k):
         mask |= destination(ids[token * top_k + k], n_local)
     return mask
+
+
+@always_inline
+def choices_mapped[layout: StaticString](s: Settings) -> Int:
+    """How many choices a handle has rows and weights for.
+
+    Parameters:
+        layout: Output layout.
+
+    Args:
+        s: The settings.
+
+    Returns:
+        R * Tm * K; 0 with "gathered", where the sources' T say it all.
+    """
+    return 0 if layout == "gathered" else s.n_ranks * s.max_tokens * s.top_k
 
 
 @always_inline
@@ -118,7 +160,7 @@ def count_rows[
     """Count the rows that a source adds to each group of a rank.
 
     Parameters:
-        layout: Output layout; "rank" counts tokens, in group 0.
+        layout: Output layout; "rank" and "gathered" count tokens, in group 0.
 
     Args:
         s: The settings.
@@ -129,7 +171,9 @@ def count_rows[
         counts: Int32 [groups], out.
     """
     counts.fill(0)
-    comptime if layout == "rank":
+    comptime if layout == "gathered":
+        counts[0] = Int32(tokens)
+    elif layout == "rank":
         for t in range(tokens):
             if (
                 destinations(ids, t, s.top_k, s.n_local_experts())
@@ -161,14 +205,14 @@ def row_starts[
     Args:
         s: The settings.
         counts: Int32 [R, groups]: counts in, first row of each (source, group) out.
-        row_offsets: Uint32, out: [groups + 1], or [R + 1] with layout "rank".
-        totals: Int32, out: true counts, [groups], or [R] with layout "rank".
+        row_offsets: Uint32, out: [groups + 1], or [R + 1] with rows by source.
+        totals: Int32, out: true counts, [groups], or [R] with rows by source.
 
     Returns:
         Rows that the output must hold; with "expert_padded" the largest group.
     """
     var run = 0
-    comptime if layout == "rank":
+    comptime if by_source[layout]():
         for r in range(s.n_ranks):
             var n = Int(counts[r])
             row_offsets[r] = UInt32(run)

@@ -14,6 +14,13 @@ comptime REDUCE_EXPERT = 1
 comptime REDUCE_SOURCE = 2
 """The whole sum at the source."""
 
+comptime SLOTS_RANK = 0
+"""A message for each rank that owns one of a token's experts."""
+comptime SLOTS_EXPERT = 1
+"""A message for each expert."""
+comptime SLOTS_EVERYWHERE = 2
+"""A message for every rank."""
+
 # Sets of words that a hash leaves out, one bit a word.
 comptime CONFIG_UNHASHED: UInt32 = 0x1800
 """Words 11 and 12: what ranks may choose for themselves."""
@@ -54,6 +61,8 @@ struct Settings(TrivialRegisterPassable):
     """Ranks share one queue: a wait that finds its signal missing fails at once."""
     var expert_slots: Bool
     """Slot policy ExpertSlots."""
+    var everywhere: Bool
+    """Every token goes to all ranks, whatever it has chosen: layout "gathered"."""
     var shared_expert: Bool
     """Group 0 holds the rank's own tokens."""
     var format_tag: Int
@@ -83,7 +92,8 @@ struct Settings(TrivialRegisterPassable):
         self.combine_slots = Int(words[10])
         self.n_sms = Int(words[11])
         self.virtual = words[12] != 0
-        self.expert_slots = words[13] != 0
+        self.expert_slots = words[13] == SLOTS_EXPERT
+        self.everywhere = words[13] == SLOTS_EVERYWHERE
         self.shared_expert = words[14] != 0
         self.format_tag = Int(words[15])
         self.reduce = Int(words[16])
@@ -127,6 +137,7 @@ struct Settings(TrivialRegisterPassable):
         self.n_sms = 0
         self.virtual = False
         self.expert_slots = True
+        self.everywhere = False
         self.shared_expert = False
         self.format_tag = format_tag
         self.reduce = REDUCE_SOURCE
@@ -151,7 +162,9 @@ struct Settings(TrivialRegisterPassable):
             Int64(self.combine_slots),
             Int64(self.n_sms),
             Int64(Int(self.virtual)),
-            Int64(Int(self.expert_slots)),
+            Int64(
+                SLOTS_EXPERT if self.expert_slots else SLOTS_EVERYWHERE if self.everywhere else SLOTS_RANK
+            ),
             Int64(Int(self.shared_expert)),
             Int64(self.format_tag),
             Int64(self.reduce),

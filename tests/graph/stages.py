@@ -19,7 +19,7 @@ from ep_mojo.handle import HANDLE_TENSORS, graph_dtype, handle_types
 from ep_mojo.layout import SETTINGS_WORDS
 
 DISPATCH_TABLES, COMBINE_TABLES = slice(1, 4), slice(4, 7)
-LAYOUTS = ("expert", "expert_padded", "rank")
+LAYOUTS = ("expert", "expert_padded", "rank", "gathered")
 REDUCE_MODES = ("expert", "source")
 FP8_HIDDEN = 640
 FORMATS = {
@@ -92,10 +92,10 @@ class Receive:
         return []
 
     def shapes(self):
-        return [["N", "S0", "S1", "offsets", "groups", 0], ["ids", "L0", "L1", "Tm", "K", 0]]
+        return [["N", "S0", "S1", "offsets", "groups", 0], ["ids", "L0", "L1", 0], ["P0", "P1", "P2", "R", 0]]
 
     def outputs(self, on_host):
-        per_token = ["R", "Tm", "K"]
+        per_token = ["P0", "P1", "P2"]
         return [
             (graph_dtype(self.fmt.token_dtype, on_host), ["N", self.hidden]),
             (self.fmt.scale_dtype or "float32", ["S0", "S1"]),
@@ -128,7 +128,7 @@ class SendBack:
     tables = COMBINE_TABLES
 
     def inputs(self, on_host):
-        per_token = ["R", "Tm", "K"]
+        per_token = ["P0", "P1", "P2"]
         where = ["N", 2] if self.slots == "expert" else per_token
         return [(self.dtype, ["N", self.hidden]), ("int32", where), ("float32", per_token), ("int32", ["R"])]
 
@@ -312,7 +312,8 @@ class Engine:
         dims = {name: [int(d) for d in t.shape] for name, t in types.items()}
         shapes = [
             [cfg.rows_capacity, *dims["scales"], *dims["row_offsets"], *dims["counts"], 0],
-            [*dims["expert_ids"], *dims["local_ids"], cfg.max_tokens_per_rank, cfg.top_k, 0],
+            [*dims["expert_ids"], *dims["local_ids"], 0],
+            [*dims["row_map"], cfg.n_ranks, 0],
         ]
         variant = Receive(cfg.hidden_size, cfg.dispatch_format, cfg.output_layout, cfg.slots)
         handle = SimpleNamespace(**dict(zip(HANDLE_TENSORS, self._run(variant, rank, [], shapes), strict=True)))

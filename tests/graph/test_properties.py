@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from graph.stages import COMBINE_TYPES, EXPERT_SLOTS_FORMATS, FORMATS, FP8_HIDDEN, Engine, hidden_of
+from graph.stages import COMBINE_TYPES, EXPERT_SLOTS_FORMATS, FORMATS, FP8_HIDDEN, LAYOUTS, Engine, hidden_of
 from graph.virtual import Play, random_round
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ def configs(draw, hidden, fmt, layout, slots="rank"):
     n_ranks = draw(st.integers(1, 8))
     types = COMBINE_TYPES[hidden]
     fields = {
-        "top_k": draw(st.one_of(st.integers(1, 4), st.integers(1, 32), st.just(32))),
+        "top_k": draw(st.one_of(st.integers(int(layout != "gathered"), 4), st.integers(1, 32), st.just(32))),
         "n_experts": n_ranks * draw(st.integers(1, 5)),
         "max_tokens_per_rank": draw(st.integers(1, 9)),
         "tokens_per_signal": draw(st.integers(1, 9)),
@@ -67,7 +67,7 @@ def check(stages, cfg, rounds, seed):
     assert not differences, "\n".join(differences)
 
 
-BF16 = [(8, ep.BF16(), layout) for layout in ("expert", "expert_padded", "rank")]
+BF16 = [(8, ep.BF16(), layout) for layout in LAYOUTS]
 EXPERT_SLOTS = [
     (hidden_of(fmt), fmt, layout, "expert")
     for fmt in EXPERT_SLOTS_FORMATS.values()

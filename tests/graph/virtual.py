@@ -11,6 +11,7 @@ from unit.cases import Case, make_case
 
 import ep_mojo as ep
 from ep_mojo import reference
+from ep_mojo.config import BY_SOURCE
 from ep_mojo.dtypes import float32_to_bfloat16_bits
 
 SPECIAL = np.array([0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x7F81, 0x0001, 0x8001, 0x007F, 0x8000, 0x7F7F, 0xFF7F], np.uint16)
@@ -89,7 +90,7 @@ def random_round(cfg, seed, *, routing="mixed", reduce="expert", weights=True, r
     for name in ("bias0", "bias1"):
         if rng.random() < 0.4:
             setattr(found, name, [random_rows(rng, x.shape, bias, special) for x in case.xs])
-    if reduce == "source" and cfg.output_layout != "rank" and rng.random() < 0.3:
+    if reduce == "source" and cfg.output_layout not in BY_SOURCE and rng.random() < 0.3:
         found.weights = [rng.normal(size=ids.shape).astype(np.float32) for ids in case.topk_ids]
     if not isinstance(cfg.dispatch_format, ep.BF16) and rng.random() < 0.3:
         found.input_scale = float(np.float32(rng.normal()))

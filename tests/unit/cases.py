@@ -74,12 +74,12 @@ def make_case(cfg: EPConfig, seed: int, routing: str = "mixed", weights: bool = 
 
 
 @st.composite
-def cases(draw, layouts=("expert", "expert_padded", "rank"), **fixed):
+def cases(draw, layouts=("expert", "expert_padded", "rank", "gathered"), **fixed):
     """Cases over all shapes that matter. Capacity suffices: with "expert_padded" no token chooses an expert twice."""
     n_ranks = draw(st.integers(1, 8))
     layout = draw(st.sampled_from(layouts))
     routing = draw(st.sampled_from(["mixed", "uniform", "one", "none"]))
-    top_k = draw(st.one_of(st.integers(1, 4), st.integers(1, 32)))
+    top_k = draw(st.one_of(st.integers(int(layout != "gathered"), 4), st.integers(1, 32)))
     fields = {
         "hidden_size": 8,
         "top_k": top_k,

@@ -33,7 +33,7 @@ INT_FIELDS = {
     "n_sms": (1, 1024),
 }
 CHOICES = {
-    "output_layout": ["expert", "expert_padded", "rank"],
+    "output_layout": ["expert", "expert_padded", "rank", "gathered"],
     "reduce": ["expert", "source", None],
     "slots": ["rank", "expert"],
     "combine_dtype": ["bfloat16", "float32"],
@@ -127,6 +127,8 @@ CONTRADICTIONS = [
     ({"max_tokens_per_rank": 2**21}, "max_tokens_per_rank"),
     ({"max_tokens_per_rank": 2**22 + 1, "top_k": 1}, "max_tokens_per_rank"),
     ({"alignment": 8, "output_layout": "rank"}, "alignment"),
+    ({"alignment": 8, "output_layout": "gathered"}, "alignment"),
+    ({"top_k": 0}, "top_k"),
     ({"alignment": 8, "output_layout": "expert_padded"}, "alignment"),
     ({"shared_expert": True, "output_layout": "rank"}, "shared_expert"),
     ({"shared_expert": True, "output_layout": "expert_padded"}, "shared_expert"),
@@ -221,6 +223,9 @@ def test_rows_capacity():
     assert make(alignment=16, shared_expert=True).rows_capacity == 8 * 128 * 8 + 32 * 15 + 128 + 15
     assert make(output_layout="expert_padded").rows_capacity == 32 * 8 * 128
     assert make(output_layout="rank").rows_capacity == 8 * 128
+    gathered = make(output_layout="gathered", top_k=0)
+    assert gathered.rows_capacity == 8 * 128
+    assert gathered.combine_slots == 8
     assert make(max_rows=77).rows_capacity == 77
 
 

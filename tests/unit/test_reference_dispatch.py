@@ -102,6 +102,30 @@ def test_rank_layout(case):
         check_types(h)
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases(layouts=("gathered",)))
+def test_gathered_layout(case):
+    """All tokens on all ranks, by source and without gaps, with what they have chosen."""
+    cfg = case.cfg
+    tokens = [(s, t) for s, n in enumerate(case.counts) for t in range(n)]
+    for h in run(case):
+        assert h.row_offsets.tolist() == np.cumsum([0, *case.counts]).tolist()
+        assert h.counts.tolist() == h.recv_num_tokens.tolist() == case.counts
+        assert h.local_ids.shape == h.local_weights.shape == (cfg.rows_capacity, cfg.top_k)
+        for row, (s, t) in enumerate(tokens):
+            assert h.src_info[row].tolist() == [s * cfg.max_tokens_per_rank + t, -1]
+            assert np.array_equal(h.tokens[row], case.xs[s][t])
+            chosen = [int(e) if 0 <= e < cfg.n_experts else -1 for e in case.topk_ids[s][t]]
+            assert h.local_ids[row].tolist() == chosen
+            weights = np.ones(cfg.top_k, np.float32) if case.weights is None else case.weights[s][t]
+            assert np.array_equal(h.local_weights[row], weights)
+        assert (h.local_ids[len(tokens) :] == -1).all()
+        assert not h.local_weights[len(tokens) :].any()
+        assert (h.src_info[len(tokens) :] == -1).all()
+        assert h.expert_ids.size == h.row_map.size == h.recv_weights.size == 0
+        check_types(h)
+
+
 def check_received(case, h):
     cfg = case.cfg
     assert h.recv_num_tokens.tolist() == case.counts

@@ -65,7 +65,7 @@ struct TokenHandler[
 
         Args:
             output_tokens: [rows, H] in the format's token dtype.
-            output_scales: [rows, S]; where the format says so [S, rows], with layout "expert_padded" [L * S, rows of one expert].
+            output_scales: [rows, S]; if the format says so [S, rows], with "expert_padded" [L * S, rows / L].
         """
         comptime F = Self.token_fmt_type
         comptime assert output_tokens.dtype == F.token_dtype, "tokens: dtype"

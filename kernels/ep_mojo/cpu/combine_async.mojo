@@ -5,6 +5,7 @@ For each source rank and each token of it that has rows here (the handle's `row_
     reduce "expert"   one partial sum over k ascending, float32, rounded once, to slot (my rank, token)
     reduce "source"   every row as it is, to slot (token, k)
     layout "rank"     the token's one row as it is, to slot (my rank, token)
+    layout "gathered" the same; row t of the source's rows, which come after those of the sources before it
 
 Writes the source's combine windows of buffer `epoch mod B`: rows, then signal c once the rows of the source's tokens
 c*G .. c*G+G-1 are there, also where there were none; a header first. `begin_send` has awaited the buffer's credits.
@@ -20,7 +21,7 @@ from ..layout import (
     partial_offset,
     row_offset,
 )
-from ..peers import Bytes, View
+from ..peers import Bytes, Scratch, View
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, copy_bytes, zero_bytes
 from .workers import exceeds_caches, n_workers, share
@@ -50,7 +51,7 @@ def combine_async[
     var s = ep.s
     var epoch = ep.begin_send[HostTeam](stage)
     if not ep.head.failed():
-        _check_handle(ep, x, x.rows.size // size, stage)
+        _check_handle[layout](ep, x, x.rows.size // size, stage)
     if ep.head.failed():
         zero_bytes[HostTeam](x.shared_out.bytes(), x.shared_out.size)
         ep.end_send[HostTeam](epoch)
@@ -68,11 +69,16 @@ def combine_async[
         copy_bytes[HostTeam](x.rows.bytes(), x.shared_out.bytes(), own)
         zero_bytes[HostTeam](x.shared_out.bytes(own), x.shared_out.size - own)
 
+    var starts = Scratch[DType.int32](s.n_ranks)
+    var start = (
+        starts.view()
+    )  # rows of the sources before each, where all are gathered
     var per_source = s.n_signals(s.max_tokens)
     var items = s.n_ranks * per_source
     var block = s.max_tokens * s.top_k
     var tokens = 0
     for r in range(s.n_ranks):
+        start[r] = Int32(tokens)
         tokens += Int(x.num_tokens[r])
     var workers = n_workers(s, items, tokens * size)
     var streams = exceeds_caches(tokens * size)
@@ -98,9 +104,13 @@ def combine_async[
                 var to = ep.recv[source].unsafe_offset(
                     partial_offset(s, buffer, ep.me, t)
                 )
-                _send_partial[dtype, hidden, layout == "rank"](
-                    x, at, s.top_k, to, streams
-                )
+                comptime if layout == "gathered":
+                    var row = Int(start[source]) + t
+                    copy_bytes[HostTeam](x.rows.bytes(row * size), to, size)
+                else:
+                    _send_partial[dtype, hidden, layout == "rank"](
+                        x, at, s.top_k, to, streams
+                    )
         finish_streaming()
         publish(
             ep.count[source],
@@ -109,14 +119,16 @@ def combine_async[
         )
 
     share(work, items, workers)
+    _ = starts^
     ep.end_send[HostTeam](epoch)
 
 
-def _check_handle(
-    ep: Endpoint[False], x: CombineInput, rows: Int, stage: Int32
-):
+def _check_handle[
+    layout: StaticString
+](ep: Endpoint[False], x: CombineInput, rows: Int, stage: Int32):
     """Record a failure where the handle names rows or tokens that are not there."""
     var s = ep.s
+    var gathered = 0
     for r in range(s.n_ranks):
         var T = Int(x.num_tokens[r])
         if T < 0 or T > s.max_tokens:
@@ -129,9 +141,13 @@ def _check_handle(
             )
             return
         var highest: Int32 = -1
-        var first = r * s.max_tokens * s.top_k
-        for i in range(first, first + T * s.top_k):
-            highest = max(highest, x.row_map[i])
+        gathered += T
+        comptime if layout == "gathered":
+            highest = Int32(gathered) - 1
+        else:
+            var first = r * s.max_tokens * s.top_k
+            for i in range(first, first + T * s.top_k):
+                highest = max(highest, x.row_map[i])
         if x.shared_out.present() and r == ep.me:
             highest = max(highest, Int32(T) - 1)
         if Int(highest) >= rows:

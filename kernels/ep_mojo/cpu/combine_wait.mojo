@@ -21,7 +21,7 @@ from ..combine_tensors import (
 )
 from ..launch import Endpoint, token_count
 from ..layout import MAX_TOP_K, partial_offset, row_offset
-from ..routing import NO_EXPERT, destination, normal_id
+from ..routing import NO_EXPERT, destination, everyone, normal_id
 from ..signal import NO_SIGNAL, Waiter
 from ..team import HostTeam, zero_bytes
 from .workers import n_workers, share
@@ -84,6 +84,8 @@ def combine_wait[
                     x.ids[t * K + k].cast[DType.int64](), s.n_experts
                 )
                 mask |= destination(ids[k], s.n_local_experts())
+            if s.everywhere:
+                mask = everyone(s)
             for r in range(s.n_ranks):
                 var bit = UInt32(1) << UInt32(r)
                 if mask & bit & ~arrived != 0:

@@ -3,7 +3,7 @@
 Writes, in every peer's windows, this rank's blocks of buffer `epoch mod B`:
 
     count window   ids i16 [T, K], weights f32 [T, K], then the header (value T)
-    recv window    message of token t at slot t, for the peers that own one of its experts
+    recv window    message of token t at slot t, for the peers that own one of its experts (or all of them)
     count window   signal c, once the messages of tokens c*G .. c*G+G-1 are there; also where there were none
 
 Why the order holds: table before header, messages before their signal, each signal a release store by the thread that
@@ -15,7 +15,7 @@ from ..formats import TokenFormat
 from ..launch import Endpoint, token_count
 from ..layout import message_offset
 from ..peers import View, window_view
-from ..routing import destinations, normal_id
+from ..routing import destinations, everyone, normal_id
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, StreamingTeam, copy_bytes
 from .workers import exceeds_caches, n_workers, share
@@ -57,6 +57,8 @@ def dispatch_async[
         var first = chunk * s.tokens_per_signal
         for t in range(first, min(first + s.tokens_per_signal, T)):
             var mask = destinations(ids, t, s.top_k, s.n_local_experts())
+            if s.everywhere:
+                mask = everyone(s)
             if s.shared_expert:
                 mask |= UInt32(1) << UInt32(ep.me)
             var offset = message_offset(s, buffer, ep.me, t)

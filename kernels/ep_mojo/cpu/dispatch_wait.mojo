@@ -12,7 +12,13 @@ from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset
 from ..peers import Bytes, Scratch, View
-from ..routing import count_rows, group_name, map_rows, row_starts
+from ..routing import (
+    by_source,
+    count_rows,
+    group_name,
+    map_rows,
+    row_starts,
+)
 from ..signal import NO_SIGNAL, Waiter
 from ..team import HostTeam, StreamingTeam, copy_bytes, zero_bytes
 from .workers import exceeds_caches, n_workers, share
@@ -25,7 +31,7 @@ def dispatch_wait[
 
     Parameters:
         F: The format.
-        layout: Output layout: "expert", "expert_padded" or "rank".
+        layout: Output layout.
 
     Args:
         ep: The rank.
@@ -63,7 +69,7 @@ def _receive[
     var s = ep.s
     var out_ = rows.out
     var buffer = ep.buffer(epoch)
-    var groups = 1 if layout == "rank" else s.n_groups()
+    var groups = 1 if by_source[layout]() else s.n_groups()
     var starts = Scratch[DType.int32](s.n_ranks * groups)
     var start = starts.view()
     var block = s.max_tokens * s.top_k
@@ -103,7 +109,8 @@ def _receive[
     var tokens = 0
     for r in range(s.n_ranks):
         tokens += Int(out_.recv_num_tokens[r])
-        map(r)
+        comptime if layout != "gathered":
+            map(r)
     out_.local_ids.fill(-1)
     out_.local_weights.fill(0)
 
@@ -134,6 +141,12 @@ def _receive[
             var message = ep.recv[ep.me].unsafe_offset(
                 message_offset(s, buffer, r, t)
             )
+            comptime if layout == "gathered":
+                var row = Int(start[r]) + t
+                put(message, row)
+                out_.src_info[2 * row] = Int32(r * s.max_tokens + t)
+                localise[HostTeam, layout](ep, buffer, r, t, row, out_)
+                continue
             for k in range(s.top_k):
                 var row = Int(out_.row_map[r * block + t * s.top_k + k])
                 if row < 0:
@@ -141,7 +154,7 @@ def _receive[
                 put(message, row)
                 out_.src_info[2 * row] = Int32(r * s.max_tokens + t)
                 comptime if layout == "rank":
-                    localise[HostTeam](ep, buffer, r, t, row, out_)
+                    localise[HostTeam, layout](ep, buffer, r, t, row, out_)
                 else:
                     out_.src_info[2 * row + 1] = Int32(k)
             if s.shared_expert and r == ep.me:

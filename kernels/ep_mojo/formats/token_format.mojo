@@ -31,8 +31,7 @@ trait TokenFormat:
     comptime scales_per_token: Int
     """Scales of one row, 0 = none."""
     comptime scales_by_column: Bool
-    """Whether scales of neighbouring rows stand together: [scales_per_token, rows], with layout "expert_padded" one such
-    block for each group."""
+    """Whether scales of neighbouring rows stand together: [scales_per_token, rows], or that for each padded group."""
     comptime message_bytes: Int
     """Bytes of one message, a multiple of 16."""
 

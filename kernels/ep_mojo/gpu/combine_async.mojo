@@ -2,7 +2,7 @@
 
 Each crew of warps takes chunks of G tokens of a source. For each token with rows here it sums them in float32, k
 ascending, into a row in shared memory, and stores that to the source's window, slot (my rank, token); with reduce
-"source" it stores every row to slot (token, k), with layout "rank" the token's one row. When the chunk's rows have
+"source" it stores every row to slot (token, k), with rows by source the token's one row. When the chunk's rows have
 arrived, its signal follows, also where there were none. A crew is one warp, or several where there are few tokens:
 then each sums and stores a part of the channels. The last warp of each CTA awaits the buffer's credits, while the
 others sum (`Opening`); that of the first CTA then sends the headers. The handle is checked row by row, before a row
@@ -25,9 +25,10 @@ from ..layout import (
     partial_offset,
     row_offset,
 )
-from ..routing import NO_ROW
+from ..routing import NO_ROW, by_source
 from ..signal import publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
+from .gathered_rows import rows_before
 from .launch import (
     ByValue,
     Peers,
@@ -126,7 +127,9 @@ def send_back[
         share: The calling warp's chunks, of all sources in turn.
         opening: What the first store waits for.
     """
-    comptime sums = not travels_by_row[layout, reduce]() and layout != "rank"
+    comptime sums = not travels_by_row[layout, reduce]() and not by_source[
+        layout
+    ]()
     var s = ep.s
     var tokens: Int32 = 0  # lane r: T of source r
     if Int(lane_id()) < s.n_ranks:
@@ -157,8 +160,9 @@ def _send_rows[
     share: Share,
     mut opening: Opening,
 ):
-    """Store rows as they are, each to slot (token, k); in layout "rank" a token's only one to (my rank, token)."""
+    """Store rows as they are, each to slot (token, k); a token's only one, with rows by source, to (my rank, token)."""
     comptime size = row_bytes[dtype, hidden]()
+    comptime gathered = layout == "gathered"
     var s = ep.s
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
@@ -175,10 +179,18 @@ def _send_rows[
             continue
         var recv = ep.recv[source]
         var fits = True
+        var first = 0
+        comptime if gathered:
+            first = rows_before(tokens, source)
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var row = NO_ROW
-            if lane < s.top_k:
-                row = x.row_map[(source * s.max_tokens + t) * s.top_k + lane]
+            comptime if gathered:
+                row = Int32(first + t)
+            else:
+                if lane < s.top_k:
+                    row = x.row_map[
+                        (source * s.max_tokens + t) * s.top_k + lane
+                    ]
             var left = ballot(row >= 0)
             if ballot(Int(row) >= rows) != 0:
                 if Int(row) >= rows:
@@ -191,8 +203,8 @@ def _send_rows[
                     )
                 fits = False
                 break
-            comptime if layout == "rank":
-                left &= ~left + 1  # all choices of a token have the same row
+            comptime if by_source[layout]():
+                left &= ~left + 1  # there is one row
             while left != 0:
                 var k = Int(count_trailing_zeros(left))
                 left &= left - 1
@@ -203,7 +215,7 @@ def _send_rows[
                     break
                 mark[MARK_COMBINE_SUM_READY](ep)
                 var at: Int
-                comptime if layout == "rank":
+                comptime if by_source[layout]():
                     at = partial_offset(s, buffer, ep.me, t)
                 else:
                     at = row_offset(s, buffer, t, k)

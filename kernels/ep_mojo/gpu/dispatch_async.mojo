@@ -22,7 +22,7 @@ from ..formats import TokenFormat
 from ..launch import Endpoint, given_tokens, readable_tokens, tokens_fit
 from ..layout import WORK_TABLED, align_up, message_offset
 from ..peers import typed
-from ..routing import NO_EXPERT, normal_id
+from ..routing import NO_EXPERT, everyone, normal_id
 from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..team import WarpTeam
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
@@ -240,6 +240,8 @@ def send_messages[
                     x.ids[t * s.top_k + lane].cast[DType.int64](), s.n_experts
                 )
             var targets = destination_of_lanes(s, id)
+            if s.everywhere:
+                targets = everyone(s)
             if s.shared_expert:
                 targets |= UInt32(1) << UInt32(ep.me)
             if targets == 0:

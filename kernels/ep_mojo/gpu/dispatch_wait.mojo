@@ -32,6 +32,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
+from .gathered_rows import gather_rows, mark_behind
 from .mapping import cta_bytes, map_sources, name_groups
 from .notes import await_note
 from .pieces import Pieces
@@ -162,7 +163,7 @@ def copy_rows[
                 left &= left - 1
                 rows.put[SlotTeam](slot.row, to)
                 comptime if layout == "rank":
-                    localise[WarpTeam](ep, buffer, r, t, to, out_)
+                    localise[WarpTeam, layout](ep, buffer, r, t, to, out_)
             if shared:
                 rows.put[SlotTeam](slot.row, t)
                 if lane == 0:
@@ -255,23 +256,28 @@ def dispatch_wait_stage[
     var ep = peers.value.endpoint[True]()
     var epoch = ep.next_wait()
     var waiter = Waiter(ep.head, stage, ep.s.virtual)
+    var rows = Rows[F, layout](output.value)
     name_groups(ep, output.value)
     if thread_idx.x == 0:
         _ = ep.begin_wait(stage, ep.last_sent())
     if may_go_on(ep.head):
-        var pieces = Pieces(ep.s, Int(grid_dim.x))
-        if Int(block_idx.x) < pieces.n:
-            map_sources[F, layout](
-                ep, epoch, waiter, pieces, output.value, stage
+        comptime if layout == "gathered":
+            gather_rows[F, layout, slot_bytes[F]()](
+                ep, epoch, waiter, Share(), rows, stage
             )
-        var share = Share(skip=pieces.n)
-        keep_weights(ep, epoch, waiter, share, output.value)
-        copy_rows[F, layout, slot_bytes[F]()](
-            ep, epoch, waiter, pieces, share, Rows[F, layout](output.value)
-        )
-        mark_rest[F, layout](
-            ep, epoch, waiter, share, Rows[F, layout](output.value)
-        )
+            mark_behind[F, layout](ep, epoch, waiter, Share(), rows)
+        else:
+            var pieces = Pieces(ep.s, Int(grid_dim.x))
+            if Int(block_idx.x) < pieces.n:
+                map_sources[F, layout](
+                    ep, epoch, waiter, pieces, output.value, stage
+                )
+            var share = Share(skip=pieces.n)
+            keep_weights(ep, epoch, waiter, share, output.value)
+            copy_rows[F, layout, slot_bytes[F]()](
+                ep, epoch, waiter, pieces, share, rows
+            )
+            mark_rest[F, layout](ep, epoch, waiter, share, rows)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         close_wait(ep, epoch, output.value)
 

@@ -36,6 +36,7 @@ from .dispatch_wait import (
     keep_weights,
     mark_rest,
 )
+from .gathered_rows import gather_rows, mark_behind
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .mapping import cta_bytes, map_sources, name_groups
 from .opening import Opening
@@ -105,29 +106,29 @@ def dispatch_stage[
             ep, x, sent, STAGE_DISPATCH, Share(), opening
         )
         barrier()  # the histogram takes the place of the row slots
+    var rows = Rows[F, layout](out_)
     if opening.passed():
-        if roles.maps:
-            map_sources[F, layout](
-                ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
-            )
-        if roles.sends:
-            mark_rest[F, layout](
-                ep, epoch, waiter, roles.share, Rows[F, layout](out_)
-            )
-        else:
-            keep_weights(ep, epoch, waiter, roles.share, out_)
-            copy_rows[F, layout, 2 * token_slot_bytes[F]()](
-                ep,
-                epoch,
-                waiter,
-                roles.pieces,
-                roles.share,
-                Rows[F, layout](out_),
-            )
-            if not roles.apart:
-                mark_rest[F, layout](
-                    ep, epoch, waiter, roles.share, Rows[F, layout](out_)
+        comptime if layout == "gathered":
+            if not roles.sends:
+                gather_rows[F, layout, 2 * token_slot_bytes[F]()](
+                    ep, epoch, waiter, roles.share, rows, STAGE_DISPATCH
                 )
+            if roles.sends or not roles.apart:
+                mark_behind[F, layout](ep, epoch, waiter, roles.share, rows)
+        else:
+            if roles.maps:
+                map_sources[F, layout](
+                    ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
+                )
+            if roles.sends:
+                mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
+            else:
+                keep_weights(ep, epoch, waiter, roles.share, out_)
+                copy_rows[F, layout, 2 * token_slot_bytes[F]()](
+                    ep, epoch, waiter, roles.pieces, roles.share, rows
+                )
+                if not roles.apart:
+                    mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
     mark[MARK_ENDED](ep)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         ep.end_send[WarpTeam](sent)

@@ -181,6 +181,8 @@ def cta_bytes[layout: StaticString](peers: Peers) -> Int:
     Returns:
         Bytes.
     """
+    comptime if layout == "gathered":
+        return 0  # nothing is mapped
     var groups = 1 if layout == "rank" else peers.s.n_groups()
     return Histogram.bytes(groups, MAX_WARPS)
 

@@ -16,7 +16,7 @@ from ..launch import Endpoint
 from ..layout import partial_offset, row_offset
 from ..numeric import accumulate, store_f32
 from ..peers import Bytes
-from ..routing import destination, normal_id
+from ..routing import destination, everyone, normal_id
 from ..signal import Waiter
 from ..team import WarpTeam
 from .launch import warp_memory
@@ -160,6 +160,8 @@ struct TokenSums[
                     comptime for u in range(IDS_AHEAD):
                         if k + u < s.top_k:
                             peers |= self._destination(t * s.top_k + k + u)
+                if s.everywhere:
+                    peers = everyone(s)
                 peers &= UInt32(1) << UInt32(which)
         batch.peers = peers
         batch.mask = ballot(peers != 0)

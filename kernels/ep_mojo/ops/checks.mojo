@@ -5,6 +5,7 @@ from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import CUSTOM_KEY, TokenFormat, format_tag
 from ..layout import EXPERT_SLOTS_HEADER
 from ..peers import View
+from ..routing import by_source, choices_mapped
 from ..settings import (
     REDUCE_ANY,
     REDUCE_EXPERT,
@@ -196,10 +197,10 @@ def check_output[
     Raises:
         ShapeError: As text in front of the message.
     """
-    comptime by_rank = layout == "rank"
+    comptime by_rank = by_source[layout]()
     var rows = out_.tokens.size // F.token_bytes
     var groups = s.n_ranks if by_rank else s.n_groups()
-    var choices = s.n_ranks * s.max_tokens * s.top_k
+    var choices = choices_mapped[layout](s)
     check_messages[F, expert_slots](s)
     require("tokens: bytes", out_.tokens.size, rows * F.token_bytes)
     comptime if layout == "expert_padded":
@@ -258,7 +259,7 @@ def check_rows[
     Raises:
         ShapeError: As text in front of the message.
     """
-    var choices = s.n_ranks * s.max_tokens * s.top_k
+    var choices = choices_mapped[layout](s)
     require("settings: slots", Int(s.expert_slots), 0)
     check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..errors import OrderError, ShapeError
+from ..errors import ConfigError, OrderError, ShapeError
 from ..formats import check_int
+from ..layout import MAX_TOP_K
 from .board import board_of
 from .checks import check_tensor
-from .gathering import Gathering, gather_graph, rows_to_words, width_of_words, words_to_rows
+from .gathering import Gathering, gather_graph, most_experts
 from .streams import check_not_capturing, device_of
 
 METADATA = ("valid tokens", "own offset", "largest count")
@@ -99,7 +100,7 @@ class AllGatherDispatcherBase:
 
         Args:
             per_rank_worst_case_token_count: Tmax.
-            topk: K.
+            topk: K, up to 32.
             hidden_size: H, a multiple of 8.
             ep_group: The ranks.
 
@@ -112,22 +113,20 @@ class AllGatherDispatcherBase:
         base, device = AllGatherDispatcherBase, device_of(ep_group)
         check_not_capturing(device, "buffers cannot be made", "call allocate_buffers when the model is made")
         tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, 1 << 22)
-        width = width_of_words(2 * check_int("topk", topk, 1, 1 << 10))
+        topk = check_int("topk", topk, 1, MAX_TOP_K)
         base._delete_buffers()
-        how = ep_group, board_of(ep_group), device
-        waits, others = (cls.timeout_s, cls.make_timeout_s), (width, COUNT_WIDTH)
+        how, waits = (ep_group, board_of(ep_group), device), (cls.timeout_s, cls.make_timeout_s)
         base._gatherings = {
-            "hidden": Gathering(*how, tmax, hidden_size, *waits, cls.reduce_dtype, list(map(gather_graph, others))),
-            "routing": Gathering(*how, tmax, width, *waits),
-            "counts": Gathering(*how, 1, COUNT_WIDTH, *waits),
+            "tokens": Gathering(*how, tmax, hidden_size, topk, *waits, cls.reduce_dtype, [gather_graph(COUNT_WIDTH)]),
+            "counts": Gathering(*how, 1, COUNT_WIDTH, 0, *waits),
         }
         n = ep_group.size() * tmax
         base._per_rank_worst_case_token_count, base._topk = tmax, topk
         base._device = device
-        rows = base._gatherings["routing"].rows
-        base._symm_agv_hidden = {"tensor": base._gatherings["hidden"].rows}
-        base._symm_agv_routing = {"tensor": rows_to_words(rows, 0, topk, torch.int32)}
-        base._symm_agv_probs = {"tensor": rows_to_words(rows, topk, topk, torch.float32)}
+        made = base._gatherings["tokens"]
+        base._symm_agv_hidden = {"tensor": made.rows}
+        base._symm_agv_routing = {"tensor": made.ids}
+        base._symm_agv_probs = {"tensor": made.weights}
         base._symm_rsv = {"tensor": torch.zeros(n, hidden_size, dtype=cls.reduce_dtype, device=device)}
         base._step_metadata = torch.zeros(len(METADATA), dtype=torch.int32, device=device)
         base._rank = ep_group.rank()
@@ -199,7 +198,8 @@ class AllGatherDispatcherBase:
     def update_metadata(self, local_tokens: int) -> None:
         """Tell all ranks how many tokens this one has, and refresh `_step_metadata` and `_valid_tokens_tensor`.
 
-        Once a step, by all ranks; `token_dispatch` of the first instance does it.
+        Once a step, by all ranks. `token_dispatch` of the first instance does it, without a launch of its own: tokens
+        come with their counts.
         """
         base, made = AllGatherDispatcherBase, self._made()
         count = base._local_tokens_tensor
@@ -207,14 +207,15 @@ class AllGatherDispatcherBase:
             count = torch.full((1,), local_tokens, dtype=torch.int32, device=base._device)
         words = torch.nn.functional.pad(count[None].clamp(0, local_tokens), (0, COUNT_WIDTH // 2 - 1))
         made["counts"].gather(words.view(torch.bfloat16))
-        counts = self._counts()
-        own = counts[: base._rank].sum(dtype=torch.int32)
-        base._step_metadata.copy_(torch.stack([counts.sum(dtype=torch.int32), own, counts.max()]))
-        base._valid_tokens_tensor.copy_(base._step_metadata[:1])
+        self._note(made["counts"].rows.view(torch.int32)[:, 0])
 
-    def _counts(self) -> torch.Tensor:
-        """int32 [R]: tokens of each rank, as the last `update_metadata` found them."""
-        return self._made()["counts"].rows.view(torch.int32)[:, 0]
+    def _note(self, counts: torch.Tensor) -> None:
+        """Refresh what is known of a step from the ranks' tokens, int32 [R]."""
+        base = AllGatherDispatcherBase
+        ends = counts.cumsum(0, dtype=torch.int32)
+        own = ends[base._rank] - counts[base._rank]
+        torch.stack([ends[-1], own, counts.max()], out=base._step_metadata)
+        base._valid_tokens_tensor.copy_(base._step_metadata[:1])
 
     def set_shared_experts(self, shared_experts: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run `shared_experts` beside the step, and add what it gives in `combine_postprocess`."""
@@ -263,6 +264,7 @@ class AllGatherDispatcherBase:
 
         Raises:
             OrderError: Before `allocate_buffers` or `dispatch_preprocess`.
+            ConfigError: The instance has experts that choices cannot name.
             CapacityError: T > Tmax. Nothing was sent.
             DTypeError, ShapeError, DeviceError: An argument does not fit. Nothing was sent.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With GPUs later.
@@ -270,20 +272,28 @@ class AllGatherDispatcherBase:
         base, made = AllGatherDispatcherBase, self._made()
         if self.routing_map is None:
             raise OrderError("there are no routes", allowed="after dispatch_preprocess", remedy="call that first")
-        made["hidden"].check_rows("hidden_states", hidden_states)
+        gathering = made["tokens"]
+        gathering.check_rows("hidden_states", hidden_states)
+        self._check_experts(gathering)
         tokens, choices = hidden_states.shape[0], base._topk
         check_tensor("probs", probs, [torch.float32], [tokens, choices], base._device)
         check_tensor("routing_map", self.routing_map, [torch.int64, torch.int32], [tokens, choices], base._device)
+        gathering.gather(hidden_states, self.routing_map.to(torch.int64), probs, base._local_tokens_tensor)
         if self.runs_metadata_sync:
-            self.update_metadata(tokens)
-        count = base._local_tokens_tensor
-        made["routing"].gather(words_to_rows(self.routing_map.to(torch.int32), probs.detach()), count)
-        made["hidden"].gather(hidden_states, count)
-        ids, probs = base._symm_agv_routing["tensor"], base._symm_agv_probs["tensor"]
-        here = torch.arange(ids.shape[0], device=base._device)[:, None] < made["routing"].offsets[-1:]
+            self._note(gathering.counts)
         n = self._rows(tokens)
-        self.routing_map = torch.where(here, ids, -1).to(torch.int64)[:n]
-        return made["hidden"].rows[:n], probs[:n]
+        self.routing_map = gathering.ids[:n].to(torch.int64)
+        return gathering.rows[:n], gathering.weights[:n]
+
+    def _check_experts(self, gathering: Gathering) -> None:
+        most = most_experts(len(gathering.counts))
+        if self.local_expert_indices and not 0 <= max(self.local_expert_indices) < most:
+            raise ConfigError(
+                field="local_expert_indices",
+                value=max(self.local_expert_indices),
+                allowed=f"0 to {most - 1} with {len(gathering.counts)} ranks",
+                remedy="number the experts from 0",
+            )
 
     def _rows(self, tokens: int) -> int:
         """How many gathered rows to give."""
@@ -314,7 +324,7 @@ class AllGatherDispatcherBase:
             ShapeError, DeviceError: An argument does not fit. Nothing was sent.
             PeerTimeoutError, PeerLostError: See `token_dispatch`.
         """
-        gathering = self._made()["hidden"]
+        gathering = self._made()["tokens"]
         return gathering.reduce(hidden_states.detach().to(AllGatherDispatcherBase._symm_rsv["tensor"].dtype))
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -336,7 +346,7 @@ class AllGatherVDispatcher(AllGatherDispatcherBase):
     """
 
     def _rows(self, tokens: int) -> int:
-        return self._made()["hidden"].rows.shape[0]
+        return self._made()["tokens"].rows.shape[0]
 
     @classmethod
     def _get_rsv_tensor(cls) -> torch.Tensor | None:
@@ -362,14 +372,13 @@ class AllGatherDispatcher(AllGatherDispatcherBase):
     _use_allgather_v: ClassVar[bool] = False
     _local_tokens_per_rank: ClassVar[list[int] | None] = None
 
-    def update_metadata(self, local_tokens: int) -> None:
-        """See `AllGatherDispatcherBase.update_metadata`."""
-        super().update_metadata(local_tokens)
+    def _note(self, counts: torch.Tensor) -> None:
+        super()._note(counts)
         if self._use_allgather_v:
-            AllGatherDispatcher._local_tokens_per_rank = self._counts().tolist()
+            AllGatherDispatcher._local_tokens_per_rank = counts.tolist()
             AllGatherDispatcherBase._host_valid_tokens_estimate = sum(AllGatherDispatcher._local_tokens_per_rank)
 
     def _rows(self, tokens: int) -> int:
         if self._use_allgather_v:
             return sum(AllGatherDispatcher._local_tokens_per_rank or [])
-        return tokens * (self._made()["hidden"].offsets.shape[0] - 1)
+        return tokens * len(self._made()["tokens"].counts)

@@ -1,13 +1,14 @@
 """All-gather-v and reduce-scatter-v: every token goes to every rank, and every rank gives a row for every token.
 
-Rounds of the engine in which each rank is an expert and each token chooses all of them: layout "rank", E = K = R. Rows
-come by source rank, then token, without gaps; what comes back is added up in float32, ranks ascending, and rounded
-once. A token that is masked chooses nobody. Counts of ranks may differ, and change from round to round; they stay on
-the device. R ranks, Tmax tokens of a rank at most, T tokens of this one, H channels, N = R*Tmax rows.
+The engine's layout "gathered". Rows come by source rank, then token, without gaps, and with them what each token has
+chosen; what comes back is added up in float32, ranks ascending, and rounded once. Counts of ranks may differ, and
+change from round to round; they stay on the device. R ranks, Tmax tokens of a rank at most, T tokens of this one, H
+channels, K choices of a token, N = R*Tmax rows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from ..config import EPConfig
 from ..errors import CapacityError
 from ..formats import BF16
+from ..layout import MAX_EXPERTS
 from .board import Board
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet, GraphSet
@@ -23,8 +25,10 @@ from .rounds import Rounds
 from .streams import queue_for
 from .tensors import Received, dense, part
 
-ROW_WORDS = 4
-"""Rows of words are padded to a multiple of as many int32, 16 bytes."""
+
+def most_experts(n_ranks: int) -> int:
+    """Experts that choices may name: those from it on travel as -1."""
+    return MAX_EXPERTS // n_ranks * n_ranks
 
 
 class Gathering:
@@ -33,6 +37,8 @@ class Gathering:
     Attributes:
         rows: bfloat16 [N, H], what was gathered.
         offsets: int32 [R + 1], the first row of each rank, and one past the last.
+        counts: int32 [R], tokens of each rank.
+        ids, weights: int32 and float32 [N, K], what the tokens have chosen; -1 and 0 behind the last one.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Gathering:
         device: torch.device,
         tmax: int,
         hidden: int,
+        top_k: int,
         timeout_s: float,
         make_timeout_s: float,
         reduced: torch.dtype | None = None,
@@ -53,6 +60,7 @@ class Gathering:
             group, board, device: Whose, and where tensors are.
             tmax: Tmax.
             hidden: H.
+            top_k: K; 0 = rows travel alone.
             timeout_s: The longest wait for a peer in a round.
             make_timeout_s: The same here.
             reduced: Type of the rows that are reduced, bfloat16 or float32; None: nothing is going to be.
@@ -66,11 +74,11 @@ class Gathering:
         n_ranks = group.size()
         self._cfg = EPConfig(
             hidden_size=hidden,
-            top_k=n_ranks,
-            n_experts=n_ranks,
+            top_k=top_k,
+            n_experts=most_experts(n_ranks),
             max_tokens_per_rank=tmax,
             n_ranks=n_ranks,
-            output_layout="rank",
+            output_layout="gathered",
             reduce="expert",
             num_buffers=1,
             tokens_per_signal=1,
@@ -79,39 +87,48 @@ class Gathering:
             timeout_s=timeout_s,
         )
         self._dispatch = gather_graph(hidden)
-        self._combine = CombineSet(hidden, "rank", "expert", self._cfg.combine_dtype, "bfloat16")
+        self._combine = CombineSet(hidden, "gathered", "expert", self._cfg.combine_dtype, "bfloat16", counted=True)
         sets: list[GraphSet] = [self._dispatch, *([self._combine] if reduced is not None else []), *more]
         self._rounds = Rounds.make(group, board, device, self._cfg, sets, make_timeout_s)
         self._queue, self._device, self._reduced = queue_for(device), device, reduced
         self._received = Received.empty(self._cfg, device)
-        self._ranks = torch.arange(n_ranks, device=device)
-        self._weights = torch.zeros(tmax, n_ranks, dtype=torch.float32, device=device)
-        self._choices = torch.empty(0, n_ranks, dtype=torch.int64, device=device)
+        self._uncounted = torch.empty(0, dtype=torch.int32, device=device)
+        self._choices = torch.empty(0, top_k, dtype=torch.int64, device=device)
         self.rows = self._received.tokens
-        self.offsets = part(self._received.memory, "row_offsets", self._cfg)
+        parts = functools.partial(part, self._received.memory, cfg=self._cfg)
+        self.offsets, self.counts = parts("row_offsets"), parts("counts")
+        self.ids, self.weights = parts("local_ids"), parts("local_weights")
+        self._own_count = self.counts[group.rank() : group.rank() + 1]
 
-    def gather(self, x: torch.Tensor, count: torch.Tensor | None = None) -> None:
-        """Fill `rows` and `offsets`. All ranks call this; the host waits for nothing.
+    def gather(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+    ) -> None:
+        """Fill `rows`, `ids`, `weights`, `offsets` and `counts`. All ranks call this; the host waits for nothing.
 
         Args:
             x: bfloat16 [T, H].
-            count: int32 [1]: rows of x from there on are masked; None: none is.
+            ids: int64 [T, K], unless K = 0.
+            weights: float32 [T, K], unless K = 0.
+            count: int32 [1], from 0 to T: rows of x from there on are padding; None: none is.
 
         Raises:
             CapacityError: T > Tmax. Nothing was sent.
-            DTypeError, ShapeError, DeviceError: Not such tensors.
+            DTypeError, ShapeError, DeviceError: Not such tensors. Nothing was sent.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With GPUs later.
         """
         self.check_rows("x", x)
         with self._queue.working():
-            choices = self._ranks.expand(x.shape[0], -1)
-            if count is not None:
-                here = torch.arange(x.shape[0], device=self._device)[:, None] < count
-                choices = torch.where(here, choices, -1)
-            self._choices = choices.contiguous()
-            weights = self._weights[: x.shape[0]]
-            self._rounds.run(self._dispatch, "dispatch", *self._received, dense(x), self._choices, weights)
-        self._queue.finish(False, x)
+            if ids is None or weights is None:
+                ids = torch.empty(x.shape[0], 0, dtype=torch.int64, device=self._device)
+                weights = torch.empty(x.shape[0], 0, device=self._device)
+            given = dense(x), dense(ids), dense(weights), self._uncounted if count is None else count
+            self._choices = given[1]  # not looked at again, but for its shape
+            self._rounds.run(self._dispatch, "dispatch", *self._received, *given)
+        self._queue.finish(False, given)
 
     def check_rows(self, name: str, x: torch.Tensor) -> None:
         """Raise unless `x`, an argument of that name, can be gathered.
@@ -137,7 +154,7 @@ class Gathering:
             rows: [n, H] in the type given to `__init__`, n at least as many as were gathered.
 
         Returns:
-            bfloat16 [T, H]; 0 where a row was masked.
+            bfloat16 [T, H]; 0 where a row was padding.
 
         Raises:
             DTypeError, ShapeError, DeviceError: Not such a tensor. Nothing was sent.
@@ -147,7 +164,8 @@ class Gathering:
         with self._queue.working():
             shape = self._choices.shape[0], self._cfg.hidden_size
             summed = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
-            self._rounds.run(self._combine, "combine0", summed, dense(rows), self._received.memory, self._choices)
+            given = dense(rows), self._received.memory, self._choices, self._own_count
+            self._rounds.run(self._combine, "combine0", summed, *given)
         self._queue.finish(False, rows, summed)
         return summed
 
@@ -166,20 +184,4 @@ class Gathering:
 
 def gather_graph(hidden: int) -> DispatchSet:
     """What gathers rows of H channels."""
-    return DispatchSet(hidden, "rank", BF16(), False, True, False)
-
-
-def words_to_rows(*parts: torch.Tensor) -> torch.Tensor:
-    """Tensors of 32-bit words [T, n] each, side by side, as bfloat16 [T, H] with the same bits; padded with zeros."""
-    words = torch.cat([p.contiguous().view(torch.int32) for p in parts], 1)
-    return torch.nn.functional.pad(words, (0, -words.shape[1] % ROW_WORDS)).view(torch.bfloat16)
-
-
-def width_of_words(n: int) -> int:
-    """H of `words_to_rows` for n words a row."""
-    return 2 * (n + -n % ROW_WORDS)
-
-
-def rows_to_words(rows: torch.Tensor, first: int, n: int, dtype: torch.dtype) -> torch.Tensor:
-    """Words first to first + n of each row, as `dtype` [N, n]."""
-    return rows.view(torch.int32)[:, first : first + n].view(dtype)
+    return DispatchSet(hidden, "gathered", BF16(), False, True, False, counted=True)

@@ -2,10 +2,9 @@
 Tmax.
 
 A set of graphs is compiled once a process, for all communicators. `GraphSet`s differ in what the engine fixes at
-compile
-time: H, format, layout, reduce mode, element types. R ranks, G groups of rows (local experts, or source ranks in layout
-"rank"), K choices, S scales a row, T tokens of this rank, N rows of its output, Tm = Tmax. No graph has outputs: all is
-written to tensors of the caller, so that torch owns the memory and knows which queues use it. float8 goes as uint8.
+compile time: H, format, layout, reduce mode, element types. R ranks, G groups of rows (local experts, or source ranks),
+K choices, S scales a row, T tokens of this rank, N rows of its output, Tm = Tmax. No graph has outputs: all is written
+to tensors of the caller, so that torch owns the memory and knows which queues use it. float8 goes as uint8.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ KEPT = 256
 STAGES = ("dispatch", "send", "receive", "combine0", "combine1", "combine2", "send_back", "receive_back")
 MEMORY = ("int32", ["W"])
 """What a handle has beside tokens and scales, in one block: see `packed_handle`."""
+
+COUNT = ("int32", ["one"])
+"""A number on the device."""
 
 Input = tuple
 """(dtype, shape), of what a graph writes (dtype, shape, "written")."""
@@ -119,7 +121,8 @@ class DispatchSet(GraphSet):
     """dispatch, and with `split` send and receive.
 
     dispatch (in one launch): rows, their scales and `MEMORY`, which it writes, tokens, topk_ids [T, K], weights float32
-    [T, K] (if `weighted`). send: the same without those three. receive: those three alone.
+    [T, K] (if `weighted`), num_tokens int32 [1] (if `counted`). send: the same without those three and num_tokens.
+    receive: those three alone.
 
     Args:
         fmt: The format. Tokens are bfloat16 [T, H], or with `encoded` in the format, with scales [T, S].
@@ -127,6 +130,7 @@ class DispatchSet(GraphSet):
         weighted: Whether the router's weights travel.
         split: Whether to add the two halves.
         ids: Element type of topk_ids.
+        counted: Whether the number of tokens is on the device: rows of T from there on are padding.
     """
 
     fmt: TokenFormat
@@ -134,6 +138,7 @@ class DispatchSet(GraphSet):
     weighted: bool
     split: bool
     ids: str = "int64"
+    counted: bool = False
 
     def add(self, b: Builder) -> None:
         """See `GraphSet.add`."""
@@ -154,8 +159,9 @@ class DispatchSet(GraphSet):
             return [x, _or_absent(scales, "float32", 2, b.device), ids, _or_absent(weights, "float32", 2, b.device)]
 
         def dispatch(rank: Rank, v: list[TensorValue]) -> None:
-            outputs, inputs = v[: len(received)], values(v[len(received) :])
-            add_op("dispatch_into", rank, "dispatch", [*outputs, *inputs], [], parameters, 0)
+            outputs, inputs = v[: len(received)], list(v[len(received) :])
+            count = _or_absent(inputs.pop() if self.counted else None, "int32", 1, b.device)
+            add_op("dispatch_into", rank, "dispatch", [*outputs, *values(inputs), count], [], parameters, 0)
 
         def send(rank: Rank, v: list[TensorValue]) -> None:
             none = _or_absent(None, "int32", 1, b.device), _or_absent(None, "float32", 1, b.device)
@@ -164,7 +170,7 @@ class DispatchSet(GraphSet):
         def receive(rank: Rank, v: list[TensorValue]) -> None:
             add_op("dispatch_wait_into", rank, "dispatch", v, [], parameters, 0)
 
-        b.add(self.name("dispatch"), [*received, *given], dispatch)
+        b.add(self.name("dispatch"), [*received, *given, *([COUNT] if self.counted else [])], dispatch)
         if self.split:
             b.add(self.name("send"), given, send)
             b.add(self.name("receive"), received, receive)
@@ -180,7 +186,8 @@ class DispatchSet(GraphSet):
 
     def _more(self) -> list[str]:
         name = self.fmt.key().replace("/", "_").replace(".", "_")
-        return [name, self.ids, *(flag for flag in ("encoded", "weighted", "split") if getattr(self, flag))]
+        flags = ("encoded", "weighted", "split", "counted")
+        return [name, self.ids, *(flag for flag in flags if getattr(self, flag))]
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,7 @@ class CombineSet(GraphSet):
         out: Of the sums.
         biases: Whether to add graphs with biases.
         ids: Element type of topk_ids.
+        counted: Whether combineN takes num_tokens int32 [1] besides, last.
     """
 
     reduce: str
@@ -204,6 +212,7 @@ class CombineSet(GraphSet):
     out: str = "bfloat16"
     biases: bool = False
     ids: str = "int64"
+    counted: bool = False
 
     def add(self, b: Builder) -> None:
         """See `GraphSet.add`."""
@@ -215,9 +224,10 @@ class CombineSet(GraphSet):
 
         def combine(rank: Rank, v: list[TensorValue]) -> None:
             sent, (ids, *rest) = v[:3], v[3:]
+            count = _or_absent(rest.pop() if self.counted else None, "int32", 1, b.device)
             weights = _or_absent(rest.pop(0) if at_source else None, "float32", 2, b.device)
             added = [_or_absent(each, "bfloat16", 2, b.device) for each in [*rest, None, None][:2]]
-            add_op("combine_into", rank, "combine", [*sent, ids, weights, *added], [], parameters, 0)
+            add_op("combine_into", rank, "combine", [*sent, ids, weights, *added, count], [], parameters, 0)
 
         def send(rank: Rank, v: list[TensorValue]) -> None:
             add_op("combine_async_from", rank, "combine", v, [], parameters, 0)
@@ -226,13 +236,15 @@ class CombineSet(GraphSet):
             add_op("combine_wait_into", rank, "combine", v, [], parameters, 0)
 
         for n in range(3 if self.biases else 1):
-            b.add(self.name(f"combine{n}"), [(*y, "written"), rows, MEMORY, *choices, *[bias] * n], combine)
+            last = [bias] * n + ([COUNT] if self.counted else [])
+            b.add(self.name(f"combine{n}"), [(*y, "written"), rows, MEMORY, *choices, *last], combine)
         if at_source and self.out == self.dtype:
             b.add(self.name("send_back"), [rows, MEMORY], send)
             b.add(self.name("receive_back"), [(*y, "written"), *choices], receive)
 
     def _more(self) -> list[str]:
-        return [self.reduce, self.dtype, self.out, self.ids, *(["biases"] if self.biases else [])]
+        flags = (flag for flag in ("biases", "counted") if getattr(self, flag))
+        return [self.reduce, self.dtype, self.out, self.ids, *flags]
 
 
 @functools.lru_cache(KEPT)

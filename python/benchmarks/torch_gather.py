@@ -38,7 +38,7 @@ def measure(me: Rank) -> None:
     o, n = me.opts, me.n_ranks
     Dispatcher.allocate_buffers(max(o.tokens), o.top_k, o.hidden, dist.group.WORLD)
     d = Dispatcher(EXPERTS // n, list(range(EXPERTS // n)))
-    made = Dispatcher._made()["hidden"]
+    made = Dispatcher._made()["tokens"]
     for T in o.tokens:
         g = torch.Generator(me.device).manual_seed(me.rank)
         x = torch.randn(T, o.hidden, generator=g, device=me.device).bfloat16()
@@ -66,7 +66,7 @@ def measure(me: Rank) -> None:
         sent = made.rows.clone()
         me.note(
             f"T={T}",
-            gather_us=me.replay_time(lambda x=x: made.gather(x)),
+            gather_us=me.replay_time(lambda x=x, ids=ids, probs=probs: made.gather(x, ids, probs)),
             nccl_gather_us=me.replay_time(lambda x=x, rows=rows: dist.all_gather_into_tensor(rows, x)),
             reduce_us=me.replay_time(lambda sent=sent: made.reduce(sent)),
             nccl_reduce_us=me.replay_time(lambda rows=rows, own=own: dist.reduce_scatter_tensor(own, rows)),

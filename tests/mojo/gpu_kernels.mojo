@@ -147,6 +147,38 @@ def main():
             target=TARGET,
         ]().asm
     )
+    print("//// gathered dispatch_wait")
+    print(
+        compile_info[
+            dispatch_wait_stage[Column, "gathered"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// gathered combine_async")
+    print(
+        compile_info[
+            combine_async_stage[F32, 72, "gathered", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// gathered dispatch fused")
+    print(
+        compile_info[
+            dispatch_stage[Plain, DType.int32, False, "gathered"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// gathered combine fused")
+    print(
+        compile_info[
+            combine_stage[BF, BF, BF, DType.int32, 7168, "gathered", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
     print("//// expert slots dispatch_async")
     print(
         compile_info[

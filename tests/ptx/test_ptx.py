@@ -20,6 +20,10 @@ SIGNALS = {
     "combine_wait": 1,  # credit
     "dispatch fused": 5,  # header, chunk with roles and without, FAILED, credit
     "combine fused": 4,
+    "gathered dispatch_wait": 1,
+    "gathered combine_async": 3,
+    "gathered dispatch fused": 5,
+    "gathered combine fused": 4,
     "expert slots dispatch_async": 1,  # messages of each expert, or FAILED
     "expert slots dispatch_wait": 0,
     "expert slots combine_async": 1,
@@ -31,6 +35,7 @@ NOTES = {
     "dispatch_async": 1,  # tables sent
     "dispatch_wait": 2,  # counted, mapped
     "dispatch fused": 3,
+    "gathered dispatch fused": 1,  # nothing is mapped
     "expert slots dispatch_wait": 1,  # rows of a block
 }
 """Words that a kernel publishes to its own CTAs."""
@@ -71,7 +76,7 @@ def expected(table: dict[str, int], name: str) -> int:
 
 
 def test_all_kernels_are_there(kernels):
-    assert len(kernels) == 19
+    assert len(kernels) == 23
     for name, ptx in kernels.items():
         assert sum(f.is_entry for f in rules.functions(ptx)) == 1, name
     assert {start for start in SIGNALS if any(name.startswith(start) for name in kernels)} == set(SIGNALS)
@@ -145,6 +150,9 @@ ARRIVALS = {
     "dispatch fused fp8": 5,  # two more where every warp sends first
     "dispatch fused": 1,
     "combine fused": 2,
+    "gathered dispatch fused": 1,
+    "gathered combine_async": 1,
+    "gathered combine fused": 1,
 }
 """Where threads arrive at mbarriers, by the beginning of a kernel's name; the longest one counts."""
 

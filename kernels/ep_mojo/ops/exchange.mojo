@@ -1,5 +1,6 @@
 """Dispatch and combine in one launch, and the sending half of combine, on every target: for the ops that make their
-outputs (`dispatch.mojo`, `combine.mojo`) and those that are given them (`into.mojo`)."""
+outputs (`dispatch.mojo`, `combine.mojo`) and those that are given them (`dispatch_into.mojo`,
+`combine_into.mojo`)."""
 
 from extensibility import ManagedTensorSlice
 from max.gpu.host import DeviceContext

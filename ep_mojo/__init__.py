@@ -25,6 +25,14 @@ _NAMES = {
         "dispatch_async",
         "dispatch_wait",
     ),
+    "gather": (
+        "all_gather_v",
+        "all_gather_v_async",
+        "all_gather_v_wait",
+        "reduce_scatter_v",
+        "reduce_scatter_v_async",
+        "reduce_scatter_v_wait",
+    ),
     "kernels": ("kernel_library",),
     "errors": (
         "CapacityError",
@@ -47,7 +55,7 @@ _NAMES = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_SUBMODULES = ("comm", "config", "dtypes", "errors", "formats", "graph", "kernels", "layout", "reference")
+_SUBMODULES = ("comm", "config", "dtypes", "errors", "formats", "gather", "graph", "kernels", "layout", "reference")
 
 __all__ = [
     "BF16",
@@ -83,6 +91,12 @@ __all__ = [
     "dispatch_async",
     "dispatch_wait",
     "kernel_library",
+    "all_gather_v",
+    "all_gather_v_async",
+    "all_gather_v_wait",
+    "reduce_scatter_v",
+    "reduce_scatter_v_async",
+    "reduce_scatter_v_wait",
 ]
 
 if TYPE_CHECKING:
@@ -108,6 +122,14 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from .formats import BF16, BlockwiseFP8, CustomFormat, TokenFormat
+    from .gather import (
+        all_gather_v,
+        all_gather_v_async,
+        all_gather_v_wait,
+        reduce_scatter_v,
+        reduce_scatter_v_async,
+        reduce_scatter_v_wait,
+    )
     from .graph import Handle, beside, combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
     from .kernels import kernel_library
 

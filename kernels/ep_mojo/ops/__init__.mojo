@@ -6,4 +6,12 @@ tensor has size 0. Shapes and dtypes stand in `ep_mojo/graph.py`, which writes t
 other queues than that of these ops, and takes none of this.)
 """
 
-from . import beside, combine, combine_into, dispatch, dispatch_into, push
+from . import (
+    beside,
+    combine,
+    combine_into,
+    dispatch,
+    dispatch_into,
+    gather,
+    push,
+)

@@ -80,7 +80,7 @@ class Rounds:
         Raises:
             ConfigMismatchError, PeerTimeoutError, EPError: See `make`.
         """
-        place = str(self.comm.device_refs()[0])
+        place, sets = str(self.comm.device_refs()[0]), list(dict.fromkeys(sets))  # a module holds a name once
         here = [(each, place) in _compiled for each in sets]
         # Rank 0 compiles for all, so what one rank lacks is made on all.
         found = self._board.agree(f"preparing {[each.name('') for each in sets]}", here, self._timeout_s)

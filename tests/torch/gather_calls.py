@@ -263,3 +263,17 @@ def check_buffers(n: int) -> None:
             V.allocate_buffers(*arguments, group)
         V._delete_buffers()
     check_steps(n, [3] * n)
+
+
+def check_few_choices(n: int) -> None:
+    """Routes of 1 and 2 choices are as wide as counts are: one graph gathers both."""
+    if dist.get_rank() >= n:
+        return
+    kept.pop("allocated", None)
+    me, d = dist.get_rank(), dispatcher()
+    for topk in (1, 2):
+        V.allocate_buffers(TMAX, topk, HIDDEN, kept["first", n])
+        s = draw(topk, [3 + r for r in range(n)])
+        s.ids, s.probs = ([each[:, :topk].contiguous() for each in parts] for parts in (s.ids, s.probs))
+        check_gathered(d, s, *step(d, s.x[me], s.ids[me], s.probs[me]))
+    check_steps(n, [3] * n)

@@ -58,6 +58,10 @@ def test_shared_experts(eight):
     eight.run(calls.check_shared_experts, 4, timeout_s=300)
 
 
+def test_few_choices(eight):
+    eight.run(calls.check_few_choices, 2, timeout_s=300)
+
+
 def test_bad_input(eight):
     eight.run(calls.check_bad_input, 2, timeout_s=300)
     eight.run(calls.check_buffers, 2, timeout_s=300)

@@ -87,7 +87,7 @@ class Gathering:
             timeout_s=timeout_s,
         )
         self._dispatch = gather_graph(hidden)
-        self._combine = CombineSet(hidden, "gathered", "expert", self._cfg.combine_dtype, "bfloat16", counted=True)
+        self._combine = reduce_graph(hidden, self._cfg.combine_dtype)
         sets: list[GraphSet] = [self._dispatch, *([self._combine] if reduced is not None else []), *more]
         self._rounds = Rounds.make(group, board, device, self._cfg, sets, make_timeout_s)
         self._queue, self._device, self._reduced = queue_for(device), device, reduced
@@ -185,3 +185,8 @@ class Gathering:
 def gather_graph(hidden: int) -> DispatchSet:
     """What gathers rows of H channels."""
     return DispatchSet(hidden, "gathered", BF16(), False, True, False, counted=True)
+
+
+def reduce_graph(hidden: int, dtype: str) -> CombineSet:
+    """What reduces rows of H channels, of type "bfloat16" or "float32"."""
+    return CombineSet(hidden, "gathered", "expert", dtype, "bfloat16", counted=True)

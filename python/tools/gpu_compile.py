@@ -42,7 +42,7 @@ def variants(every: bool) -> list[tuple[Any, str, str, str]]:
 
     fp8 = [ep.BlockwiseFP8(scale, layout) for scale in SCALES for layout in ("row", "column")]
     if every:
-        formats, layouts = [ep.BF16(), *fp8], ("expert", "expert_padded", "rank")
+        formats, layouts = [ep.BF16(), *fp8], ("expert", "expert_padded", "rank", "gathered")
         found = itertools.product(formats, layouts, ("expert", "source"), ("rank",))
         return [*found, *itertools.product(formats, layouts[:2], ("source",), ("expert",))]
     return [
@@ -50,6 +50,7 @@ def variants(every: bool) -> list[tuple[Any, str, str, str]]:
         (ep.BlockwiseFP8(), "expert_padded", "source", "rank"),
         (ep.BlockwiseFP8("power_of_two"), "rank", "expert", "rank"),
         (ep.BlockwiseFP8("ue8m0", "column"), "expert", "expert", "rank"),
+        (ep.BF16(), "gathered", "expert", "rank"),
         (ep.BF16(), "expert", "source", "expert"),
         (ep.BlockwiseFP8(), "expert_padded", "source", "expert"),
     ]
@@ -81,9 +82,10 @@ def add_round(module: Any, fmt: Any, layout: str, reduce: str, slots: str, split
     with Graph(name, input_types=types, custom_extensions=[ep.kernel_library()], module=module) as graph:
         ranks = comm.bind(graph.inputs[-comm.num_inputs :])
         x0, x1, i0, i1, w0, w1 = (v.tensor for v in graph.inputs[:6])
-        handles = ep.dispatch(ranks, [x0, x1], [i0, i1], [w0, w1])
+        gathered = layout == "gathered"
+        handles = (ep.all_gather_v if gathered else ep.dispatch)(ranks, [x0, x1], [i0, i1], [w0, w1])
         rows = [h.tokens if isinstance(fmt, ep.BF16) else h.tokens.cast(DType.bfloat16) for h in handles]
-        graph.output(*ep.combine(ranks, rows, handles))
+        graph.output(*(ep.reduce_scatter_v if gathered else ep.combine)(ranks, rows, handles))
     return graph
 
 
@@ -107,12 +109,13 @@ def add_pushes(module: Any) -> None:
 def add_torch(module: Any) -> int:
     """Add graphs behind `ep_mojo.torch`, for one rank on GPU 0; returns how many. Their sizes are open."""
     import ep_mojo as ep
-    from ep_mojo.torch import graphs
+    from ep_mojo.torch import gathering, graphs
 
     cfg = ep.EPConfig(hidden_size=1024, top_k=4, n_experts=8, max_tokens_per_rank=16, n_ranks=1)
     builder = graphs.Builder(ep.Communicator.planned(cfg), module)
     column = ep.BlockwiseFP8("ue8m0", "column")
-    for each in (*graphs.normal(cfg), *graphs.low_latency(cfg.replace(dispatch_format=column))):
+    sets = [*graphs.normal(cfg), *graphs.low_latency(cfg.replace(dispatch_format=column))]
+    for each in (*sets, gathering.gather_graph(1024), gathering.reduce_graph(1024, "bfloat16")):
         each.add(builder)
     return len(builder.graphs)
 

@@ -191,12 +191,13 @@ def reduce_scatter_v(
     if not all(rank.fused_allowed for rank in ranks):
         pending = combine_async(ranks, ys, handles, n_sms=n_sms)
         return combine_wait(ranks, pending, bias0=bias0, bias1=bias1, n_sms=n_sms)
-    check_combine(ranks, ys, handles, None)
+    modes = check_combine(ranks, ys, handles, None)
     check_lists(ranks, bias0=bias0, bias1=bias1)
     outputs, budget = [], check_budget(n_sms)
-    for i, (rank, y, h) in enumerate(zip(ranks, ys, handles, strict=True)):
-        ids, _, count, *biases = _wait_values(rank.cfg, h, "expert", None, _at(bias0, i), _at(bias1, i))
-        values, parameters = [y, h.recv_num_tokens, ids, count, *biases], {"hidden": rank.cfg.hidden_size}
+    for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
+        ids, _, count, *biases = _wait_values(rank.cfg, h, mode, None, _at(bias0, i), _at(bias1, i))
+        values = [y, h.recv_num_tokens, ids, count, *biases]
+        parameters = {"hidden": rank.cfg.hidden_size, "reduce": mode}
         outputs += add_op("reduce_scatter_v", rank, "combine", values, [_output_type(h)], parameters, budget)
     return outputs
 

@@ -128,16 +128,16 @@ class AllGatherDispatcherBase:
         base._symm_agv_routing = {"tensor": made.ids}
         base._symm_agv_probs = {"tensor": made.weights}
         base._symm_rsv = {"tensor": torch.zeros(n, hidden_size, dtype=cls.reduce_dtype, device=device)}
-        base._step_metadata = torch.zeros(len(METADATA), dtype=torch.int32, device=device)
         base._rank = ep_group.rank()
         base.allocate_valid_tokens_tensor()
 
     @classmethod
     def allocate_valid_tokens_tensor(cls) -> None:
-        """Make `_valid_tokens_tensor`, int32 [1], unless it is there."""
+        """Make `_step_metadata`, int32 [3], and `_valid_tokens_tensor`, its first word, unless they are there."""
         base = AllGatherDispatcherBase
         if base._valid_tokens_tensor is None:
-            base._valid_tokens_tensor = torch.zeros(1, dtype=torch.int32, device=base._device)
+            base._step_metadata = torch.zeros(len(METADATA), dtype=torch.int32, device=base._device)
+            base._valid_tokens_tensor = base._step_metadata[:1]
 
     @classmethod
     def _delete_buffers(cls) -> None:
@@ -207,15 +207,19 @@ class AllGatherDispatcherBase:
             count = torch.full((1,), local_tokens, dtype=torch.int32, device=base._device)
         words = torch.nn.functional.pad(count[None].clamp(0, local_tokens), (0, COUNT_WIDTH // 2 - 1))
         made["counts"].gather(words.view(torch.bfloat16))
-        self._note(made["counts"].rows.view(torch.int32)[:, 0])
+        counts = made["counts"].rows.view(torch.int32)[:, 0]
+        self._note(torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)), counts)
 
-    def _note(self, counts: torch.Tensor) -> None:
-        """Refresh what is known of a step from the ranks' tokens, int32 [R]."""
+    def _note(self, offsets: torch.Tensor, counts: torch.Tensor) -> None:
+        """Refresh what is known of a step.
+
+        Args:
+            offsets: int32 [R + 1], the first row of each rank.
+            counts: int32 [R], tokens of each.
+        """
         base = AllGatherDispatcherBase
-        ends = counts.cumsum(0, dtype=torch.int32)
-        own = ends[base._rank] - counts[base._rank]
-        torch.stack([ends[-1], own, counts.max()], out=base._step_metadata)
-        base._valid_tokens_tensor.copy_(base._step_metadata[:1])
+        own = offsets[base._rank : base._rank + 1]
+        torch.cat([offsets[-1:], own, counts.amax(0, keepdim=True)], out=base._step_metadata)
 
     def set_shared_experts(self, shared_experts: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run `shared_experts` beside the step, and add what it gives in `combine_postprocess`."""
@@ -280,7 +284,7 @@ class AllGatherDispatcherBase:
         check_tensor("routing_map", self.routing_map, [torch.int64, torch.int32], [tokens, choices], base._device)
         gathering.gather(hidden_states, self.routing_map.to(torch.int64), probs, base._local_tokens_tensor)
         if self.runs_metadata_sync:
-            self._note(gathering.counts)
+            self._note(gathering.offsets, gathering.counts)
         n = self._rows(tokens)
         self.routing_map = gathering.ids[:n].to(torch.int64)
         return gathering.rows[:n], gathering.weights[:n]
@@ -372,8 +376,8 @@ class AllGatherDispatcher(AllGatherDispatcherBase):
     _use_allgather_v: ClassVar[bool] = False
     _local_tokens_per_rank: ClassVar[list[int] | None] = None
 
-    def _note(self, counts: torch.Tensor) -> None:
-        super()._note(counts)
+    def _note(self, offsets: torch.Tensor, counts: torch.Tensor) -> None:
+        super()._note(offsets, counts)
         if self._use_allgather_v:
             AllGatherDispatcher._local_tokens_per_rank = counts.tolist()
             AllGatherDispatcherBase._host_valid_tokens_estimate = sum(AllGatherDispatcher._local_tokens_per_rank)

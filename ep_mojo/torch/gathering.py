@@ -80,7 +80,7 @@ class Gathering:
             n_ranks=n_ranks,
             output_layout="gathered",
             reduce="expert",
-            num_buffers=1,
+            num_buffers=2,  # a round begins before its peers have ended the one before
             tokens_per_signal=1,
             combine_dtype="float32" if reduced == torch.float32 else "bfloat16",
             output_dtype="bfloat16",

@@ -142,7 +142,7 @@ def test_all_gather_dispatchers(ready):
     ready.run(gather_calls.make_groups)
     for n in sorted({1, N - 1, N}):
         for counts in ([8 * (r + 1) for r in range(n)], [16] * n, [5 * (r % 2) for r in range(n)]):
-            ready.run(gather_calls.check_steps, n, counts, timeout_s=300)
+            ready.run(gather_calls.check_steps, n, counts, timeout_s=120)
         ready.run(gather_calls.check_device_counts, n)
         ready.run(gather_calls.check_equal_counts, n)
         ready.run(gather_calls.check_replays, n, 100)

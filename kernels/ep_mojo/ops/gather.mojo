@@ -130,6 +130,7 @@ struct ReduceScatterV:
     @staticmethod
     def execute[
         hidden: Int,
+        reduce: StaticString,
         slots: StaticString,
         n_sms: Int,
         target: StaticString,
@@ -153,6 +154,7 @@ struct ReduceScatterV:
 
         Parameters:
             hidden: H.
+            reduce: Reduce mode of the config, which changes nothing here.
             slots: Slot policy: "rank".
             n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
@@ -202,7 +204,7 @@ struct ReduceScatterV:
             topk_ids.dtype,
             hidden,
             "gathered",
-            "expert",
+            reduce,
             slots,
             target,
         ](s, input, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)

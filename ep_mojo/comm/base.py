@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from max.engine import Model
     from max.graph import BufferValue, DeviceRef, Graph, TensorValue, Type
 
+    from ..choice import Choice
+
 TABLE_NAMES = tuple(name for name, _ in windows.TABLES)
 
 
@@ -222,6 +224,16 @@ class Communicator(ABC):
         from .gpu import GPUCommunicator
 
         return GPUCommunicator(cfg, devices, virtual=False)
+
+    @staticmethod
+    def choose(cfg: EPConfig, tokens: int | None = None) -> Choice:
+        """Whether to route tokens or to gather all of them (output_layout="gathered"), with the numbers that say so.
+
+        `tokens` is T of each rank, None max_tokens_per_rank; out of range it is a `ConfigError`.
+        """
+        from ..choice import choose
+
+        return choose(cfg, tokens)
 
     @staticmethod
     def planned(cfg: EPConfig, *, virtual: bool = False) -> Communicator:

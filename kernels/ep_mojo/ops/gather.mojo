@@ -1,5 +1,5 @@
-"""The ops of layout "gathered", in one launch each. Their halves are those of dispatch and combine with that layout. See
-`ops/__init__.mojo` for what all ops share."""
+"""The ops of layout "gathered", in one launch each. Their halves are those of dispatch and combine with that layout.
+See `ops/__init__.mojo` for what all ops share."""
 
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor

@@ -151,6 +151,15 @@ def test_all_gather_dispatchers(ready):
     ready.run(gather_calls.check_bad_input, N, timeout_s=300)
 
 
+def test_a_rank_that_dies_between_steps():
+    with Pool(N, backend="nccl") as pool:
+        pool.run(gather_calls.make_groups)
+        found = pool.run(gather_calls.die_between_steps, 1, raise_errors=False, timeout_s=300)
+    assert isinstance(found[1], Died)
+    assert found[0][0] in ("PeerLostError", "PeerTimeoutError")
+    assert found[0][1] < 15
+
+
 def test_settings_and_the_end(ready):
     ready.run(buffer_calls.check_sizes_and_settings, N)
     ready.run(buffer_calls.check_after_destroy, N)

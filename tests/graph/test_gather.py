@@ -3,6 +3,7 @@ each rank, whose two launches are `ep_mojo_all_gather_v` and `ep_mojo_reduce_sca
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,13 +114,15 @@ def test_virtual_ranks(together, name):
         assert not differences(comm.cfg, s, ranks, outputs)
 
 
-def play(comm, model, cfg, seeds):
-    """In each process: rounds of its rank, and what differs."""
-    found = []
+def play(comm, model, cfg, seeds, delay_seed=None):
+    """In each process: rounds of its rank, and what differs. With a seed ranks sleep a little before every fifth."""
+    found, steps = [], {seed: step(cfg, seed) for seed in set(seeds)}
+    delays = None if delay_seed is None else np.random.default_rng((delay_seed, comm.rank))
     for seed in seeds:
-        s = step(cfg, seed)
-        outputs = comm.execute(model, *arguments(cfg, s, [comm.rank]))
-        found += differences(cfg, s, [comm.rank], outputs)
+        if delays is not None and delays.random() < 0.2:
+            time.sleep(delays.random() * 0.003)
+        outputs = comm.execute(model, *arguments(cfg, steps[seed], [comm.rank]))
+        found += differences(cfg, steps[seed], [comm.rank], outputs)
     return found
 
 
@@ -133,6 +136,8 @@ def test_processes():
             assert op in str(graphs[0].module.mlir_module)
         for model in comm.compile_all(graphs):
             assert not any(comm.run(play, model, cfg, list(SEEDS)))
+            rounds = np.random.default_rng(1).integers(0, 12, 500).tolist()
+            assert not any(comm.run(play, model, cfg, rounds, 2)), "with delays"
 
 
 def test_other_layouts_are_refused():

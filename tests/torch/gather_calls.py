@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -234,6 +236,27 @@ def check_bad_input(n: int) -> None:
 
 def step(d, x, ids, probs):
     return d.token_dispatch(*d.dispatch_preprocess(x, ids, probs))
+
+
+def die_between_steps(rank: int) -> tuple[str, float]:
+    """In processes of their own: one ends between two steps; the others say so within the deadline."""
+    n, before = dist.get_world_size(), ept.AllGatherDispatcherBase.timeout_s
+    ept.AllGatherDispatcherBase.timeout_s = 5.0
+    allocate(n)
+    ept.AllGatherDispatcherBase.timeout_s = before
+    s, d, me = draw(1, [4] * n), dispatcher(), dist.get_rank()
+    step(d, s.x[me], s.ids[me], s.probs[me])
+    V.check()
+    if me == rank:
+        os._exit(9)
+    began = time.monotonic()
+    with pytest.raises((errors.PeerLostError, errors.PeerTimeoutError)) as found:
+        for _ in range(4):
+            step(d, s.x[me], s.ids[me], s.probs[me])
+            V.check()
+    assert f"rank {rank}" in str(found.value) or found.value.peer_failed, found.value
+    V._delete_buffers()
+    return type(found.value).__name__, time.monotonic() - began
 
 
 def check_buffers(n: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import ep_mojo.torch as ept
 from tests.torch import gather_calls as calls
-from tests.torch.launch import Pool
+from tests.torch.launch import Died, Pool
 
 MEMBERS = {
     ept.AllGatherDispatcherBase: (
@@ -60,6 +60,16 @@ def test_shared_experts(eight):
 
 def test_few_choices(eight):
     eight.run(calls.check_few_choices, 2, timeout_s=300)
+
+
+def test_a_rank_that_dies():
+    with Pool(3) as pool:
+        pool.run(calls.make_groups)
+        found = pool.run(calls.die_between_steps, 1, raise_errors=False, timeout_s=300)
+    assert isinstance(found[1], Died)
+    for name, took in (found[0], found[2]):
+        assert name in ("PeerLostError", "PeerTimeoutError")
+        assert took < 15
 
 
 def test_bad_input(eight):

@@ -231,6 +231,8 @@ def check_choice(name: str, value: Any, allowed: tuple) -> None:
 
 def check_int(name: str, value: Any, low: int, high: int, remedy: str = "") -> int:
     """`value` as an int in [low, high]. Python and NumPy integers pass, everything else is a `ConfigError`."""
+    if type(value) is int and low <= value <= high:  # what a call of every step mostly has
+        return value
     allowed = f"an integer from {low} to {high}"
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool") or not hasattr(value, "__index__"):
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..config import MAX_RANKS
+from ..config import MAX_RANKS, MAX_SMS
 from ..errors import ConfigError, DTypeError, ShapeError, UnsupportedError
 from ..formats import check_int
 from . import sizes
@@ -310,7 +310,7 @@ class Buffer(LowLatencyCalls):
         queue = self._live().queue
         check_events(previous_event, async_finish, allocate_on_comm_stream)
         check_one_node(num_tokens_per_rdma_rank)
-        num_sms = self._config(config).num_sms
+        num_sms = self._num_sms(config)
         layout = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
         if handle is not None:
             _check_no_choices(topk_idx, topk_weights)
@@ -363,14 +363,15 @@ class Buffer(LowLatencyCalls):
         """
         queue = self._live().queue
         check_events(previous_event, async_finish, allocate_on_comm_stream)
-        num_sms = self._config(config).num_sms
+        num_sms = self._num_sms(config)
         with queue.working(previous_event):
             combined = self._normal.combine(x, handle, topk_weights, bias, num_sms)
         return *combined, queue.finish(async_finish, (x, topk_weights, bias), combined)
 
-    def _config(self, config: Any) -> Config:
+    def _num_sms(self, config: Any) -> int:
+        """The budget of a config; None: what `get_dispatch_config` would say, without making one."""
         if config is None:
-            return self.get_dispatch_config(self.group_size)
+            return check_int("num_sms", Buffer.num_sms, 1, MAX_SMS)
         if not isinstance(config, Config):
             raise DTypeError(
                 field="config",
@@ -378,7 +379,7 @@ class Buffer(LowLatencyCalls):
                 allowed="a Config or None",
                 remedy="use ep_mojo.torch.Config",
             )
-        return config
+        return config.num_sms
 
 
 def _check_no_choices(*given: Any) -> None:

@@ -23,11 +23,15 @@ def check_tensor(
     if value.dtype not in dtypes:
         allowed = " or ".join(str(d) for d in dtypes)
         raise DTypeError(field=name, value=str(value.dtype), allowed=allowed, remedy=f"convert {name} first")
-    sizes = tuple(value.shape)
-    if len(sizes) != len(shape) or any(want not in (None, got) for got, want in zip(sizes, shape, strict=True)):
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    for got, want in zip(sizes, shape, strict=False):
+        fits = fits and (want is None or want == got)
+    if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ShapeError(field=name, value=list(sizes), allowed=f"[{wanted}]", remedy=f"reshape {name}")
-    if value.device.type != device.type or (device.index is not None and value.device.index != device.index):
+    place = value.device
+    if place != device and (place.type != device.type or device.index is not None):
         raise DeviceError(
             field=name,
             value=str(value.device),

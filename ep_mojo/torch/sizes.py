@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 
 from ..comm.windows import block_bytes
-from ..config import MAX_RANKS, EPConfig
+from ..config import MAX_RANKS, MAX_SMS, EPConfig
 from ..errors import CapacityError
 from ..formats import BF16, TokenFormat, align_up, check_int
 from ..layout import MAX_TOKENS, MAX_TOP_K
@@ -154,7 +154,7 @@ class Config:
     num_max_rdma_chunked_recv_tokens: int = 256
 
     def __post_init__(self):
-        check_int("num_sms", self.num_sms, 1, 1024)
+        check_int("num_sms", self.num_sms, 1, MAX_SMS)
         for side in ("nvl_chunked_send", "nvl_chunked_recv", "rdma_chunked_send", "rdma_chunked_recv"):
             name = f"num_max_{side}_tokens"
             check_int(name, getattr(self, name), 1, 1 << 30)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -418,20 +417,9 @@ class Communicator(ABC):
                 remedy="make a new communicator",
             )
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Guard one call: the communicator lives, and no other thread is inside it."""
-        self._live()
-        if not self._state.lock.acquire(blocking=False):
-            raise OrderError(
-                "another thread is using this communicator",
-                allowed="one thread at a time",
-                remedy="use a lock, or a communicator for each thread; on GPUs their runs take turns",
-            )
-        try:
-            yield
-        finally:
-            self._state.lock.release()
+    def _exclusive(self) -> _Exclusive:
+        """Guard one call, in a `with`: the communicator lives, and no other thread is inside it."""
+        return _Exclusive(self)
 
     @functools.cached_property
     def _input_specs(self) -> list[InputSpec]:
@@ -483,6 +471,27 @@ class Communicator(ABC):
         if [(s.dtype, len(s.dims)) for s in ours] != [(s.dtype, len(s.dims)) for s in expected]:
             raise self._foreign(ours)
         return specs
+
+
+class _Exclusive:
+    """See `Communicator._exclusive`. A class, since a generator costs every launch a microsecond more."""
+
+    __slots__ = ("_comm",)
+
+    def __init__(self, comm: Communicator):
+        self._comm = comm
+
+    def __enter__(self) -> None:
+        self._comm._live()
+        if not self._comm._state.lock.acquire(blocking=False):
+            raise OrderError(
+                "another thread is using this communicator",
+                allowed="one thread at a time",
+                remedy="use a lock, or a communicator for each thread; on GPUs their runs take turns",
+            )
+
+    def __exit__(self, *exc: object) -> None:
+        self._comm._state.lock.release()
 
 
 def host_inputs(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +21,20 @@ from ..errors import ConfigError, DTypeError, OrderError, UnsupportedError
 
 
 class EventHandle:
-    """A point in the current queue of this process: all work given to it before.
+    """A point in a queue of this process: all work given to it before.
+
+    Args:
+        stream: The queue, as torch knows it; None: the current one.
 
     Attributes:
         event: A `torch.cuda.Event`; None where no GPU is in use: on the host that point has been reached already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self.event: torch.cuda.Event | None = None
         if torch.cuda.is_initialized():
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(stream)
 
     def current_stream_wait(self) -> None:
         """Let the current queue wait for that point."""
@@ -106,15 +109,14 @@ class Queue:
         """The queue as torch knows it."""
         return torch.cpu.current_stream()
 
-    @contextmanager
-    def working(self, previous_event: EventOverlap | None = None) -> Iterator[None]:
+    def working(self, previous_event: EventOverlap | None = None) -> AbstractContextManager[None]:
         """Around the work of one call: it begins after `previous_event`, or after all that the caller has queued.
 
         Tensors made in it belong to this queue.
         """
         if previous_event is not None:
             previous_event.wait()
-        yield
+        return nullcontext()
 
     def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
         """End a call: let the caller's queue wait for the work, or give an event to wait for instead.
@@ -148,24 +150,11 @@ class GPUQueue(Queue):
         """See `Queue.stream`."""
         return self._stream
 
-    @contextmanager
-    def working(self, previous_event: EventOverlap | None = None) -> Iterator[None]:
+    def working(self, previous_event: EventOverlap | None = None) -> AbstractContextManager[None]:
         """See `Queue.working`."""
-        caller = torch.cuda.current_stream(self.device.index)
-        before = None if previous_event is None else previous_event.event
-        known = before is not None and before.event is not None
-        if known:
-            self._stream.wait_event(before.event)
-        if not known or torch.cuda.is_current_stream_capturing():  # an event from before a capture is no part of it
-            self._follow(caller, self._stream)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        except BaseException:
-            self._follow(self._stream, caller)  # what was launched may still read what the caller lets go
-            raise
+        return _Working(self, None if previous_event is None else previous_event.event)
 
-    def _follow(self, first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
+    def follow(self, first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
         """Let one queue wait for what another has been given."""
         with self._marking:  # who waits for the event takes what was recorded last
             self._mark.record(first)
@@ -174,23 +163,49 @@ class GPUQueue(Queue):
     def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
         """See `Queue.finish`."""
         caller = torch.cuda.current_stream(self.device.index)
-        for tensor in _tensors(made):
-            tensor.record_stream(caller)
+        _record(made, caller)
         if not async_finish:
-            self._follow(self._stream, caller)
+            self.follow(self._stream, caller)
             return EventOverlap()
-        for tensor in _tensors(given):
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            return EventOverlap(EventHandle())
+        _record(given, self._stream)
+        return EventOverlap(EventHandle(self._stream))
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+class _Working:
+    """See `GPUQueue.working`. A class, and without `torch.cuda.stream`: every call would wait for both."""
+
+    __slots__ = ("_before", "_caller", "_device", "_queue")
+
+    def __init__(self, queue: GPUQueue, before: EventHandle | None):
+        self._queue, self._before = queue, before
+
+    def __enter__(self) -> None:
+        queue, before = self._queue, self._before
+        self._caller = torch.cuda.current_stream(queue.device.index)
+        known = before is not None and before.event is not None
+        if known:
+            queue.stream.wait_event(before.event)
+        if not known or torch.cuda.is_current_stream_capturing():  # an event from before a capture is no part of it
+            queue.follow(self._caller, queue.stream)
+        self._device = torch.cuda.current_device()
+        torch.cuda.set_stream(queue.stream)  # and makes its device the current one
+
+    def __exit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
+        queue = self._queue
+        torch.cuda.set_stream(self._caller)
+        if self._device != queue.device.index:
+            torch.cuda.set_device(self._device)
+        if raised is not None:
+            queue.follow(queue.stream, self._caller)  # what was launched may still read what the caller lets go
+
+
+def _record(values: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that a queue uses tensors, or tuples of them, and None."""
     if isinstance(values, torch.Tensor):
-        yield values
+        values.record_stream(stream)
     elif isinstance(values, (tuple, list)):
         for value in values:
-            yield from _tensors(value)
+            _record(value, stream)
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
@@ -214,9 +229,14 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether calls of tensors there are being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def check_not_capturing(device: torch.device, what: str, remedy: str) -> None:
     """Raise `OrderError` inside the capture of a CUDA graph, where `what` cannot be."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy=remedy)
 
 

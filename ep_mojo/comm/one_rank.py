@@ -16,7 +16,7 @@ from ..errors import EPError, PeerLostError, UnsupportedError
 from . import shm, windows
 from .arguments import check_args, chosen_ranks, make_buffers
 from .base import Communicator, CompiledGraph, host_inputs
-from .models import run_model, run_ops
+from .models import run_buffers, run_model
 
 if TYPE_CHECKING:
     from max.driver import Buffer, Device
@@ -154,7 +154,7 @@ class OneRankCommunicator(Communicator):
             own, memories = self._own, self.memories
             self._before_launch()
             try:
-                outputs = run_ops(self.load(model), [*buffers, *self.inputs()])
+                outputs = run_buffers(self.load(model), [*buffers, *self.inputs()])
             except Exception:
                 self._abort(own, memories)
                 raise

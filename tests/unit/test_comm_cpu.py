@@ -12,9 +12,10 @@ from ep_mojo.comm import Communicator, CompiledGraph
 from ep_mojo.comm import processes as processes_module
 from ep_mojo.comm import windows as w
 from ep_mojo.comm.arguments import InputSpec, check_args, graph_specs
+from ep_mojo.comm.models import run_buffers
 from ep_mojo.comm.processes import ProcessCommunicator
 from ep_mojo.config import EPConfig
-from ep_mojo.dtypes import to_numpy
+from ep_mojo.dtypes import to_buffer, to_numpy
 from ep_mojo.errors import (
     CapacityError,
     ConfigError,
@@ -124,6 +125,27 @@ def test_execute_returns_bits_of_every_rank(compiled):
     out = comm.execute(model.model, *xs, *zs, as_buffers=True)
     assert [tuple(o.shape) for o in out] == [(0,), (1,), (2,), (0, 2), (1, 2), (2, 2)]
     assert comm.inputs()[7].to_numpy()[0] == before + 1, "order must be changed in place"
+
+
+def test_buffers_run_as_by_the_public_method(compiled):
+    """`run_buffers` calls a private method of MAX in place of `Model.execute`: with buffers both do the same."""
+    comm, model = compiled
+    xs, zs = arrays(3)
+    buffers = [*(to_buffer(x, "int32") for x in xs), *(to_buffer(z, "bfloat16") for z in zs), *comm.inputs()]
+    order = comm.inputs()[7].to_numpy()
+    before = order[0]
+    want, got = model.model.execute(*buffers), run_buffers(model.model, buffers)
+    assert order[0] == before + 2, "both have run the graph"
+    for one, other in zip(want, got, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+    wrong = [to_buffer(np.zeros((2, 3), np.int32), "int32"), *buffers[1:]]
+    errors = []
+    for run in (lambda: model.model.execute(*wrong), lambda: run_buffers(model.model, wrong)):
+        with pytest.raises(Exception, match=r".") as raised:
+            run()
+        errors.append((type(raised.value), str(raised.value)))
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("as_buffers", [False, True])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,10 @@ from .checks import check_tensor
 from .normal import check_experts
 from .rounds import Rounds
 from .session import Session
-from .tensors import ALIGNMENT, Received, dense, part, used_here
+from .tensors import ALIGNMENT, Received, dense, part, to_buffers, used_here
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
 
 Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
@@ -48,6 +51,11 @@ class LowLatencyHandle(Sequence):
         self.session, self.cfg, self.num_tokens, self.memory = session, cfg, num_tokens, memory
         self.counts = part(memory, "counts", cfg)
         self.received = False
+
+    @functools.cached_property
+    def block(self) -> Buffer:
+        """`memory` as graphs take it, for the dispatch that writes it and the combine that reads it."""
+        return to_buffers([self.memory], self.session.device)[0]
 
     @functools.cached_property
     def src_info(self) -> torch.Tensor:
@@ -94,6 +102,7 @@ class LowLatencyMode:
 
     def __init__(self, session: Session, num_rdma_bytes: int):
         self.session, self.num_rdma_bytes = session, num_rdma_bytes
+        self._checked: dict[tuple[Any, ...], EPConfig] = {}
         self._pending: dict[tuple[Rounds, str], deque[Hook]] = {}
         self._zero_copy: dict[tuple[int, ...], deque[torch.Tensor]] = {}
         self._next: tuple[int, ...] | None = None
@@ -134,40 +143,46 @@ class LowLatencyMode:
         device = self.session.device
         check_tensor("x", x, [torch.bfloat16], [None, None], device)
         check_tensor("topk_idx", topk_idx, [torch.int64], [x.shape[0], None], device)
-        self.check_sizes(num_max_tokens, x.shape[1], num_experts)
-        cfg = sizes.low_latency_config(
-            num_max_tokens,
-            x.shape[1],
-            topk_idx.shape[1],
-            num_experts,
-            self.session.size,
-            dispatch_format=fmt,
-            timeout_s=self.session.timeout_s,
-        )
+        cfg = self._config(num_max_tokens, x.shape[1], topk_idx.shape[1], num_experts, fmt)
         if stats is not None:
             check_tensor("cumulative_local_expert_recv_stats", stats, [torch.int32], [cfg.n_local_experts], device)
         sets = graphs.low_latency(cfg)
         rounds = self.session.rounds(cfg, sets)
         self._check_room(rounds, "dispatch", later)
-        too_many = functools.partial(_too_many, cfg)
         given = dense(x), dense(topk_idx)
         found = Received.empty(cfg, device)
         handle = LowLatencyHandle(self.session, cfg, x.shape[0], found.memory)
+        written = found.tokens, found.scales, handle.block
         if not later:
-            with self.session.announcing(rounds, x.shape[0], too_many):
-                rounds.run(sets[0], "dispatch", *found, *given)
+            with self.session.announcing(rounds, x.shape[0], _too_many):
+                rounds.run(sets[0], "dispatch", *written, *given)
             self._arrived(handle, stats)
             return self._rows(cfg, found), handle.counts, handle, None
-        with self.session.announcing(rounds, x.shape[0], too_many):
+        with self.session.announcing(rounds, x.shape[0], _too_many):
             rounds.run(sets[0], "send", *given)
 
         def receive() -> None:
-            with self.session.announcing(rounds, 0, too_many):
-                rounds.run(sets[0], "receive", *found)
+            with self.session.announcing(rounds, 0, _too_many):
+                rounds.run(sets[0], "receive", *written)
             self._arrived(handle, stats)
 
         hook = self._later(rounds, "dispatch", receive)
         return self._rows(cfg, found), handle.counts, handle, hook
+
+    def _config(self, num_tokens: Any, hidden: int, top_k: int, num_experts: Any, fmt: TokenFormat) -> EPConfig:
+        """The engine's config of a round whose sizes fit the Buffer. Raises as `check_sizes`, and `ConfigError`."""
+        key = num_tokens, hidden, top_k, num_experts, fmt
+        plain = type(num_tokens) is int and type(num_experts) is int  # as a key 4.0 would pass for 4
+        if plain and key in self._checked:
+            return self._checked[key]
+        self.check_sizes(num_tokens, hidden, num_experts)
+        n_ranks, timeout_s = self.session.size, self.session.timeout_s
+        cfg = sizes.low_latency_config(
+            num_tokens, hidden, top_k, num_experts, n_ranks, dispatch_format=fmt, timeout_s=timeout_s
+        )
+        if plain:
+            self._checked[key] = cfg
+        return cfg
 
     def _arrived(self, handle: LowLatencyHandle, stats: torch.Tensor | None) -> None:
         handle.received = True
@@ -212,8 +227,8 @@ class LowLatencyMode:
                 )
         if not handle.received:
             raise _hook_first("handle")
-        back = graphs.low_latency(cfg)[1]
-        rounds = self.session.rounds(cfg, graphs.low_latency(cfg))
+        sets = graphs.low_latency(cfg)
+        rounds, back = self.session.rounds(cfg, sets), sets[1]
         self._check_room(rounds, "combine", later)
         rows = self._filled(shape) if zero_copy else dense(x)
         ids, weights = dense(topk_idx), dense(topk_weights)
@@ -222,10 +237,10 @@ class LowLatencyMode:
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
         if not later:
             with self.session.explaining(rounds):
-                rounds.run(back, "combine0", y, rows, handle.memory, ids, weights)
+                rounds.run(back, "combine0", y, rows, handle.block, ids, weights)
             return y, None
         with self.session.explaining(rounds):
-            rounds.run(back, "send_back", rows, handle.memory)
+            rounds.run(back, "send_back", rows, handle.block)
 
         def receive() -> None:
             with self.session.explaining(rounds):
@@ -336,7 +351,8 @@ class LowLatencyMode:
             )
 
 
-def format_of(use_fp8: Any, round_scale: Any, use_ue8m0: Any) -> TokenFormat:
+@functools.cache
+def format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> TokenFormat:
     """The format of a low-latency dispatch.
 
     Raises:

@@ -94,7 +94,7 @@ class LowLatencyCalls:
         queue = self._low_latency_session().queue
         _check_one_way(async_finish, return_recv_hook)
         _check_no_cost_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
-        fmt = format_of(use_fp8, round_scale, use_ue8m0)
+        fmt = format_of(bool(use_fp8), bool(round_scale), bool(use_ue8m0))
         stats = cumulative_local_expert_recv_stats
         with queue.working():
             recv_x, count, handle, hook = self._low_latency.dispatch(

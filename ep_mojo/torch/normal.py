@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -17,10 +17,12 @@ from ..errors import CapacityError, ConfigError, ShapeError, UnsupportedError
 from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
 from . import graphs, sizes
 from .checks import check_tensor
-from .rounds import Rounds
 from .session import Session
-from .streams import check_not_capturing
-from .tensors import Received, dense, part, used_here
+from .streams import check_not_capturing, is_capturing
+from .tensors import Received, dense, part, to_buffers, used_here
+
+if TYPE_CHECKING:
+    from max.driver import Buffer
 
 MAX_ALIGNMENT = 1 << 20
 MAX_WORST_TOKENS = (1 << 31) - 1
@@ -56,6 +58,7 @@ class NormalHandle:
         self.topk_idx, self.has_topk = topk_idx, has_topk
         self.num_recv_tokens = num_recv_tokens
         self.memory, self._capacity = memory, capacity
+        self._no_weights: Buffer | None = None
         self.rank_offsets = part(memory, "row_offsets", cfg, capacity)
         self.recv_count = self.rank_offsets[-1:]
 
@@ -63,6 +66,21 @@ class NormalHandle:
     def num_tokens(self) -> int:
         """T."""
         return self.topk_idx.shape[0]
+
+    @functools.cached_property
+    def routes(self) -> list[Buffer]:
+        """`memory` and `topk_idx` as graphs take them."""
+        return to_buffers([self.memory, self.topk_idx], self.session.device)
+
+    def no_weights(self) -> Buffer:
+        """float32 [T, K] of zeros, as graphs take it, to be read only: what dispatches along the handle send."""
+        if self._no_weights is not None:
+            return self._no_weights
+        device = self.session.device
+        (made,) = to_buffers([torch.zeros(self.topk_idx.shape, dtype=torch.float32, device=device)], device)
+        if not is_capturing(device):  # what a capture makes has its zeros when it is replayed
+            self._no_weights = made
+        return made
 
     @property
     def recv_src_idx(self) -> torch.Tensor:
@@ -143,10 +161,14 @@ class NormalMode:
         if not worst:
             check_not_capturing(device, "the host cannot wait for counts", "pass num_worst_tokens, or a handle")
         capacity, has_topk = worst or cfg.rows_capacity, topk_idx is not None
-        rounds = self.session.rounds(cfg, graphs.normal(cfg))
-        with self.session.announcing(rounds, n_tokens, functools.partial(self._too_many, cfg)):
-            found = self._send(rounds, tokens, ids, weights, capacity, num_sms)
+        sets = graphs.normal(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        with self.session.announcing(rounds, n_tokens, self._too_many):
+            found = Received.empty(cfg, device, capacity)
             handle = NormalHandle(self.session, cfg, ids, has_topk, worst, found.memory, capacity)
+            memory, routes = handle.routes
+            written = found.tokens, found.scales, memory
+            rounds.run(sets[0], "dispatch", *written, *tokens, routes, weights, n_sms=num_sms)
             recv_ids, recv_weights = self._choices(handle, capacity) if has_topk else (None, None)
             if worst:
                 return self._received(found, worst, fmt), recv_ids, recv_weights, [], handle
@@ -181,11 +203,13 @@ class NormalMode:
         """
         handle = self.session.own(handle, NormalHandle)
         tokens, fmt = self._tokens(x, handle.num_tokens)
-        weights = torch.zeros(handle.topk_idx.shape, dtype=torch.float32, device=self.session.device)
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
-        rounds = self.session.rounds(cfg, graphs.normal(cfg))
-        with self.session.announcing(rounds, handle.num_tokens, functools.partial(self._too_many, cfg)):
-            found = self._send(rounds, tokens, handle.topk_idx, weights, handle.num_recv_tokens, num_sms)
+        sets = graphs.normal(cfg)
+        rounds = self.session.rounds(cfg, sets)
+        with self.session.announcing(rounds, handle.num_tokens, self._too_many):
+            found = Received.empty(cfg, self.session.device, handle.num_recv_tokens)
+            given = *tokens, handle.routes[1], handle.no_weights()
+            rounds.run(sets[0], "dispatch", *found, *given, n_sms=num_sms)
         return self._received(found, handle.num_recv_tokens, fmt)
 
     def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[list[torch.Tensor], TokenFormat]:
@@ -219,20 +243,6 @@ class NormalMode:
     def _config(self, hidden: int, top_k: int, n_experts: int, fmt: TokenFormat) -> EPConfig:
         timeout_s = self.session.timeout_s
         return sizes.normal_config(self.num_nvl_bytes, hidden, top_k, n_experts, self.session.size, fmt, timeout_s)
-
-    def _send(
-        self,
-        rounds: Rounds,
-        tokens: list[torch.Tensor],
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        capacity: int,
-        num_sms: int,
-    ) -> Received:
-        found = Received.empty(rounds.cfg, self.session.device, capacity)
-        graph = graphs.normal(rounds.cfg)[0]
-        rounds.run(graph, "dispatch", *found, *tokens, ids, weights, n_sms=num_sms)
-        return found
 
     def _too_many(self, cfg: EPConfig, rank: int, tokens: int) -> CapacityError:
         most = cfg.max_tokens_per_rank
@@ -269,7 +279,7 @@ class NormalMode:
         sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        rows = [dense(x), handle.memory, handle.topk_idx, *map(dense, biases)]
+        rows = [dense(x), *handle.routes, *map(dense, biases)]
         combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
         with self.session.explaining(rounds):
             rounds.run(sets[1], f"combine{len(biases)}", combined, *rows, n_sms=num_sms)
@@ -285,7 +295,7 @@ class NormalMode:
         rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
         summed = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.float32, device=rows.device)
         with self.session.explaining(rounds):
-            rounds.run(sets[0], "combine0", summed, rows, handle.memory, handle.topk_idx, n_sms=num_sms)
+            rounds.run(sets[0], "combine0", summed, rows, *handle.routes, n_sms=num_sms)
         return summed[:, :top_k].contiguous()
 
 

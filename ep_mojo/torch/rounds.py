@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,13 @@ from .board import Board
 from .graphs import STAGES, Builder, GraphSet
 from .tensors import to_buffers
 
+if TYPE_CHECKING:
+    from max.driver import Buffer
+
 SETTING_N_SMS = 11
+
+TooMany = Callable[[EPConfig, int, int], EPError]
+"""Makes the error of a rank, the second argument, that had more than Tmax tokens: as many as the third says."""
 
 _compiled: dict[tuple[GraphSet, str], dict[str, Any]] = {}
 """Compiled graphs by stage, of each set and device."""
@@ -43,7 +49,7 @@ class Rounds:
         cfg: The config.
         comm: The communicator.
         name: The same on all ranks, and no other rounds of the group have it.
-        too_many: The error of a rank that had more than Tmax tokens, and their number; see `Session.announcing`.
+        too_many: The error of a rank that had more than Tmax tokens; see `Session.announcing`.
         device: Where tensors are.
     """
 
@@ -53,7 +59,7 @@ class Rounds:
         ref = comm.device_refs()[0]
         self.device = torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
         self._board, self._timeout_s = board, timeout_s
-        self.too_many: Callable[[int, int], EPError] | None = None
+        self.too_many: TooMany | None = None
         self._stages: dict[tuple[GraphSet, str], Any] = {}
         self._n_sms = to_numpy(comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
 
@@ -94,13 +100,13 @@ class Rounds:
         """Whether a graph was prepared."""
         return (graphs, stage) in self._stages
 
-    def run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor, n_sms: int | None = None) -> None:
+    def run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor | Buffer, n_sms: int | None = None) -> None:
         """Run a graph. On the host it is done on return; a GPU's queue has it then.
 
         Args:
             graphs: The set that has it.
             stage: Its name there.
-            tensors: Its inputs and what it writes, contiguous.
+            tensors: Its inputs and what it writes, contiguous; or what `to_buffers` has made of them.
             n_sms: The most SMs (on the host: worker threads) of a launch, 0 = all; None: what the config says.
 
         Raises:

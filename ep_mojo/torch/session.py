@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..config import EPConfig
-from ..errors import CapacityError, DTypeError, EPError, OrderError, PeerLostError, ShapeError
+from ..errors import DTypeError, EPError, OrderError, PeerLostError, ShapeError
 from .board import board_of
 from .graphs import GraphSet
-from .rounds import Rounds
+from .rounds import Rounds, TooMany
 from .streams import check_not_capturing, queue_for
 
 Handle = TypeVar("Handle")
@@ -42,6 +42,28 @@ def in_words_of_a_buffer(error: EPError) -> None:
     for name in ("field", "allowed", "remedy"):
         if getattr(error, name) is not None:
             setattr(error, name, said(getattr(error, name)))
+
+
+class Explaining:
+    """See `Session.explaining`. A class, since a generator costs every call a microsecond more."""
+
+    __slots__ = ("_rounds", "_session")
+
+    def __init__(self, session: Session, rounds: Rounds):
+        self._session, self._rounds = session, rounds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
+        if not isinstance(raised, EPError):
+            return
+        notes = self._session.notes(self._rounds, raised)
+        if not notes:
+            in_words_of_a_buffer(raised)
+            return
+        rank = max(notes, key=lambda r: int(notes[r]))
+        raise self._rounds.too_many(self._rounds.cfg, rank, int(notes[rank])) from raised
 
 
 class Session:
@@ -111,8 +133,7 @@ class Session:
         """All rounds so far, in the order in which all ranks made them."""
         return list(self._rounds.values())
 
-    @contextmanager
-    def announcing(self, rounds: Rounds, tokens: int, error: Callable[[int, int], CapacityError]) -> Iterator[None]:
+    def announcing(self, rounds: Rounds, tokens: int, error: TooMany) -> Explaining:
         """Around a dispatch: tokens over the maximum are a `CapacityError` on all ranks, whichever has them.
 
         The engine refuses such a dispatch on the rank that has them, and says to all peers that this round has failed;
@@ -121,28 +142,19 @@ class Session:
         Args:
             rounds: Whose dispatch it is.
             tokens: T of this rank.
-            error: The error, of a rank and its T.
+            error: The error, of a config, a rank and its T.
         """
         rounds.too_many = error
         if tokens > rounds.cfg.max_tokens_per_rank:
             self.board.leave(rounds.name, str(tokens))
-        with self.explaining(rounds):
-            yield
+        return Explaining(self, rounds)
 
-    @contextmanager
-    def explaining(self, rounds: Rounds) -> Iterator[None]:
+    def explaining(self, rounds: Rounds) -> Explaining:
         """Around whatever may raise a failure of rounds: say it in the words of a Buffer."""
-        try:
-            yield
-        except EPError as raised:
-            notes = self._notes(rounds, raised)
-            if not notes:
-                in_words_of_a_buffer(raised)
-                raise
-            rank = max(notes, key=lambda r: int(notes[r]))
-            raise rounds.too_many(rank, int(notes[rank])) from raised
+        return Explaining(self, rounds)
 
-    def _notes(self, rounds: Rounds, raised: EPError) -> dict[int, str]:
+    def notes(self, rounds: Rounds, raised: EPError) -> dict[int, str]:
+        """What ranks have left to explain a failure: the tokens of those that had too many."""
         failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
         if not failed or rounds.too_many is None:
             return {}

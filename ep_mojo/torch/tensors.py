@@ -83,7 +83,10 @@ class Received(NamedTuple):
 def part(memory: torch.Tensor, name: str, cfg: EPConfig, rows: int | None = None) -> torch.Tensor:
     """A tensor of a handle: a view of its block. Row offsets are below 2^31, and so int32."""
     begin, end, dtype, shape = places(cfg, rows)[0][name]
-    return memory[begin:end].view(dtype).view(shape)
+    found = memory[begin:end]
+    if dtype != memory.dtype:
+        found = found.view(dtype)
+    return found if len(shape) == 1 else found.view(shape)
 
 
 def used_here(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,36 +98,49 @@ def used_here(tensor: torch.Tensor) -> torch.Tensor:
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as graphs take it, itself or a copy: contiguous, on GPUs from a multiple of `ALIGNMENT` bytes on."""
-    tensor = tensor.detach().contiguous()
+    if not tensor.is_contiguous():
+        tensor = tensor.detach().contiguous()
     if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT:
-        tensor = tensor.clone()
+        tensor = tensor.detach().clone()
     return tensor
 
 
-def to_buffers(tensors: Sequence[Any], device: torch.device) -> list[Buffer]:
-    """Contiguous tensors as MAX buffers over the same memory; `device`: where all of them are."""
-    if device.type == "cpu" or torch.cuda.current_device() == device.index:
-        return list(map(_to_buffer, tensors))
-    with torch.cuda.device(device):
-        return list(map(_to_buffer, tensors))
+def to_buffers(tensors: Sequence[torch.Tensor | Buffer], device: torch.device) -> list[Buffer]:
+    """Contiguous tensors as MAX buffers over the same memory; buffers stay what they are.
 
-
-def _to_buffer(tensor: torch.Tensor) -> Buffer:
+    Args:
+        tensors: Those that require gradients are taken like others.
+        device: Where all of them are.
+    """
     from max.driver import Buffer
 
-    return Buffer.from_dlpack(_Exported(tensor.detach()))
+    place = _dlpack_device(device)
+
+    def converted() -> list[Buffer]:
+        return [t if isinstance(t, Buffer) else Buffer.from_dlpack(_Exported(t, place)) for t in tensors]
+
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return converted()
+    with torch.cuda.device(device):
+        return converted()
+
+
+@functools.cache
+def _dlpack_device(device: torch.device) -> tuple[int, int]:
+    """How DLPack calls a device. torch works it out anew for each tensor, for longer than the conversion itself."""
+    return torch.empty(0, device=device).__dlpack_device__()
 
 
 class _Exported:
     """A tensor for DLPack, without what `torch.Tensor.__dlpack__` does beside: who calls orders the queues itself."""
 
-    __slots__ = ("_tensor",)
+    __slots__ = ("_place", "_tensor")
 
-    def __init__(self, tensor: torch.Tensor):
-        self._tensor = tensor.view(BITS[tensor.dtype]) if tensor.dtype in BITS else tensor
+    def __init__(self, tensor: torch.Tensor, place: tuple[int, int]):
+        self._tensor, self._place = tensor.view(BITS[tensor.dtype]) if tensor.dtype in BITS else tensor, place
 
     def __dlpack__(self, **_: Any) -> Any:
         return to_dlpack(self._tensor)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self._tensor.__dlpack_device__()
+        return self._place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from ep_mojo.programs import report
 from ep_mojo.programs.measures import git_commit
 
 WARMUP = 3
+BUSY_WAIT = "MODULAR_THREAD_BUSY_WAIT_US", "MODULAR_RUNTIME_THREAD_BUSY_WAIT_TIME_US"
+"""MAX aborts unless both say the same."""
 
 
 class Rank:
@@ -94,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all)")
     parser.add_argument("--hidden", type=int, default=7168, help="channels (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=30, help="calls timed (default: %(default)s)")
+    parser.add_argument(
+        "--busy-wait",
+        type=int,
+        metavar="US",
+        help="how long MAX's worker threads look for work before they sleep (default: MAX's, 200)",
+    )
     parser.add_argument("--output", metavar="FILE.json", help="write the results as JSON")
 
 
@@ -108,6 +117,8 @@ def run(opts: argparse.Namespace, body: Callable[[Rank], None]) -> int:
     if n_ranks < 2 or n_ranks > there:
         print(f"needs two GPUs or more, and as many as --ranks says; torch sees {there}", file=sys.stderr)
         return 2
+    if opts.busy_wait is not None:  # the processes inherit it; see docs/torch.md
+        os.environ.update(dict.fromkeys(BUSY_WAIT, str(opts.busy_wait)))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_serve, (n_ranks, opts, body, folder), n_ranks)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n_ranks)]

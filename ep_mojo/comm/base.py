@@ -22,6 +22,7 @@ from ..dtypes import to_buffer
 from ..errors import ConfigError, DTypeError, OrderError, ShapeError, UnsupportedError
 from . import windows
 from .arguments import InputSpec, graph_specs, model_specs, place
+from .exclusive import Exclusive
 
 if TYPE_CHECKING:
     from max.driver import Buffer, Device
@@ -417,9 +418,9 @@ class Communicator(ABC):
                 remedy="make a new communicator",
             )
 
-    def _exclusive(self) -> _Exclusive:
+    def _exclusive(self) -> Exclusive:
         """Guard one call, in a `with`: the communicator lives, and no other thread is inside it."""
-        return _Exclusive(self)
+        return Exclusive(self)
 
     @functools.cached_property
     def _input_specs(self) -> list[InputSpec]:
@@ -471,27 +472,6 @@ class Communicator(ABC):
         if [(s.dtype, len(s.dims)) for s in ours] != [(s.dtype, len(s.dims)) for s in expected]:
             raise self._foreign(ours)
         return specs
-
-
-class _Exclusive:
-    """See `Communicator._exclusive`. A class, since a generator costs every launch a microsecond more."""
-
-    __slots__ = ("_comm",)
-
-    def __init__(self, comm: Communicator):
-        self._comm = comm
-
-    def __enter__(self) -> None:
-        self._comm._live()
-        if not self._comm._state.lock.acquire(blocking=False):
-            raise OrderError(
-                "another thread is using this communicator",
-                allowed="one thread at a time",
-                remedy="use a lock, or a communicator for each thread; on GPUs their runs take turns",
-            )
-
-    def __exit__(self, *exc: object) -> None:
-        self._comm._state.lock.release()
 
 
 def host_inputs(

@@ -10,7 +10,6 @@ import importlib
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +31,6 @@ TICK_S = 0.05
 GRACE_S = 2.0
 """How long to look for a peer that is gone where the group has failed, and for an answer where a peer is gone."""
 HOST_BACKENDS = ("gloo",)
-
-_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Groups over gloo of the same processes, for groups that only move what is on GPUs."""
 
 Look = Callable[[], None]
 
@@ -93,8 +89,7 @@ class ProcessGroup:
                 remedy='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or pass '
                 'group=torch.distributed.new_group(backend="gloo")',
             )
-        self.group = group
-        self._host_group = group if on_host else _host_groups.get(group)
+        self.group, self._on_host = group, on_host
         self._look = look
 
     def gather(self, value: Any, what: str) -> list[Any]:
@@ -106,8 +101,10 @@ class ProcessGroup:
         """
 
         def call() -> list[Any]:
+            if not self._on_host:
+                return self._over_store(value, what)
             found = [None] * self.size
-            torch_distributed().all_gather_object(found, value, group=self._on_host())
+            torch_distributed().all_gather_object(found, value, group=self.group)
             return found
 
         return self._wait(call, what)
@@ -148,21 +145,25 @@ class ProcessGroup:
 
         def call() -> None:
             dist = torch_distributed()
-            dist.broadcast_object_list(found, src=dist.get_global_rank(self.group, 0), group=self._on_host())
+            if self._on_host:
+                dist.broadcast_object_list(found, src=dist.get_global_rank(self.group, 0), group=self.group)
+            else:
+                found[0] = self._over_store(found[0], what)[0]
 
         self._wait(call, what)
         return found[0]
 
-    def _on_host(self) -> Any:
-        """A group of these processes that moves what is on the host; the first call for a group makes it."""
-        if self._host_group is None:
-            dist, backends = torch_distributed(), self.group._device_types
-            options = [self.group._get_backend(device).options for device in backends]
-            timeouts = [o._timeout for o in options if getattr(o, "_timeout", None) is not None]
-            how = {"backend": "gloo", "use_local_synchronization": True, "timeout": min(timeouts, default=None)}
-            self._host_group = dist.new_group(dist.get_process_group_ranks(self.group), **how)
-            _host_groups[self.group] = self._host_group
-        return self._host_group
+    def _over_store(self, value: Any, what: str) -> list[Any]:
+        """Every rank's `value`, through the group's store: where the group only moves what is on GPUs.
+
+        Not through a group over gloo of the same processes: torch names it after the number of groups that a process
+        knows, so that ranks which belong to different numbers of groups would wait for each other for ever.
+        """
+        from .board import board_of
+
+        options = [self.group._get_backend(device).options for device in self.group._device_types]
+        timeouts = [o._timeout.total_seconds() for o in options if getattr(o, "_timeout", None) is not None]
+        return board_of(self.group).agree(what, value, min(timeouts, default=0.0))
 
     def _wait(self, call: Callable[[], Any], what: str) -> Any:
         self._look()

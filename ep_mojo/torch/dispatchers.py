@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from ..comm.board import board_of
 from ..errors import ConfigError, OrderError, ShapeError
 from ..formats import check_int
 from ..layout import MAX_TOP_K
-from .board import board_of
 from .checks import check_tensor
 from .gathering import Gathering, gather_graph, most_experts
 from .streams import check_not_capturing, device_of

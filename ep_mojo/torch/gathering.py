@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from ..comm.board import Board
 from ..config import EPConfig
 from ..errors import CapacityError
 from ..formats import BF16
 from ..layout import MAX_EXPERTS
-from .board import Board
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet, GraphSet
 from .rounds import Rounds

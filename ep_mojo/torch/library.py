@@ -12,11 +12,11 @@ import weakref
 import torch
 
 from ..comm import Communicator
+from ..comm.board import board_of
 from ..comm.process_group import shared_fields
 from ..config import EPConfig
 from ..errors import OrderError, UnsupportedError
 from ..formats import BF16
-from .board import board_of
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet
 from .rounds import Rounds

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..comm import Communicator
+from ..comm.board import Board
 from ..config import EPConfig
 from ..dtypes import to_numpy
 from ..errors import EPError
-from .board import Board
 from .graphs import STAGES, Builder, GraphSet
 from .tensors import to_buffers
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..comm.board import board_of
 from ..config import EPConfig
 from ..errors import DTypeError, EPError, OrderError, PeerLostError, ShapeError
-from .board import board_of
 from .graphs import GraphSet
 from .rounds import Rounds, TooMany
 from .streams import check_not_capturing, queue_for

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import ep_mojo.torch as ept
 from ep_mojo import errors
-from ep_mojo.torch import board
+from ep_mojo.comm import board
 from tests.torch import buffers, plain
 from tests.torch import low_latency_calls as low
 from tests.torch import normal_calls as normal

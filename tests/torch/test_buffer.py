@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from ep_mojo.comm import board
 from ep_mojo.errors import PeerLostError
-from ep_mojo.torch import board
 from tests.torch import buffer_calls as calls
 from tests.torch.launch import Died, Pool
 

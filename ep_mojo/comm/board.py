@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +19,8 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 from ..errors import ConfigMismatchError, PeerLostError, PeerTimeoutError
 
 GRACE_S = 0.2
+POLL_S = 0.001
+"""How often who waits asks the store."""
 
 _boards: weakref.WeakKeyDictionary[Any, Board] = weakref.WeakKeyDictionary()
 
@@ -69,9 +70,11 @@ class Board:
         mine = f"{number}/{self.rank}"
         self._store.set(mine, pickle.dumps((what, value)))
         keys = [f"{number}/{r}" for r in range(self.size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=timeout_s or 1e6))
-        except (RuntimeError, dist.DistStoreError) as error:
+        end = time.monotonic() + (timeout_s or float("inf"))
+        while not self._store.check(keys):  # not `wait`: another thread of this process may want the store meanwhile
+            if time.monotonic() < end:
+                time.sleep(POLL_S)
+                continue
             missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
             time.sleep(GRACE_S)  # who gives up at the same time is to see who came, too
             self._store.delete_key(mine)
@@ -79,7 +82,7 @@ class Board:
                 f"rank {self.rank}: {what}: in {timeout_s:g} s rank {', '.join(map(str, missing))} did not come, or "
                 "has given up",
                 remedy="make the same calls with the same sizes on every rank of the group",
-            ) from error
+            )
         found = [pickle.loads(self._store.get(key)) for key in keys]
         # Whoever waits for this agreement has read the one before it.
         if number > 0:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_buffer
-from ..errors import DeviceError, DeviceMemoryError
+from ..errors import DeviceError, DeviceMemoryError, UnsupportedError
 from . import windows
 from .device_memory import DeviceMemory
 from .windows import RankMemory
@@ -29,6 +29,54 @@ if TYPE_CHECKING:
 
 SHARING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """torch's variable of the environment that lets ranks have one GPU, where their kernels take turns: slow."""
+
+
+_mapped = 0
+"""How often this process has mapped the memory of a group."""
+
+
+class Offer(NamedTuple):
+    """What a rank says of its block.
+
+    Attributes:
+        gpu: The GPU's unique name.
+        mapped: How often the rank's process has mapped the memory of a group before.
+    """
+
+    gpu: str
+    mapped: int
+
+
+def check_offers(offers: Sequence[Offer]) -> None:
+    """Raise, on all ranks alike, unless they can map each other's blocks.
+
+    torch numbers the exchanges of a process, whatever group they are of; ranks whose numbers differ would wait for each
+    other for ever.
+
+    Raises:
+        DeviceError: Two ranks have one GPU.
+        UnsupportedError: Their processes have mapped the memory of groups differently often.
+    """
+    gpus = [offer.gpu for offer in offers]
+    for rank, gpu in enumerate(gpus):
+        if gpus.index(gpu) != rank and os.environ.get(SHARING) != "1":
+            raise DeviceError(
+                f"ranks {gpus.index(gpu)} and {rank} have one GPU",
+                field=f"device of rank {rank}",
+                value=gpu,
+                allowed=f"a GPU for each rank; for tests, {SHARING}=1 lets them share one",
+                remedy="call torch.cuda.set_device(local_rank) first, or pass the device",
+            )
+    for rank, offer in enumerate(offers):
+        if offer.mapped != offers[0].mapped:
+            raise UnsupportedError(
+                f"rank 0 has made windows {offers[0].mapped} times before, rank {rank} {offer.mapped} times",
+                field=f"windows made by rank {rank}",
+                value=offer.mapped,
+                allowed=f"{offers[0].mapped}: torch's symmetric memory needs equal numbers on all ranks of a group",
+                remedy="let every process make as many communicators and Buffers: groups of all ranks first, then "
+                "such that each process is in equally many",
+            )
 
 
 class BlockMemory(DeviceMemory):
@@ -148,8 +196,8 @@ class SymmetricMemoryProvider:
         if need > free:
             raise _too_small(need, f"at most {free} bytes free on {self.device}", "the windows do not fit")
 
-    def create(self, cfg: EPConfig, rank: int, group: int) -> str:
-        """See `MemoryProvider`. The offer names the GPU.
+    def create(self, cfg: EPConfig, rank: int, group: int) -> Offer:
+        """See `MemoryProvider`.
 
         Raises:
             DeviceMemoryError: There is not enough memory.
@@ -168,27 +216,21 @@ class SymmetricMemoryProvider:
         layout.write_head(head, cfg, rank)
         self._own.write("counters", head)
         self._own.synchronize()
-        return str(torch.cuda.get_device_properties(self.device).uuid)
+        return Offer(str(torch.cuda.get_device_properties(self.device).uuid), _mapped)
 
-    def attach(self, offers: Sequence[str]) -> list[RankMemory]:
+    def attach(self, offers: Sequence[Offer]) -> list[RankMemory]:
         """See `MemoryProvider`.
 
         Raises:
             DeviceError: Two ranks have one GPU, or one GPU cannot reach another.
+            UnsupportedError: See `check_offers`.
         """
         import torch
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        for rank, gpu in enumerate(offers):
-            if offers.index(gpu) != rank and os.environ.get(SHARING) != "1":
-                raise DeviceError(
-                    f"ranks {offers.index(gpu)} and {rank} have one GPU",
-                    field=f"device of rank {rank}",
-                    value=gpu,
-                    allowed=f"a GPU for each rank; for tests, {SHARING}=1 lets them share one",
-                    remedy="call torch.cuda.set_device(local_rank) first, or pass the device",
-                )
-        own = self._own
+        global _mapped
+        check_offers(offers)
+        own, _mapped = self._own, _mapped + 1
         try:
             mapping = symmetric_memory.rendezvous(self._block, self._group)
             blocks = [

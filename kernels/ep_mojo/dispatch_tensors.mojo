@@ -256,7 +256,8 @@ struct Rows[F: TokenFormat, layout: StaticString](ImplicitlyCopyable, Movable):
         var stride = self.column if Self.F.scales_by_column else 1
         for i in range(Self.F.scales_per_token):
             zero_bytes[T](
-                self.scale(row) + i * stride * SCALE_BYTES, SCALE_BYTES
+                self.scale(row).unsafe_offset(i * stride * SCALE_BYTES),
+                SCALE_BYTES,
             )
 
     def zero_padding[T: Team](self, group: Int):

@@ -11,23 +11,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
-from .graph import (
+from .graph import combine_async, combine_wait, dispatch_async, dispatch_wait
+from .graph_checks import check_budget, check_combine, check_length, check_lists, check_ranks
+from .graph_ops import (
     PendingCombine,
     PendingDispatch,
     Values,
-    _at,
-    _dispatch_calls,
-    _format_parameters,
-    _or_absent,
-    _output_type,
-    _wait_values,
     add_op,
-    combine_async,
-    combine_wait,
-    dispatch_async,
-    dispatch_wait,
+    at,
+    dispatch_calls,
+    format_of,
+    or_absent,
+    sums_type,
+    wait_values,
 )
-from .graph_checks import check_budget, check_combine, check_length, check_lists, check_ranks
 from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
@@ -117,15 +114,13 @@ def all_gather_v(
         return dispatch_wait(ranks, dispatch_async(ranks, xs, given, weights, **more, n_sms=n_sms), n_sms=n_sms)
     handles, budget = [], check_budget(n_sms)
     for rank, (values, p) in zip(
-        ranks, _dispatch_calls(ranks, xs, given, weights, num_tokens, x_scales, input_scale), strict=True
+        ranks, dispatch_calls(ranks, xs, given, weights, num_tokens, x_scales, input_scale), strict=True
     ):
         types = dict(zip(HANDLE_TENSORS, handle_types(rank.cfg, rank.device), strict=True))
         made = {name: t for name, t in types.items() if name not in ABSENT}
-        outputs = add_op(
-            "all_gather_v", rank, "dispatch", values, list(made.values()), _format_parameters(rank.cfg), budget
-        )
+        outputs = add_op("all_gather_v", rank, "dispatch", values, list(made.values()), format_of(rank.cfg), budget)
         fields = dict(zip(made, outputs, strict=True))
-        fields |= {name: _or_absent(None, *how, rank.device) for name, how in ABSENT.items()}
+        fields |= {name: or_absent(None, *how, rank.device) for name, how in ABSENT.items()}
         handles.append(Handle(cfg=rank.cfg, topk_ids=p.topk_ids, weights=p.weights, num_tokens=p.num_tokens, **fields))
     return handles
 
@@ -195,10 +190,10 @@ def reduce_scatter_v(
     check_lists(ranks, bias0=bias0, bias1=bias1)
     outputs, budget = [], check_budget(n_sms)
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
-        ids, _, count, *biases = _wait_values(rank.cfg, h, mode, None, _at(bias0, i), _at(bias1, i))
+        ids, _, count, *biases = wait_values(rank.cfg, h, mode, None, at(bias0, i), at(bias1, i))
         values = [y, h.recv_num_tokens, ids, count, *biases]
         parameters = {"hidden": rank.cfg.hidden_size, "reduce": mode}
-        outputs += add_op("reduce_scatter_v", rank, "combine", values, [_output_type(h)], parameters, budget)
+        outputs += add_op("reduce_scatter_v", rank, "combine", values, [sums_type(h)], parameters, budget)
     return outputs
 
 
@@ -223,5 +218,5 @@ def _choices(ranks: Sequence[Rank], xs: Values, topk_ids: Values | None) -> Valu
         check_length(ranks, ("topk_ids",), topk_ids=topk_ids)
         return topk_ids
     check_lists(ranks, ("xs",), xs=xs)
-    none = [_or_absent(None, "int32", 2, rank.device) for rank in ranks]
+    none = [or_absent(None, "int32", 2, rank.device) for rank in ranks]
     return [ops.broadcast_to(ops.reshape(v, [1, 0]), [x.shape[0], 0]) for v, x in zip(none, xs, strict=True)]

@@ -7,28 +7,39 @@ ranks all sends come before all waits; where each rank runs by itself the fused 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .config import EPConfig
 from .errors import DeviceError
-from .formats import BF16, BlockwiseFP8, CustomFormat, TokenFormat, check_int
+from .formats import check_int
 from .graph_checks import (
     check_budget,
     check_combine,
-    check_dispatch,
     check_graph_values,
     check_list,
     check_lists,
     check_pending,
     check_ranks,
     check_results,
-    check_wait,
 )
-from .handle import HANDLE_TENSORS, Handle, handle_types
+from .graph_ops import (
+    PendingCombine,
+    PendingDispatch,
+    Values,
+    add_op,
+    at,
+    dispatch_calls,
+    format_of,
+    handle_from,
+    reduce_parameters,
+    rows_to_send,
+    shared_type,
+    sums_type,
+    wait_values,
+)
+from .handle import Handle, handle_types
 
 if TYPE_CHECKING:
-    from max.graph import DeviceRef, TensorType, TensorValue
+    from max.graph import TensorType, TensorValue
 
     from .comm.base import Rank
 
@@ -44,36 +55,6 @@ __all__ = [
     "dispatch_async",
     "dispatch_wait",
 ]
-
-Values = Sequence["TensorValue"]
-
-
-@dataclass(frozen=True)
-class PendingDispatch:
-    """A dispatch whose tokens have been sent: for `dispatch_wait` on the same ranks.
-
-    Attributes:
-        topk_ids, weights, num_tokens: As given to `dispatch_async`.
-    """
-
-    topk_ids: TensorValue
-    weights: TensorValue | None
-    num_tokens: TensorValue | None
-
-
-@dataclass(frozen=True)
-class PendingCombine:
-    """A combine whose rows have been sent: for `combine_wait` on the same ranks.
-
-    Attributes:
-        handle: The handle that it was made with.
-        reduce: "expert" or "source".
-        shared: The shared expert's rows [T, H], or of size 0.
-    """
-
-    handle: Handle
-    reduce: str
-    shared: TensorValue
 
 
 def dispatch_async(
@@ -110,10 +91,10 @@ def dispatch_async(
         DeviceError: An argument is not on its rank's device; nothing is added to the graph.
         ConfigError: n_sms is out of range.
     """
-    calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
+    calls = dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     budget = check_budget(n_sms)
     for rank, (values, _) in zip(ranks, calls, strict=True):
-        add_op("dispatch_async", rank, "dispatch", values, [], _format_parameters(rank.cfg), budget)
+        add_op("dispatch_async", rank, "dispatch", values, [], format_of(rank.cfg), budget)
     return [pending for _, pending in calls]
 
 
@@ -137,9 +118,9 @@ def dispatch_wait(
     budget = check_budget(n_sms)
     handles = []
     for rank, p in zip(ranks, pending, strict=True):
-        parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
+        parameters = format_of(rank.cfg) | {"layout": rank.cfg.output_layout}
         outputs = add_op("dispatch_wait", rank, "dispatch", [], handle_types(rank.cfg, rank.device), parameters, budget)
-        handles.append(_handle(rank.cfg, outputs, p))
+        handles.append(handle_from(rank.cfg, outputs, p))
     return handles
 
 
@@ -179,11 +160,11 @@ def dispatch(
         )
         return dispatch_wait(ranks, pending, n_sms=n_sms)
     handles, budget = [], check_budget(n_sms)
-    calls = _dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
+    calls = dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
     for rank, (values, pending) in zip(ranks, calls, strict=True):
-        parameters = _format_parameters(rank.cfg) | {"layout": rank.cfg.output_layout}
+        parameters = format_of(rank.cfg) | {"layout": rank.cfg.output_layout}
         outputs = add_op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
-        handles.append(_handle(rank.cfg, outputs, pending))
+        handles.append(handle_from(rank.cfg, outputs, pending))
     return handles
 
 
@@ -215,8 +196,8 @@ def combine_async(
     modes = check_combine(ranks, ys, handles, reduce)
     pending, budget = [], check_budget(n_sms)
     for rank, y, h, mode in zip(ranks, ys, handles, modes, strict=True):
-        parameters = _reduce(rank.cfg, mode)
-        (shared,) = add_op("combine_async", rank, "combine", _rows(y, h), [_shared_type(h)], parameters, budget)
+        parameters = reduce_parameters(rank.cfg, mode)
+        (shared,) = add_op("combine_async", rank, "combine", rows_to_send(y, h), [shared_type(h)], parameters, budget)
         pending.append(PendingCombine(h, mode, shared))
     return pending
 
@@ -249,9 +230,11 @@ def combine_wait(
     check_lists(ranks, weights=weights, bias0=bias0, bias1=bias1)
     ys, budget = [], check_budget(n_sms)
     for i, (rank, p) in enumerate(zip(ranks, pending, strict=True)):
-        values = _wait_values(rank.cfg, p.handle, p.reduce, _at(weights, i), _at(bias0, i), _at(bias1, i))
-        types = [_output_type(p.handle)]
-        (y,) = add_op("combine_wait", rank, "combine", [*values, p.shared], types, _reduce(rank.cfg, p.reduce), budget)
+        values = wait_values(rank.cfg, p.handle, p.reduce, at(weights, i), at(bias0, i), at(bias1, i))
+        types = [sums_type(p.handle)]
+        (y,) = add_op(
+            "combine_wait", rank, "combine", [*values, p.shared], types, reduce_parameters(rank.cfg, p.reduce), budget
+        )
         ys.append(y)
     return ys
 
@@ -287,9 +270,11 @@ def combine(
     check_lists(ranks, weights=weights, bias0=bias0, bias1=bias1)
     outputs, budget = [], check_budget(n_sms)
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
-        values = _wait_values(rank.cfg, h, mode, _at(weights, i), _at(bias0, i), _at(bias1, i))
-        types = [_output_type(h), _shared_type(h)]
-        out, _ = add_op("combine", rank, "combine", [*_rows(y, h), *values], types, _reduce(rank.cfg, mode), budget)
+        values = wait_values(rank.cfg, h, mode, at(weights, i), at(bias0, i), at(bias1, i))
+        types = [sums_type(h), shared_type(h)]
+        out, _ = add_op(
+            "combine", rank, "combine", [*rows_to_send(y, h), *values], types, reduce_parameters(rank.cfg, mode), budget
+        )
         outputs.append(out)
     return outputs
 
@@ -354,143 +339,3 @@ def beside(
         return check_results(body(*values), result_types)
 
     return ops.side_stream(inputs, with_head_start, result_types=result_types)
-
-
-# Calls
-
-
-def add_op(
-    name: str, rank: Rank, side: str, values: list, types: list[TensorType], parameters: dict, budget: int
-) -> list[TensorValue]:
-    """Add the op `ep_mojo_{name}` of a rank, with what all of them take: order, counters, settings, tables.
-
-    `side` chooses between the dispatch and the combine tables; budget 0 is the config's.
-    """
-    from max.graph import ops
-
-    tables = [getattr(rank, f"{side}_{table}_ptrs") for table in ("send", "recv", "count")]
-    return ops.inplace_custom(
-        f"ep_mojo_{name}",
-        rank.device,
-        [rank.order, rank.counters, rank.settings, *tables, *values],
-        out_types=types,
-        parameters=parameters | {"slots": rank.cfg.slots, "n_sms": budget},
-    )
-
-
-def _format_parameters(cfg: EPConfig) -> dict[str, Any]:
-    return format_parameters(cfg.hidden_size, cfg.dispatch_format)
-
-
-def format_parameters(hidden_size: int, fmt: TokenFormat) -> dict[str, Any]:
-    """Parameters of the ops of dispatch that name the format."""
-    names = {BF16: "bf16", BlockwiseFP8: "blockwise_fp8"}
-    return {
-        "hidden": hidden_size,
-        "format": fmt.struct if isinstance(fmt, CustomFormat) else names[type(fmt)],
-        "scale": getattr(fmt, "scale", "float32"),
-        "by_column": fmt.scales_layout == "column",
-    }
-
-
-def _reduce(cfg: EPConfig, mode: str) -> dict[str, Any]:
-    return {"hidden": cfg.hidden_size, "layout": cfg.output_layout, "reduce": mode}
-
-
-def _handle(cfg: EPConfig, outputs: list[TensorValue], p: PendingDispatch) -> Handle:
-    fields = dict(zip(HANDLE_TENSORS, outputs, strict=True))
-    return Handle(cfg=cfg, topk_ids=p.topk_ids, weights=p.weights, num_tokens=p.num_tokens, **fields)
-
-
-def _or_absent(value: TensorValue | None, dtype: str, rank: int, device: DeviceRef) -> TensorValue:
-    """An optional input; where it was not given, a tensor of size 0."""
-    from max.driver import Buffer
-    from max.dtype import DType
-    from max.graph import ops
-
-    if value is not None:
-        return value
-    # Of its own dtype: MAX would compile a graph of its own to fold a cast of a constant.
-    return ops.constant(Buffer.zeros([0] * rank, getattr(DType, dtype)), device=device)
-
-
-def _rows(y: TensorValue, h: Handle) -> list[TensorValue]:
-    where = h.src_info if h.cfg.slots == "expert" else h.row_map  # ExpertSlots needs nothing else
-    return [y, where, h.recv_weights, h.recv_num_tokens]
-
-
-def _shared_type(h: Handle) -> TensorType:
-    from max.dtype import DType
-    from max.graph import TensorType
-
-    shape = [h.topk_ids.shape[0], h.cfg.hidden_size] if h.cfg.shared_expert else [0, 0]
-    return TensorType(getattr(DType, h.cfg.combine_dtype), shape, h.topk_ids.device)
-
-
-def _output_type(h: Handle) -> TensorType:
-    from max.dtype import DType
-    from max.graph import TensorType
-
-    shape = [h.topk_ids.shape[0], h.cfg.hidden_size]
-    return TensorType(getattr(DType, h.cfg.output_dtype), shape, h.topk_ids.device)
-
-
-def _wait_values(
-    cfg: EPConfig,
-    h: Handle,
-    mode: str,
-    weights: TensorValue | None,
-    bias0: TensorValue | None,
-    bias1: TensorValue | None,
-) -> list[TensorValue]:
-    check_wait(cfg, h, mode, weights, bias0, bias1)
-    given = bias0 if bias0 is not None else bias1
-    dtype = "bfloat16" if given is None else given.dtype.name
-    weights = h.weights if weights is None else weights
-    device = h.topk_ids.device
-    return [
-        h.topk_ids,
-        _or_absent(weights, "float32", 2, device),
-        _or_absent(h.num_tokens, "int32", 1, device),
-        _or_absent(bias0, dtype, 2, device),
-        _or_absent(bias1, dtype, 2, device),
-    ]
-
-
-def _at(values: Sequence | None, i: int) -> Any:
-    return None if values is None else values[i]
-
-
-def _dispatch_calls(
-    ranks: Sequence[Rank],
-    xs: Values,
-    topk_ids: Values,
-    weights: Values | None,
-    num_tokens: Values | None,
-    x_scales: Values | None,
-    input_scale: Values | None,
-) -> list[tuple[list[TensorValue], PendingDispatch]]:
-    check_lists(
-        ranks,
-        ("xs", "topk_ids"),
-        xs=xs,
-        topk_ids=topk_ids,
-        weights=weights,
-        num_tokens=num_tokens,
-        x_scales=x_scales,
-        input_scale=input_scale,
-    )
-    calls = []
-    for i, (rank, x, ids) in enumerate(zip(ranks, xs, topk_ids, strict=True)):
-        w, n, scales, factor = _at(weights, i), _at(num_tokens, i), _at(x_scales, i), _at(input_scale, i)
-        check_dispatch(rank.cfg, x, ids, w, n, scales, factor)
-        values = [
-            x,
-            _or_absent(scales, "float32", 2, rank.device),
-            ids,
-            _or_absent(w, "float32", 2, rank.device),
-            _or_absent(n, "int32", 1, rank.device),
-            _or_absent(factor, "float32", 1, rank.device),
-        ]
-        calls.append((values, PendingDispatch(ids, w, n)))
-    return calls

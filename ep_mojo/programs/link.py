@@ -12,7 +12,7 @@ import numpy as np
 
 from ..comm import Communicator
 from ..config import EPConfig
-from ..graph import add_op
+from ..graph_ops import add_op
 from ..kernels import kernel_library
 from .gpu_round import REPLAYS, replay_times
 from .report import largest_sum, pairs

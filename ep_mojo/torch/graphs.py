@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..comm.base import Rank
 from ..formats import BF16, TokenFormat
-from ..graph import _or_absent, add_op, format_parameters
+from ..graph_ops import add_op, format_parameters, or_absent
 from ..handle import graph_dtype
 from ..kernels import kernel_library
 
@@ -156,15 +156,15 @@ class DispatchSet(GraphSet):
             scales = v.pop(0) if self.encoded else None
             ids = v.pop(0)
             weights = v.pop(0) if self.weighted else None
-            return [x, _or_absent(scales, "float32", 2, b.device), ids, _or_absent(weights, "float32", 2, b.device)]
+            return [x, or_absent(scales, "float32", 2, b.device), ids, or_absent(weights, "float32", 2, b.device)]
 
         def dispatch(rank: Rank, v: list[TensorValue]) -> None:
             outputs, inputs = v[: len(received)], list(v[len(received) :])
-            count = _or_absent(inputs.pop() if self.counted else None, "int32", 1, b.device)
+            count = or_absent(inputs.pop() if self.counted else None, "int32", 1, b.device)
             add_op("dispatch_into", rank, "dispatch", [*outputs, *values(inputs), count], [], parameters, 0)
 
         def send(rank: Rank, v: list[TensorValue]) -> None:
-            none = _or_absent(None, "int32", 1, b.device), _or_absent(None, "float32", 1, b.device)
+            none = or_absent(None, "int32", 1, b.device), or_absent(None, "float32", 1, b.device)
             add_op("dispatch_async", rank, "dispatch", [*values(v), *none], [], encoding, 0)
 
         def receive(rank: Rank, v: list[TensorValue]) -> None:
@@ -224,9 +224,9 @@ class CombineSet(GraphSet):
 
         def combine(rank: Rank, v: list[TensorValue]) -> None:
             sent, (ids, *rest) = v[:3], v[3:]
-            count = _or_absent(rest.pop() if self.counted else None, "int32", 1, b.device)
-            weights = _or_absent(rest.pop(0) if at_source else None, "float32", 2, b.device)
-            added = [_or_absent(each, "bfloat16", 2, b.device) for each in [*rest, None, None][:2]]
+            count = or_absent(rest.pop() if self.counted else None, "int32", 1, b.device)
+            weights = or_absent(rest.pop(0) if at_source else None, "float32", 2, b.device)
+            added = [or_absent(each, "bfloat16", 2, b.device) for each in [*rest, None, None][:2]]
             add_op("combine_into", rank, "combine", [*sent, ids, weights, *added, count], [], parameters, 0)
 
         def send(rank: Rank, v: list[TensorValue]) -> None:

@@ -246,7 +246,7 @@ def test_failure_is_sticky_and_spreads_by_name(engine):
 # Overflow
 
 
-@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("layout", ["expert", "rank", "gathered"])
 def test_more_rows_than_max_rows(stages, layout):
     full = CFG.replace(output_layout=layout)
     rnd = random_round(full, 1, routing="uniform", ragged=False)

@@ -1,11 +1,12 @@
 """Routed or gathered? An estimate of a round of each, from the bytes that a GPU receives and measured constants.
 
-Routed, a token goes to the ranks of its experts, E[h] of R; gathered, to all of them. Both ways round, dispatch and
-combine, with M bytes of a message and C bytes of a row of combine:
+Routed, a token goes to the ranks of its experts; gathered, to all R. With M bytes of a message and C bytes of a row of
+combine, of which d and c go and come for each token:
 
-    bytes = T * h * (R - 1) / R * (M + C)       us = launch + bytes / rate
+    bytes = T * (R - 1) / R * (d * M + c * C)       us = launches + bytes / rate
 
-h = R when gathered. Routed, with K different experts drawn evenly, h = R * (1 - binomial(E - L, K) / binomial(E, K)).
+Gathered, d = c = R. Routed, with K different experts drawn evenly, d = c = h = R * (1 - binomial(E - L, K) /
+binomial(E, K)), but d = K with slots="expert" and c = K with reduce="source". Without choices nothing can be routed.
 Constants are of 2 x H200 (docs/performance.md); for more GPUs the estimate is an extrapolation.
 """
 
@@ -66,11 +67,17 @@ def choose(cfg: EPConfig, tokens: int | None = None) -> Choice:
     T = cfg.max_tokens_per_rank if tokens is None else check_int("tokens", tokens, 0, cfg.max_tokens_per_rank)
     R, E, K = cfg.n_ranks, cfg.n_experts, cfg.top_k
     hit = R * (1 - math.comb(E - cfg.n_local_experts, K) / math.comb(E, K)) if K <= E else float(R)
-    routed = _estimate(cfg, T, hit, T * K, ROUTED_LAUNCHES_US)
-    return Choice(T, routed, _estimate(cfg, T, R, R * T, GATHERED_LAUNCHES_US))
+    sent = K if cfg.slots == "expert" else hit
+    back = K if cfg.slots == "expert" or cfg.reduce == "source" else hit
+    routed = _estimate(cfg, T, (hit, sent, back), T * K, ROUTED_LAUNCHES_US if K else math.inf)
+    return Choice(T, routed, _estimate(cfg, T, (R, R, R), R * T, GATHERED_LAUNCHES_US))
 
 
-def _estimate(cfg: EPConfig, tokens: int, ranks: float, rows: float, launches_us: float) -> Estimate:
-    per_token = cfg.dispatch_format.message_bytes(cfg.hidden_size) + cfg.combine_row_bytes
-    moved = tokens * ranks * (cfg.n_ranks - 1) / cfg.n_ranks * per_token
-    return Estimate(float(ranks), float(rows), moved, launches_us + moved / (1e3 * RATE_GB_S))
+def _estimate(
+    cfg: EPConfig, tokens: int, ranks: tuple[float, float, float], rows: float, launches_us: float
+) -> Estimate:
+    """`ranks`: that a token goes to; messages of a token, rows that come back for it."""
+    hit, sent, back = ranks
+    per_token = sent * cfg.dispatch_format.message_bytes(cfg.hidden_size) + back * cfg.combine_row_bytes
+    moved = tokens * per_token * (cfg.n_ranks - 1) / cfg.n_ranks
+    return Estimate(float(hit), float(rows), moved, launches_us + moved / (1e3 * RATE_GB_S))

@@ -34,6 +34,8 @@ BY_SOURCE = ("rank", "gathered")
 """Layouts whose rows are grouped by the ranks that they come from."""
 REDUCE_MODES = ("expert", "source", None)
 SLOTS = ("rank", "expert")
+SLOTS_EVERYWHERE = len(SLOTS)
+"""What stands for the slot policy where every token goes to all ranks; the others by their place in `SLOTS`."""
 OUTPUT_DTYPES = ("bfloat16", "float32")
 UNHASHED_WORDS = {"all": (11, 12), "dispatch": (2, 6, 9, 10, 11, 12, 16), "combine": (6, 8, 11, 12, 15)}
 """Settings that a hash leaves out: always those that ranks may choose for themselves (the SM budget, whether waits
@@ -223,7 +225,7 @@ class EPConfig:
             self.combine_slots,
             self.n_sms or 0,
             int(bool(virtual)),
-            2 if self.output_layout == "gathered" else int(self.slots == "expert"),
+            SLOTS_EVERYWHERE if self.output_layout == "gathered" else SLOTS.index(self.slots),
             int(self.shared_expert),
             fnv1a64(self.dispatch_format.key().encode()) >> 1,
             {None: 0, "expert": 1, "source": 2}[self.reduce],

@@ -102,8 +102,9 @@ def all_gather_v(
         ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale, n_sms: See `all_gather_v_async`.
 
     Returns:
-        One `Handle` a rank: `tokens` [R * Tmax, H], of which the first `row_offsets[R]` hold one, `local_ids` and
-        `local_weights` [R * Tmax, K], the choices and weights as they came, -1 and 0 behind the last token.
+        One `Handle` a rank: `tokens` [N, H] with N = cfg.rows_capacity (R * Tmax, or max_rows), of which the first
+        `row_offsets[R]` hold one, `local_ids` and `local_weights` [N, K], the choices and weights as they came, -1 and
+        0 behind the last token. More tokens than N are a `CapacityError` when it runs.
 
     Raises:
         ConfigError, ShapeError, DTypeError, UnsupportedError, DeviceError: See `all_gather_v_async`.
@@ -132,7 +133,7 @@ def reduce_scatter_v_async(
 
     Args:
         ranks: The same ranks.
-        ys: [R * Tmax, H] in `cfg.combine_dtype`, which is what travels: a row for each row of `handle.tokens`; those
+        ys: [N, H] in `cfg.combine_dtype`, which is what travels: a row for each row of `handle.tokens`; those
             behind the last token are not read.
         handles: From `all_gather_v` or `all_gather_v_wait`.
         n_sms: See `dispatch_async`.

@@ -7,6 +7,7 @@ hangs nobody; and a rank may leave a note that others look for without waiting.
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -40,23 +41,24 @@ class Board:
         with _named():
             life = store.add(f"lives/{self.rank}", 1)
         self._store = dist.PrefixStore(f"life {life}", store)
-        self._agreements = 0
+        self._agreements, self._turn = 0, threading.Lock()
 
-    def agree(self, what: str, value: Any, timeout_s: float) -> list[Any]:
+    def agree(self, what: str, value: Any, timeout_s: float, given_up: threading.Event | None = None) -> list[Any]:
         """All ranks' values, in order of rank. Every rank calls this with its own, in the same order of calls.
 
         Args:
             what: What the ranks are about to do, for errors; all have to name the same.
             value: Anything that can be pickled.
             timeout_s: How long to wait for the others; 0 = for ever.
+            given_up: Set by another thread, when nobody needs the answer any more.
 
         Raises:
-            PeerTimeoutError: A rank did not come.
+            PeerTimeoutError: A rank did not come, or this call was given up.
             PeerLostError: The process that has the group's store is gone.
             ConfigMismatchError: A rank came with something else in mind.
         """
-        with _named():
-            found = self._gather(what, value, timeout_s)
+        with self._turn, _named():
+            found = self._gather(what, value, timeout_s, given_up or threading.Event())
         if any(name != what for name, _ in found):
             raise ConfigMismatchError(
                 f"rank {self.rank}: ranks call different things: "
@@ -65,18 +67,20 @@ class Board:
             )
         return [value for _, value in found]
 
-    def _gather(self, what: str, value: Any, timeout_s: float) -> list[tuple[str, Any]]:
+    def _gather(self, what: str, value: Any, timeout_s: float, given_up: threading.Event) -> list[tuple[str, Any]]:
         number = self._agreements
         mine = f"{number}/{self.rank}"
         self._store.set(mine, pickle.dumps((what, value)))
         keys = [f"{number}/{r}" for r in range(self.size)]
         end = time.monotonic() + (timeout_s or float("inf"))
         while not self._store.check(keys):  # not `wait`: another thread of this process may want the store meanwhile
-            if time.monotonic() < end:
-                time.sleep(POLL_S)
+            if time.monotonic() < end and not given_up.wait(POLL_S):
                 continue
             missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
-            time.sleep(GRACE_S)  # who gives up at the same time is to see who came, too
+            if not given_up.is_set():
+                time.sleep(GRACE_S)  # who gives up at the same time is to see who came, too
+                if self._store.check(keys):  # and who comes in it has come
+                    break
             self._store.delete_key(mine)
             raise PeerTimeoutError(
                 f"rank {self.rank}: {what}: in {timeout_s:g} s rank {', '.join(map(str, missing))} did not come, or "

@@ -100,9 +100,9 @@ class ProcessGroup:
             Exception: What `look` raised.
         """
 
-        def call() -> list[Any]:
+        def call(given_up: threading.Event) -> list[Any]:
             if not self._on_host:
-                return self._over_store(value, what)
+                return self._over_store(value, what, given_up)
             found = [None] * self.size
             torch_distributed().all_gather_object(found, value, group=self.group)
             return found
@@ -143,17 +143,17 @@ class ProcessGroup:
         self.agree(lambda: kept.append(make()) if self.rank == 0 else kept.append(meanwhile()), what)
         found = kept if self.rank == 0 else [None]
 
-        def call() -> None:
+        def call(given_up: threading.Event) -> None:
             dist = torch_distributed()
             if self._on_host:
                 dist.broadcast_object_list(found, src=dist.get_global_rank(self.group, 0), group=self.group)
             else:
-                found[0] = self._over_store(found[0], what)[0]
+                found[0] = self._over_store(found[0], what, given_up)[0]
 
         self._wait(call, what)
         return found[0]
 
-    def _over_store(self, value: Any, what: str) -> list[Any]:
+    def _over_store(self, value: Any, what: str, given_up: threading.Event) -> list[Any]:
         """Every rank's `value`, through the group's store: where the group only moves what is on GPUs.
 
         Not through a group over gloo of the same processes: torch names it after the number of groups that a process
@@ -163,9 +163,16 @@ class ProcessGroup:
 
         options = [self.group._get_backend(device).options for device in self.group._device_types]
         timeouts = [o._timeout.total_seconds() for o in options if getattr(o, "_timeout", None) is not None]
-        return board_of(self.group).agree(what, value, min(timeouts, default=0.0))
+        return board_of(self.group).agree(what, value, min(timeouts, default=0.0), given_up)
 
-    def _wait(self, call: Callable[[], Any], what: str) -> Any:
+    def _wait(self, call: Callable[[threading.Event], Any], what: str) -> Any:
+        given_up = threading.Event()
+        try:
+            return self._wait_for_answer(lambda: call(given_up), what)
+        finally:
+            given_up.set()
+
+    def _wait_for_answer(self, call: Callable[[], Any], what: str) -> Any:
         self._look()
         answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
@@ -193,12 +200,15 @@ class ProcessGroup:
             break
         if gone is not None:
             raise gone
-        if not isinstance(value, RuntimeError):  # what torch.distributed raises derives from it
+        of_board = isinstance(value, (PeerLostError, PeerTimeoutError))
+        if not isinstance(value, RuntimeError) and not of_board:  # what torch.distributed raises derives from the first
             raise value
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end:  # the group may know of a lost peer a moment before this process does
             self._look()
             time.sleep(TICK_S)
+        if of_board:
+            raise value
         raise PeerTimeoutError(
             f"rank {self.rank}: the process group failed while {what}: {text_of(value)}",
             allowed="all processes of the group make the same calls in the same order, within the group's timeout",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import EPConfig
+from ..config import BY_SOURCE, EPConfig
 from ..dtypes import float32_to_bfloat16_bits
 from ..gate import sigmoid
 from ..reference import dequantize, scales_by_row
@@ -69,7 +69,7 @@ def expert_outputs(cfg: EPConfig, rank: int, handle: Any, ffn: Any) -> np.ndarra
 
     Returns:
         Rows for combine: combine_dtype (bfloat16 as uint16 bits), shaped like `handle.tokens` with H elements a row.
-        With the "rank" layout a row is already the weighted sum over the rank's experts.
+        With the layouts by source a row is already the weighted sum over the rank's experts.
     """
     flat = handle.tokens.reshape(-1, handle.tokens.shape[-1])
     y = np.zeros((flat.shape[0], cfg.hidden_size), np.uint16 if cfg.combine_dtype == "bfloat16" else np.float32)
@@ -78,12 +78,13 @@ def expert_outputs(cfg: EPConfig, rank: int, handle: Any, ffn: Any) -> np.ndarra
     def convert(rows: np.ndarray) -> np.ndarray:
         return float32_to_bfloat16_bits(rows) if cfg.combine_dtype == "bfloat16" else rows
 
-    if cfg.output_layout == "rank":
+    if cfg.output_layout in BY_SOURCE:
         rows = int(handle.row_offsets[-1])
         x = _rows(cfg, flat, handle.scales, slice(0, rows))
         total = np.zeros_like(x)
         for local in range(cfg.n_local_experts):
-            row, k = np.nonzero(handle.local_ids[:rows] == local)
+            named = first + local if cfg.output_layout == "gathered" else local
+            row, k = np.nonzero(handle.local_ids[:rows] == named)
             for i in _without_repeats(row):  # the same expert twice is two terms of one row
                 total[row[i]] += handle.local_weights[row[i], k[i], None] * ffn(first + local, x[row[i]])
         y[:rows] = convert(total)

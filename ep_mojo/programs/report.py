@@ -64,6 +64,9 @@ def traffic_matrix(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:
 
 def rows_per_expert(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:
     """Rows that each expert got, int64 [E]."""
+    if cfg.output_layout == "gathered":  # all ranks have all choices
+        ids = handles[0].local_ids[: int(handles[0].row_offsets[-1])]
+        return np.bincount(ids[ids >= 0], minlength=cfg.n_experts).astype(np.int64)
     if cfg.output_layout != "rank":
         return np.concatenate([h.counts for h in handles]).astype(np.int64)
     found = [h.local_ids[: int(h.row_offsets[-1])] for h in handles]

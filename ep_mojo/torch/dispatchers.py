@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ..comm.board import board_of
 from ..errors import ConfigError, OrderError, ShapeError
 from ..formats import check_int
-from ..layout import MAX_TOP_K
+from ..layout import MAX_EXPERTS, MAX_TOKENS, MAX_TOP_K
 from .checks import check_tensor
 from .gathering import Gathering, gather_graph, most_experts
 from .streams import check_not_capturing, device_of
@@ -74,7 +74,7 @@ class AllGatherDispatcherBase:
         pg_collection: Any = None,
         runs_metadata_sync: bool = True,
     ):
-        self.num_local_experts = check_int("num_local_experts", num_local_experts, 1, 2048)
+        self.num_local_experts = check_int("num_local_experts", num_local_experts, 1, MAX_EXPERTS)
         if len(local_expert_indices) != num_local_experts:
             raise ShapeError(
                 field="local_expert_indices",
@@ -112,24 +112,27 @@ class AllGatherDispatcherBase:
         """
         base, device = AllGatherDispatcherBase, device_of(ep_group)
         check_not_capturing(device, "buffers cannot be made", "call allocate_buffers when the model is made")
-        tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, 1 << 22)
+        tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, MAX_TOKENS)
         topk = check_int("topk", topk, 1, MAX_TOP_K)
-        base._delete_buffers()
-        how, waits = (ep_group, board_of(ep_group), device), (cls.timeout_s, cls.make_timeout_s)
-        base._gatherings = {
-            "tokens": Gathering(*how, tmax, hidden_size, topk, *waits, cls.reduce_dtype, [gather_graph(COUNT_WIDTH)]),
-            "counts": Gathering(*how, 1, COUNT_WIDTH, 0, *waits),
-        }
-        n = ep_group.size() * tmax
-        base._per_rank_worst_case_token_count, base._topk = tmax, topk
-        base._device = device
-        made = base._gatherings["tokens"]
-        base._symm_agv_hidden = {"tensor": made.rows}
-        base._symm_agv_routing = {"tensor": made.ids}
-        base._symm_agv_probs = {"tensor": made.weights}
-        base._symm_rsv = {"tensor": torch.zeros(n, hidden_size, dtype=cls.reduce_dtype, device=device)}
-        base._rank = ep_group.rank()
-        base.allocate_valid_tokens_tensor()
+        with torch.inference_mode(False):  # they outlive the mode they are made in
+            base._delete_buffers()
+            how, waits = (ep_group, board_of(ep_group), device), (cls.timeout_s, cls.make_timeout_s)
+            base._gatherings = {
+                "tokens": Gathering(
+                    *how, tmax, hidden_size, topk, *waits, cls.reduce_dtype, [gather_graph(COUNT_WIDTH)]
+                ),
+                "counts": Gathering(*how, 1, COUNT_WIDTH, 0, *waits),
+            }
+            n = ep_group.size() * tmax
+            base._per_rank_worst_case_token_count, base._topk = tmax, topk
+            base._device = device
+            made = base._gatherings["tokens"]
+            base._symm_agv_hidden = {"tensor": made.rows}
+            base._symm_agv_routing = {"tensor": made.ids}
+            base._symm_agv_probs = {"tensor": made.weights}
+            base._symm_rsv = {"tensor": torch.zeros(n, hidden_size, dtype=cls.reduce_dtype, device=device)}
+            base._rank = ep_group.rank()
+            base.allocate_valid_tokens_tensor()
 
     @classmethod
     def allocate_valid_tokens_tensor(cls) -> None:
@@ -147,7 +150,7 @@ class AllGatherDispatcherBase:
             each.destroy()
         base._symm_agv_hidden = base._symm_agv_routing = base._symm_agv_probs = base._symm_rsv = None
         base._step_metadata = base._valid_tokens_tensor = base._local_tokens_tensor = None
-        base._host_valid_tokens_estimate = None
+        base._host_valid_tokens_estimate = AllGatherDispatcher._local_tokens_per_rank = None
 
     @classmethod
     def check(cls) -> None:
@@ -176,8 +179,8 @@ class AllGatherDispatcherBase:
         """Let a device count say how many of a rank's rows are tokens, the first ones; the others are padding.
 
         Args:
-            count: int32 [1], read in every step, so that it may change between replays of a captured one; None: the
-                number given to `update_metadata`.
+            count: int32 [1], read in every step, so that it may change between replays of a captured one; None: all
+                rows are tokens.
         """
         cls._made()
         if count is not None:
@@ -207,7 +210,8 @@ class AllGatherDispatcherBase:
             count = torch.full((1,), local_tokens, dtype=torch.int32, device=base._device)
         words = torch.nn.functional.pad(count[None].clamp(0, local_tokens), (0, COUNT_WIDTH // 2 - 1))
         made["counts"].gather(words.view(torch.bfloat16))
-        counts = made["counts"].rows.view(torch.int32)[:, 0]
+        told = made["counts"]
+        counts = torch.where(told.counts > 0, told.rows.view(torch.int32)[:, 0], 0)  # none of a launch that has failed
         self._note(torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)), counts)
 
     def _note(self, offsets: torch.Tensor, counts: torch.Tensor) -> None:
@@ -218,6 +222,7 @@ class AllGatherDispatcherBase:
             counts: int32 [R], tokens of each.
         """
         base = AllGatherDispatcherBase
+        base._host_valid_tokens_estimate = None
         own = offsets[base._rank : base._rank + 1]
         torch.cat([offsets[-1:], own, counts.amax(0, keepdim=True)], out=base._step_metadata)
 
@@ -291,10 +296,11 @@ class AllGatherDispatcherBase:
 
     def _check_experts(self, gathering: Gathering) -> None:
         most = most_experts(len(gathering.counts))
-        if self.local_expert_indices and not 0 <= max(self.local_expert_indices) < most:
+        wrong = [index for index in self.local_expert_indices if not 0 <= index < most]
+        if wrong:
             raise ConfigError(
                 field="local_expert_indices",
-                value=max(self.local_expert_indices),
+                value=wrong[0],
                 allowed=f"0 to {most - 1} with {len(gathering.counts)} ranks",
                 remedy="number the experts from 0",
             )
@@ -324,7 +330,7 @@ class AllGatherDispatcherBase:
             bfloat16 [T, H].
 
         Raises:
-            OrderError: Before `allocate_buffers`.
+            OrderError: Before the first `token_dispatch`.
             ShapeError, DeviceError: An argument does not fit. Nothing was sent.
             PeerTimeoutError, PeerLostError: See `token_dispatch`.
         """

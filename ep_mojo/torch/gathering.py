@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..comm.board import Board
 from ..config import EPConfig
-from ..errors import CapacityError
+from ..errors import CapacityError, OrderError
 from ..formats import BF16
 from ..layout import MAX_EXPERTS
 from .checks import check_tensor
@@ -93,7 +93,7 @@ class Gathering:
         self._queue, self._device, self._reduced = queue_for(device), device, reduced
         self._received = Received.empty(self._cfg, device)
         self._uncounted = torch.empty(0, dtype=torch.int32, device=device)
-        self._choices = torch.empty(0, top_k, dtype=torch.int64, device=device)
+        self._choices: torch.Tensor | None = None
         self.rows = self._received.tokens
         parts = functools.partial(part, self._received.memory, cfg=self._cfg)
         self.offsets, self.counts = parts("row_offsets"), parts("counts")
@@ -117,16 +117,20 @@ class Gathering:
 
         Raises:
             CapacityError: T > Tmax. Nothing was sent.
-            DTypeError, ShapeError, DeviceError: Not such tensors. Nothing was sent.
+            DTypeError, ShapeError, DeviceError: x, ids or weights are not such tensors. Nothing was sent.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With GPUs later.
         """
         self.check_rows("x", x)
+        shape = [x.shape[0], self._cfg.top_k]
+        if self._cfg.top_k:
+            check_tensor("ids", ids, [torch.int64], shape, self._device)
+            check_tensor("weights", weights, [torch.float32], shape, self._device)
         with self._queue.working():
-            if ids is None or weights is None:
-                ids = torch.empty(x.shape[0], 0, dtype=torch.int64, device=self._device)
-                weights = torch.empty(x.shape[0], 0, device=self._device)
+            if not self._cfg.top_k:
+                ids = torch.empty(shape, dtype=torch.int64, device=self._device)
+                weights = torch.empty(shape, device=self._device)
             given = dense(x), dense(ids), dense(weights), self._uncounted if count is None else count
-            self._choices = given[1]  # not looked at again, but for its shape
+            self._choices = given[1]  # of which the reduction needs the shape
             self._rounds.run(self._dispatch, "dispatch", *self._received, *given)
         self._queue.finish(False, given)
 
@@ -157,9 +161,12 @@ class Gathering:
             bfloat16 [T, H]; 0 where a row was padding.
 
         Raises:
+            OrderError: Nothing has been gathered.
             DTypeError, ShapeError, DeviceError: Not such a tensor. Nothing was sent.
             PeerTimeoutError, PeerLostError: See `gather`.
         """
+        if self._choices is None:
+            raise OrderError("nothing has been gathered", allowed="after token_dispatch", remedy="call that first")
         check_tensor("hidden_states", rows, [self._reduced], [None, self._cfg.hidden_size], self._device)
         with self._queue.working():
             shape = self._choices.shape[0], self._cfg.hidden_size

@@ -53,6 +53,13 @@ def _prepare(comm: Communicator) -> int:
             remedy="call ep_mojo.Communicator.process_group(cfg, group)",
         )
     cfg = comm.cfg
+    if cfg.output_layout == "gathered":
+        raise UnsupportedError(
+            field="cfg.output_layout",
+            value="gathered",
+            allowed='"expert", "expert_padded" or "rank"',
+            remedy="use AllGatherVDispatcher, or ep_mojo.all_gather_v in a graph",
+        )
     for name, allowed in (("slots", "rank"), ("shared_expert", False)):
         if getattr(cfg, name) != allowed:
             raise UnsupportedError(

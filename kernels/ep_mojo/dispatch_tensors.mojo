@@ -112,9 +112,9 @@ struct DispatchOutput(TrivialRegisterPassable):
     var local_weights: View[DType.float32]
     """[rows, K] with rows by source."""
     var recv_weights: View[DType.float32]
-    """[R, Tm, K]."""
+    """[R, Tm, K]; of size 0 with layout "gathered"."""
     var row_map: View[DType.int32]
-    """[R, Tm, K]."""
+    """[R, Tm, K]; of size 0 with layout "gathered"."""
     var recv_num_tokens: View[DType.int32]
     """[R]."""
 

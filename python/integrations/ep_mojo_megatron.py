@@ -115,7 +115,7 @@ def _replaced(spec: Any, params: dict[str, Any]) -> tuple[Any, int]:
     for field in dataclasses.fields(spec):
         value, n = _replaced(getattr(spec, field.name, None), params)
         if n:
-            setattr(made, field.name, value)
+            object.__setattr__(made, field.name, value)  # it may be frozen
             count += n
     return (made, count) if count else (spec, 0)
 

@@ -94,6 +94,25 @@ def test_dispatch_wait_compares_slots_and_messages() raises:
         check_output[F, "expert", False](own, received())
 
 
+def test_graph_and_settings_agree_on_who_gets_tokens() raises:
+    var some = settings(expert_slots=False)
+    var all = settings(expert_slots=False)
+    all.everywhere = True
+    comptime text = "ShapeError: settings: all ranks gather = "
+    with assert_raises(contains=text + "1; allowed: 0"):
+        check_output[F, "expert", False](all, received())
+    with assert_raises(contains=text + "0; allowed: 1"):
+        check_output[F, "gathered", False](some, received())
+    with assert_raises(contains=text + "1; allowed: 0"):
+        check_rows["rank", "source"](all, rows(), ROW)
+    with assert_raises(contains=text + "0; allowed: 1"):
+        check_rows["gathered", "source"](some, rows(), ROW)
+    with assert_raises(contains=text + "1; allowed: 0"):
+        check_sums["expert", "source", False](all, sums(), ROW, ROW, ROW)
+    with assert_raises(contains=text + "0; allowed: 1"):
+        check_sums["gathered", "source", False](some, sums(), ROW, ROW, ROW)
+
+
 def test_combine_async_compares_slots() raises:
     check_rows["expert", "source"](settings(expert_slots=False), rows(), ROW)
     with assert_raises(contains="ShapeError: settings: slots = 1; allowed: 0"):

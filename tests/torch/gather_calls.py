@@ -276,6 +276,17 @@ def check_buffers(n: int) -> None:
         with pytest.raises(errors.OrderError, match="allocate_buffers"):
             call()
     assert V._get_rsv_tensor() is None
+    with torch.inference_mode():
+        V.allocate_buffers(TMAX, TOPK, HIDDEN, kept["first", n])
+    with pytest.raises(errors.OrderError, match="nothing has been gathered"):
+        d.token_combine(s.x[0])
+    wrong = V(2, [-1, 3])
+    with pytest.raises(errors.ConfigError, match="local_expert_indices"):
+        step(wrong, s.x[0], s.ids[0], s.probs[0])
+    kept["allocated"] = n, "bfloat16"
+    check_steps(n, [4] * n)  # what was made in inference mode can be written outside of it
+    V._delete_buffers()
+    kept.pop("allocated")
     group, me = kept["first", n], dist.get_rank()
     for arguments in ((TMAX + me, TOPK, HIDDEN), (TMAX, TOPK + 2 * me, HIDDEN), (TMAX, TOPK, HIDDEN + 8 * me)):
         with pytest.raises(errors.ConfigMismatchError):

@@ -9,11 +9,14 @@ import threading
 import time
 
 import numpy as np
+import pytest
 from graph import raising, rounds
 
 import ep_mojo as ep
 from ep_mojo.comm import provider, shm
+from ep_mojo.comm.group import ProcessGroup
 from ep_mojo.comm.planned import PlannedCommunicator
+from ep_mojo.errors import ConfigError, OrderError
 from tests.torch.launch import kept
 
 CFGS = {n: rounds.CFG.replace(n_ranks=n) for n in (2, 3, 4)}
@@ -334,3 +337,35 @@ def exchange(proc_fd=None):
         names = [name for name in os.listdir(shm.SHM_DIR) if name.startswith("epmojo")]
     provider.PROC_FD = "/proc/self/fd"
     return got, names
+
+
+def over_the_store() -> None:
+    """What groups that only move what is on GPUs do on the host: values, errors, one's value for all; and whoever gives
+    up leaves nothing behind that a later call would take for an answer."""
+    group = ProcessGroup(None, lambda: None)
+    group._on_host = False
+    for i in range(20):
+        assert group.gather((group.rank, i), "testing") == [(r, i) for r in range(group.size)]
+    with pytest.raises(ConfigError, match="rank 1"):
+        group.agree(lambda: fail_on(group.rank, 1), "testing")
+    assert group.from_first(lambda: "made", lambda: None, "testing") == "made"
+    if group.rank == 0:
+        began = time.monotonic()
+
+        def look() -> None:
+            if time.monotonic() > began + 0.2:
+                raise OrderError("enough")
+
+        group._look = look
+        with pytest.raises(OrderError, match="enough"):
+            group.gather("early", "testing")
+        group._look = lambda: None
+    else:
+        time.sleep(0.6)
+    for i in range(5):
+        assert group.gather((group.rank, i), "testing") == [(r, i) for r in range(group.size)]
+
+
+def fail_on(rank: int, which: int) -> None:
+    if rank == which:
+        raise ConfigError(f"on rank {rank}", field="x", value=1, allowed="2", remedy="none")

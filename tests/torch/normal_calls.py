@@ -128,7 +128,9 @@ def check_without_topk(n: int, seed: int, tokens=None) -> None:
     if (b := shared(n)) is None:
         return
     s = buffers.step(n, seed, tokens)
-    recv_x, recv_ids, recv_weights, counts, handle, _ = b.dispatch(s.x[b.rank], **plain.layout(b, s))
+    layout = plain.layout(b, s)
+    layout["is_token_in_rank"] = layout["is_token_in_rank"].t().contiguous().t()
+    recv_x, recv_ids, recv_weights, counts, handle, _ = b.dispatch(s.x[b.rank], **layout)
     plain.same("recv_x", recv_x, plain.received(s, b.rank))
     assert (recv_ids, recv_weights, counts) == (None, None, [])
     check_combine(b, s, handle, plain.outputs(s, seed))

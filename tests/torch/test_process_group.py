@@ -127,6 +127,10 @@ def test_communicators_that_go_leave_nothing(pool, how):
         assert after == before
 
 
+def test_what_is_said_through_the_store(pool):
+    pool.run(calls.over_the_store)
+
+
 def test_the_program_of_the_page_under_torchrun(tmp_path):
     """Ranks by environment variables; docs/torch.md, as it stands there."""
     (program,) = re.findall(r"(?s)^```python\n(.*?)^```", (ROOT / "docs" / "torch.md").read_text(), re.MULTILINE)

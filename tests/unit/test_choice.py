@@ -42,6 +42,17 @@ def test_more_choices_than_experts():
     assert ep.Communicator.choose(DECODE.replace(n_experts=8, top_k=9), 5).routed.ranks == 8
 
 
+def test_rows_that_travel_by_themselves():
+    by_source = ep.Communicator.choose(DECODE.replace(reduce="source"), 16).routed
+    assert by_source.bytes == pytest.approx(16 * 7 / 8 * (by_source.ranks + 8) * 2 * 7168)
+    by_expert = ep.Communicator.choose(DECODE.replace(slots="expert"), 16).routed
+    assert by_expert.bytes == 16 * 7 / 8 * (8 + 8) * 2 * 7168
+
+
+def test_tokens_without_choices_are_gathered():
+    assert ep.Communicator.choose(DECODE.replace(output_layout="gathered", top_k=0)).layout == "gathered"
+
+
 @pytest.mark.parametrize("tokens", [-1, 4097, 1.5])
 def test_bad_tokens(tokens):
     with pytest.raises(ep.ConfigError, match="tokens"):

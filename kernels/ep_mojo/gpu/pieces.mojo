@@ -74,6 +74,8 @@ struct Pieces(TrivialRegisterPassable):
         var most = min(
             MAX_SOURCE_PIECES, s.max_tokens * s.top_k // LEAST_CHOICES
         )
+        if s.everywhere:
+            most = 1  # nothing is mapped
         if most > 1:
             most = min(most, min(MAX_PIECES, ctas // CTAS_A_PIECE) // s.n_ranks)
         if most > 1:

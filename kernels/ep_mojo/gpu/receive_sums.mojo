@@ -156,12 +156,13 @@ struct TokenSums[
                 peers = self._destination(t * s.top_k + which)
                 batch.weight = self.x.weight(t, which, s.top_k)
             else:
-                for k in range(0, s.top_k, IDS_AHEAD):
-                    comptime for u in range(IDS_AHEAD):
-                        if k + u < s.top_k:
-                            peers |= self._destination(t * s.top_k + k + u)
                 if s.everywhere:
                     peers = everyone(s)
+                else:
+                    for k in range(0, s.top_k, IDS_AHEAD):
+                        comptime for u in range(IDS_AHEAD):
+                            if k + u < s.top_k:
+                                peers |= self._destination(t * s.top_k + k + u)
                 peers &= UInt32(1) << UInt32(which)
         batch.peers = peers
         batch.mask = ballot(peers != 0)

@@ -180,6 +180,25 @@ def check_input[
     optional("input_scale: elements", x.factor.size, 1)
 
 
+def check_everywhere[layout: StaticString](s: Settings) raises:
+    """Whether tokens go to all ranks, as a graph with layout "gathered" expects and others do not.
+
+    Parameters:
+        layout: The graph's output layout.
+
+    Args:
+        s: The settings.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    require(
+        "settings: all ranks gather",
+        Int(s.everywhere),
+        Int(layout == "gathered"),
+    )
+
+
 def check_output[
     F: TokenFormat, layout: StaticString, expert_slots: Bool
 ](s: Settings, out_: DispatchOutput) raises:
@@ -202,6 +221,7 @@ def check_output[
     var groups = s.n_ranks if by_rank else s.n_groups()
     var choices = choices_mapped[layout](s)
     check_messages[F, expert_slots](s)
+    check_everywhere[layout](s)
     require("tokens: bytes", out_.tokens.size, rows * F.token_bytes)
     comptime if layout == "expert_padded":
         require("tokens: rows", rows, groups * s.n_ranks * s.max_tokens)
@@ -261,6 +281,7 @@ def check_rows[
     """
     var choices = choices_mapped[layout](s)
     require("settings: slots", Int(s.expert_slots), 0)
+    check_everywhere[layout](s)
     check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)
     require("rows: bytes", x.rows.size % row_bytes, 0)
@@ -319,6 +340,7 @@ def check_sums[
         ShapeError: As text in front of the message.
     """
     require("settings: slots", Int(s.expert_slots), Int(expert_slots))
+    check_everywhere[layout](s)
     check_slots[layout, reduce](s)
     require("settings: row_bytes", s.row_bytes, row_bytes)
     require("y: bytes", x.y.size, x.rows * out_bytes)

@@ -13,7 +13,7 @@ from .errors import ConfigError, EPError, InputFileError, MissingDependencyError
 from .programs.options import separated
 
 FORMATS = ("fp8", "fp8-power-of-two", "fp8-ue8m0", "bf16")
-LAYOUTS = ("expert", "expert_padded", "rank")
+LAYOUTS = ("expert", "expert_padded", "rank", "gathered")
 PROGRAMS = {
     "demo": "run one Mixture-of-Experts layer over several ranks on this CPU and check it",
     "run": "the same on your own tokens and routing, from an .npz file",
@@ -253,7 +253,7 @@ def _layer_arguments(parser: argparse.ArgumentParser, default_format: str) -> No
         choices=LAYOUTS,
         default="expert",
         help="what dispatch gives the experts: rows grouped by expert; the same padded to equal size (takes much "
-        "memory); or one row for each token of a rank (default: expert)",
+        "memory); one row for each token of a rank; or all tokens of all ranks (default: expert)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables (progress goes to stderr)")
 

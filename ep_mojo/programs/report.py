@@ -58,6 +58,8 @@ def two_digits(value: float) -> str:
 
 def traffic_matrix(cfg: EPConfig, handles: Sequence[Any]) -> np.ndarray:
     """Tokens that went from rank to rank, as the receivers saw them: int64 [R, R], row = source."""
+    if cfg.output_layout == "gathered":
+        return np.stack([h.recv_num_tokens for h in handles], axis=1).astype(np.int64)
     arrived = [(h.row_map >= 0).any(axis=2).sum(axis=1) for h in handles]
     return np.stack(arrived, axis=1).astype(np.int64)
 
@@ -83,6 +85,9 @@ def pairs(cfg: EPConfig, topk_ids: Sequence[np.ndarray]) -> np.ndarray:
     R = cfg.n_ranks
     found = np.zeros((R, R), np.int64)
     for source, ids in enumerate(topk_ids):
+        if cfg.output_layout == "gathered":
+            found[source] = len(ids)
+            continue
         owner = np.where((ids >= 0) & (ids < cfg.n_experts), ids // cfg.n_local_experts, -1)
         found[source] = [(owner == r).any(axis=1).sum() for r in range(R)]
     np.fill_diagonal(found, 0)

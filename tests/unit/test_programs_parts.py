@@ -32,7 +32,7 @@ def one_round(cfg, case, ffn):
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), BlockwiseFP8(scales_layout="column")], ids=lambda f: f.key())
-@pytest.mark.parametrize("output_layout", ["expert", "expert_padded", "rank"])
+@pytest.mark.parametrize("output_layout", ["expert", "expert_padded", "rank", "gathered"])
 @pytest.mark.parametrize("experts", ["swiglu", "identity"])
 def test_a_round_equals_the_dense_layer_up_to_rounding(fmt, output_layout, experts):
     routing = "uniform" if output_layout == "expert_padded" else "mixed"
@@ -69,7 +69,7 @@ def test_swiglu_is_the_formula_and_repeats_with_its_seed():
     np.testing.assert_allclose(ffn(1, x), (g / (1 + np.exp(-g)) * u) @ ffn.w_down[1].T, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("output_layout", ["expert", "expert_padded", "rank"])
+@pytest.mark.parametrize("output_layout", ["expert", "expert_padded", "rank", "gathered"])
 def test_traffic_and_rows_as_seen_by_the_receivers(output_layout):
     cfg = CFG.replace(output_layout=output_layout, top_k=2)
     case = make_case(cfg, seed=6, routing="uniform", ragged=True)
@@ -80,7 +80,8 @@ def test_traffic_and_rows_as_seen_by_the_receivers(output_layout):
     traffic, rows = np.zeros((3, 3), int), np.zeros(cfg.n_experts, int)
     for s, ids in enumerate(case.topk_ids):
         for row in ids:
-            for r in {int(e) // cfg.n_local_experts for e in row}:
+            owners = {int(e) // cfg.n_local_experts for e in row}
+            for r in range(3) if output_layout == "gathered" else owners:
                 traffic[s, r] += 1
             for e in row:
                 rows[e] += 1

@@ -11,21 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError
-from .graph import combine_async, combine_wait, dispatch_async, dispatch_wait
-from .graph_checks import check_budget, check_combine, check_length, check_lists, check_ranks
-from .graph_ops import (
-    PendingCombine,
-    PendingDispatch,
-    Values,
-    add_op,
-    at,
-    dispatch_calls,
-    format_of,
-    or_absent,
-    sums_type,
-    wait_values,
-)
-from .handle import HANDLE_TENSORS, Handle, handle_types
+from .graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
+from .graph_checks import check_length, check_lists, check_ranks
+from .graph_ops import PendingCombine, PendingDispatch, Values, or_absent
+from .handle import Handle
 
 if TYPE_CHECKING:
     from max.graph import TensorValue
@@ -40,9 +29,6 @@ __all__ = [
     "reduce_scatter_v_async",
     "reduce_scatter_v_wait",
 ]
-
-ABSENT = {"expert_ids": ("int32", 1), "recv_weights": ("float32", 3), "row_map": ("int32", 3)}
-"""Tensors of a handle that have size 0 here: (dtype, rank)."""
 
 
 def all_gather_v_async(
@@ -110,20 +96,8 @@ def all_gather_v(
         ConfigError, ShapeError, DTypeError, UnsupportedError, DeviceError: See `all_gather_v_async`.
     """
     given = _choices(ranks, xs, topk_ids)
-    if not all(rank.fused_allowed for rank in ranks):
-        more = {"num_tokens": num_tokens, "x_scales": x_scales, "input_scale": input_scale}
-        return dispatch_wait(ranks, dispatch_async(ranks, xs, given, weights, **more, n_sms=n_sms), n_sms=n_sms)
-    handles, budget = [], check_budget(n_sms)
-    for rank, (values, p) in zip(
-        ranks, dispatch_calls(ranks, xs, given, weights, num_tokens, x_scales, input_scale), strict=True
-    ):
-        types = dict(zip(HANDLE_TENSORS, handle_types(rank.cfg, rank.device), strict=True))
-        made = {name: t for name, t in types.items() if name not in ABSENT}
-        outputs = add_op("all_gather_v", rank, "dispatch", values, list(made.values()), format_of(rank.cfg), budget)
-        fields = dict(zip(made, outputs, strict=True))
-        fields |= {name: or_absent(None, *how, rank.device) for name, how in ABSENT.items()}
-        handles.append(Handle(cfg=rank.cfg, topk_ids=p.topk_ids, weights=p.weights, num_tokens=p.num_tokens, **fields))
-    return handles
+    more = {"num_tokens": num_tokens, "x_scales": x_scales, "input_scale": input_scale}
+    return dispatch(ranks, xs, given, weights, **more, n_sms=n_sms)
 
 
 def reduce_scatter_v_async(
@@ -184,18 +158,7 @@ def reduce_scatter_v(
         ConfigError, ShapeError, DTypeError, OrderError, DeviceError: See `reduce_scatter_v_async`.
     """
     _check_layout(ranks)
-    if not all(rank.fused_allowed for rank in ranks):
-        pending = combine_async(ranks, ys, handles, n_sms=n_sms)
-        return combine_wait(ranks, pending, bias0=bias0, bias1=bias1, n_sms=n_sms)
-    modes = check_combine(ranks, ys, handles, None)
-    check_lists(ranks, bias0=bias0, bias1=bias1)
-    outputs, budget = [], check_budget(n_sms)
-    for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
-        ids, _, count, *biases = wait_values(rank.cfg, h, mode, None, at(bias0, i), at(bias1, i))
-        values = [y, h.recv_num_tokens, ids, count, *biases]
-        parameters = {"hidden": rank.cfg.hidden_size, "reduce": mode}
-        outputs += add_op("reduce_scatter_v", rank, "combine", values, [sums_type(h)], parameters, budget)
-    return outputs
+    return combine(ranks, ys, handles, bias0=bias0, bias1=bias1, n_sms=n_sms)
 
 
 def _check_layout(ranks: Sequence[Rank]) -> None:

@@ -25,6 +25,8 @@ from .graph_ops import (
     PendingCombine,
     PendingDispatch,
     Values,
+    add_combine,
+    add_dispatch,
     add_op,
     at,
     dispatch_calls,
@@ -159,13 +161,9 @@ def dispatch(
             n_sms=n_sms,
         )
         return dispatch_wait(ranks, pending, n_sms=n_sms)
-    handles, budget = [], check_budget(n_sms)
+    budget = check_budget(n_sms)
     calls = dispatch_calls(ranks, xs, topk_ids, weights, num_tokens, x_scales, input_scale)
-    for rank, (values, pending) in zip(ranks, calls, strict=True):
-        parameters = format_of(rank.cfg) | {"layout": rank.cfg.output_layout}
-        outputs = add_op("dispatch", rank, "dispatch", values, handle_types(rank.cfg, rank.device), parameters, budget)
-        handles.append(handle_from(rank.cfg, outputs, pending))
-    return handles
+    return [add_dispatch(rank, values, pending, budget) for rank, (values, pending) in zip(ranks, calls, strict=True)]
 
 
 def combine_async(
@@ -271,11 +269,7 @@ def combine(
     outputs, budget = [], check_budget(n_sms)
     for i, (rank, y, h, mode) in enumerate(zip(ranks, ys, handles, modes, strict=True)):
         values = wait_values(rank.cfg, h, mode, at(weights, i), at(bias0, i), at(bias1, i))
-        types = [sums_type(h), shared_type(h)]
-        out, _ = add_op(
-            "combine", rank, "combine", [*rows_to_send(y, h), *values], types, reduce_parameters(rank.cfg, mode), budget
-        )
-        outputs.append(out)
+        outputs.append(add_combine(rank, y, h, mode, values, budget))
     return outputs
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .config import EPConfig
 from .formats import BF16, BlockwiseFP8, CustomFormat, TokenFormat
 from .graph_checks import check_dispatch, check_lists, check_wait
-from .handle import HANDLE_TENSORS, Handle
+from .handle import HANDLE_TENSORS, Handle, handle_types
 
 if TYPE_CHECKING:
     from max.graph import DeviceRef, TensorType, TensorValue
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .comm.base import Rank
 
 Values = Sequence["TensorValue"]
+
+NOT_GATHERED = {"expert_ids": ("int32", 1), "recv_weights": ("float32", 3), "row_map": ("int32", 3)}
+"""Tensors of a handle that have size 0 with layout "gathered": (dtype, rank)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,31 @@ def add_op(
         out_types=types,
         parameters=parameters | {"slots": rank.cfg.slots, "n_sms": budget},
     )
+
+
+def add_dispatch(rank: Rank, values: list, p: PendingDispatch, budget: int) -> Handle:
+    """Add the op of a whole dispatch; with layout "gathered" that is `all_gather_v`, without what has size 0 there."""
+    name, parameters, absent = "dispatch", format_of(rank.cfg) | {"layout": rank.cfg.output_layout}, {}
+    if rank.cfg.output_layout == "gathered":
+        name, parameters, absent = "all_gather_v", format_of(rank.cfg), NOT_GATHERED
+    types = dict(zip(HANDLE_TENSORS, handle_types(rank.cfg, rank.device), strict=True))
+    made = {n: t for n, t in types.items() if n not in absent}
+    outputs = add_op(name, rank, "dispatch", values, list(made.values()), parameters, budget)
+    fields = dict(zip(made, outputs, strict=True))
+    fields |= {n: or_absent(None, *how, rank.device) for n, how in absent.items()}
+    return handle_from(rank.cfg, [fields[n] for n in HANDLE_TENSORS], p)
+
+
+def add_combine(rank: Rank, y: TensorValue, h: Handle, mode: str, values: list, budget: int) -> TensorValue:
+    """Add the op of a whole combine, `values` being those of `wait_values`; with layout "gathered" `reduce_scatter_v`,
+    which takes no row map and no weights. Returns the sums."""
+    if rank.cfg.output_layout == "gathered":
+        ids, _, count, *biases = values
+        given = [y, h.recv_num_tokens, ids, count, *biases]
+        parameters = {"hidden": rank.cfg.hidden_size, "reduce": mode}
+        return add_op("reduce_scatter_v", rank, "combine", given, [sums_type(h)], parameters, budget)[0]
+    given, types = [*rows_to_send(y, h), *values], [sums_type(h), shared_type(h)]
+    return add_op("combine", rank, "combine", given, types, reduce_parameters(rank.cfg, mode), budget)[0]
 
 
 def format_of(cfg: EPConfig) -> dict[str, Any]:

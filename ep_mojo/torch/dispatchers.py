@@ -38,7 +38,7 @@ class AllGatherDispatcherBase:
         local_expert_indices: Their global numbers.
         config: Of the layer; `moe_shared_expert_overlap` is read if it is there.
         pg_collection: Not read: the group is that of `allocate_buffers`.
-        runs_metadata_sync: Whether this instance's `token_dispatch` calls `update_metadata`: the first layer's does.
+        runs_metadata_sync: Whether this instance's `token_dispatch` refreshes the metadata: the first layer's does.
 
     Attributes:
         routing_map: int64 [n, K], the choices of all gathered tokens, -1 past the last; before token_dispatch the

@@ -82,10 +82,9 @@ def add_round(module: Any, fmt: Any, layout: str, reduce: str, slots: str, split
     with Graph(name, input_types=types, custom_extensions=[ep.kernel_library()], module=module) as graph:
         ranks = comm.bind(graph.inputs[-comm.num_inputs :])
         x0, x1, i0, i1, w0, w1 = (v.tensor for v in graph.inputs[:6])
-        gathered = layout == "gathered"
-        handles = (ep.all_gather_v if gathered else ep.dispatch)(ranks, [x0, x1], [i0, i1], [w0, w1])
+        handles = ep.dispatch(ranks, [x0, x1], [i0, i1], [w0, w1])
         rows = [h.tokens if isinstance(fmt, ep.BF16) else h.tokens.cast(DType.bfloat16) for h in handles]
-        graph.output(*(ep.reduce_scatter_v if gathered else ep.combine)(ranks, rows, handles))
+        graph.output(*ep.combine(ranks, rows, handles))
     return graph
 
 

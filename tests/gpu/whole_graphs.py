@@ -101,9 +101,6 @@ def add_graph(module, variant: Variant, comm, name: str | None = None, rounds: i
             elif variant.mode == "split":
                 handles = ep.dispatch_wait(ranks, ep.dispatch_async(ranks, x, ids, **given))
                 sums = ep.combine_wait(ranks, ep.combine_async(ranks, ys, handles))
-            elif variant.layout == "gathered":
-                handles = ep.all_gather_v(ranks, x, ids, **given)
-                sums = ep.reduce_scatter_v(ranks, ys, handles)
             else:
                 handles = ep.dispatch(ranks, x, ids, **given)
                 sums = ep.combine(ranks, ys, handles)

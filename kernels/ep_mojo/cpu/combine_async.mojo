@@ -70,9 +70,7 @@ def combine_async[
         zero_bytes[HostTeam](x.shared_out.bytes(own), x.shared_out.size - own)
 
     var starts = Scratch[DType.int32](s.n_ranks)
-    var start = (
-        starts.view()
-    )  # rows of the sources before each, where all are gathered
+    var start = starts.view()  # rows gathered before each source's
     var per_source = s.n_signals(s.max_tokens)
     var items = s.n_ranks * per_source
     var block = s.max_tokens * s.top_k

@@ -7,7 +7,7 @@ stages.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import EPConfig
@@ -135,17 +135,17 @@ class OneRankCommunicator(Communicator):
                 self._raise_recorded()
             return outputs if as_buffers else [to_numpy(o) for o in outputs]
 
-    def launch(self, model: CompiledGraph, buffers: Sequence[Buffer], check: bool = True) -> list[Buffer]:
+    def launch(
+        self, model: CompiledGraph, buffers: Sequence[Buffer], fill: Callable[[], None], check: bool = True
+    ) -> None:
         """`execute` for a caller who has seen to it that everything fits, with less to do for the host.
 
         Args:
-            model: From `compile`, by a communicator whose graphs fit this one.
-            buffers: The graph's own inputs for this rank: contiguous, of its dtypes and shapes, where the rank is.
+            model: From `compile_calls`.
+            buffers: All inputs of the graph.
+            fill: Called when this launch has the communicator for itself: writes to `buffers` what it is to do.
             check: Whether to raise the error that this rank recorded, for which a GPU is waited for. Otherwise what is
                 known of earlier launches is raised, before this one.
-
-        Returns:
-            The outputs; one that the graph only passes through is the buffer that went in.
 
         Raises:
             PeerLostError, EPError: See `execute`.
@@ -153,15 +153,15 @@ class OneRankCommunicator(Communicator):
         with self._exclusive():
             own, memories = self._own, self.memories
             self._before_launch()
+            fill()
             try:
-                outputs = run_buffers(self.load(model), [*buffers, *self.inputs()])
+                run_buffers(self.load(model), buffers)
             except Exception:
                 self._abort(own, memories)
                 raise
             self._live()
             if check:
                 self._raise_recorded()
-            return outputs
 
     def execute_local(
         self, model: CompiledGraph, *args: Any, check: bool = True, as_buffers: bool = False

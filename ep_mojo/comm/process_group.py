@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from max.engine import Model
     from max.graph import DeviceRef, Graph
 
+    from .arguments import InputSpec
+
 OWN_CHOICE = ("n_sms", "timeout_s")
 """Fields of the config that ranks may choose for themselves."""
 
@@ -176,9 +178,20 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             PeerLostError, PeerTimeoutError: A peer is gone, or does not come.
             Exception: What compiling raised on rank 0, or loading on any rank, is raised on all.
         """
+        return self._compile(graphs, self._check_graph)
+
+    def compile_calls(self, graphs: Sequence[Graph]) -> list[CompiledGraph]:
+        """`compile_all` for graphs whose inputs are not the communicator's, for `launch`: one op that gets everything
+        by address. They serve every communicator on a device of the same kind.
+        """
+        return self._compile(graphs, lambda graph: ())
+
+    def _compile(
+        self, graphs: Sequence[Graph], specs_of: Callable[[Any], tuple[InputSpec, ...]]
+    ) -> list[CompiledGraph]:
         with self._exclusive():
             graphs = list(graphs)
-            specs = self._calls.together(lambda: [self._check_graph(g) for g in graphs], "checking graphs")
+            specs = self._calls.together(lambda: [specs_of(g) for g in graphs], "checking graphs")
             if not self.compiles_once:
                 return self._calls.together(lambda: load_graphs(self.session, graphs, specs), "compiling")
             check_same(self._calls.agree(lambda: [signature(g) for g in graphs], "comparing graphs"))

@@ -246,9 +246,10 @@ class Buffer(LowLatencyCalls):
         """
         queue = self._live().queue
         check_events(previous_event, async_finish, allocate_on_comm_stream)
-        with queue.working(previous_event):
+        work = queue.working(previous_event, async_finish)
+        with work:
             per_rank, per_expert, in_rank = self._normal.layout(topk_idx, num_experts)
-        event = queue.finish(async_finish, topk_idx, (per_rank, per_expert, in_rank))
+        event = work.finish(topk_idx, (per_rank, per_expert, in_rank))
         return per_rank, None, per_expert, in_rank, event
 
     def dispatch(
@@ -312,11 +313,12 @@ class Buffer(LowLatencyCalls):
         check_one_node(num_tokens_per_rdma_rank)
         num_sms = self._num_sms(config)
         layout = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
+        work = queue.working(previous_event, async_finish)
         if handle is not None:
             _check_no_choices(topk_idx, topk_weights)
-            with queue.working(previous_event):
+            with work:
                 recv_x = self._normal.dispatch_again(x, handle, num_sms)
-            return recv_x, None, None, None, None, queue.finish(async_finish, (x,), (recv_x,))
+            return recv_x, None, None, None, None, work.finish((x,), (recv_x,))
         if any(value is None for value in layout):
             raise ShapeError(
                 "without a handle the layout is needed",
@@ -325,11 +327,11 @@ class Buffer(LowLatencyCalls):
                 allowed="three tensors",
                 remedy="call get_dispatch_layout, and pass what it returns",
             )
-        with queue.working(previous_event):
+        with work:
             found = self._normal.dispatch(
                 x, *layout, topk_idx, topk_weights, expert_alignment, num_worst_tokens, num_sms
             )
-        return *found, queue.finish(async_finish, (x, layout, topk_idx, topk_weights), (found, found[-1].memory))
+        return *found, work.finish((x, layout, topk_idx, topk_weights), (found, found[-1].memory))
 
     def combine(
         self,
@@ -364,9 +366,10 @@ class Buffer(LowLatencyCalls):
         queue = self._live().queue
         check_events(previous_event, async_finish, allocate_on_comm_stream)
         num_sms = self._num_sms(config)
-        with queue.working(previous_event):
+        work = queue.working(previous_event, async_finish)
+        with work:
             combined = self._normal.combine(x, handle, topk_weights, bias, num_sms)
-        return *combined, queue.finish(async_finish, (x, topk_weights, bias), combined)
+        return *combined, work.finish((x, topk_weights, bias), combined)
 
     def _num_sms(self, config: Any) -> int:
         """The budget of a config; None: what `get_dispatch_config` would say, without making one."""

@@ -22,7 +22,6 @@ from ..layout import MAX_EXPERTS
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet, GraphSet
 from .rounds import Rounds
-from .streams import queue_for
 from .tensors import Received, dense, part
 
 
@@ -90,9 +89,8 @@ class Gathering:
         self._combine = reduce_graph(hidden, self._cfg.combine_dtype)
         sets: list[GraphSet] = [self._dispatch, *([self._combine] if reduced is not None else []), *more]
         self._rounds = Rounds.make(group, board, device, self._cfg, sets, make_timeout_s)
-        self._queue, self._device, self._reduced = queue_for(device), device, reduced
+        self._device, self._reduced = device, reduced
         self._received = Received.empty(self._cfg, device)
-        self._uncounted = torch.empty(0, dtype=torch.int32, device=device)
         self._choices: torch.Tensor | None = None
         self.rows = self._received.tokens
         parts = functools.partial(part, self._received.memory, cfg=self._cfg)
@@ -125,14 +123,11 @@ class Gathering:
         if self._cfg.top_k:
             check_tensor("ids", ids, [torch.int64], shape, self._device)
             check_tensor("weights", weights, [torch.float32], shape, self._device)
-        with self._queue.working():
-            if not self._cfg.top_k:
-                ids = torch.empty(shape, dtype=torch.int64, device=self._device)
-                weights = torch.empty(shape, device=self._device)
-            given = dense(x), dense(ids), dense(weights), self._uncounted if count is None else count
-            self._choices = given[1]  # of which the reduction needs the shape
-            self._rounds.run(self._dispatch, "dispatch", *self._received, *given)
-        self._queue.finish(False, given)
+        else:
+            ids = weights = None
+        self._choices = torch.empty(shape, dtype=torch.int64, device=self._device) if ids is None else dense(ids)
+        given = dense(x), None, self._choices, None if weights is None else dense(weights), count
+        self._rounds.run(self._dispatch, "dispatch", *self._received, *given)
 
     def check_rows(self, name: str, x: torch.Tensor) -> None:
         """Raise unless `x`, an argument of that name, can be gathered.
@@ -168,12 +163,10 @@ class Gathering:
         if self._choices is None:
             raise OrderError("nothing has been gathered", allowed="after token_dispatch", remedy="call that first")
         check_tensor("hidden_states", rows, [self._reduced], [None, self._cfg.hidden_size], self._device)
-        with self._queue.working():
-            shape = self._choices.shape[0], self._cfg.hidden_size
-            summed = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
-            given = dense(rows), self._received.memory, self._choices, self._own_count
-            self._rounds.run(self._combine, "combine0", summed, *given)
-        self._queue.finish(False, rows, summed)
+        shape = self._choices.shape[0], self._cfg.hidden_size
+        summed = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+        given = dense(rows), self._received.memory, self._choices, None, None, None, self._own_count
+        self._rounds.run(self._combine, "combine", summed, *given)
         return summed
 
     def check(self) -> None:
@@ -191,9 +184,9 @@ class Gathering:
 
 def gather_graph(hidden: int) -> DispatchSet:
     """What gathers rows of H channels."""
-    return DispatchSet(hidden, "gathered", BF16(), False, True, False, counted=True)
+    return DispatchSet(hidden, "gathered", BF16(), False, False)
 
 
 def reduce_graph(hidden: int, dtype: str) -> CombineSet:
     """What reduces rows of H channels, of type "bfloat16" or "float32"."""
-    return CombineSet(hidden, "gathered", "expert", dtype, "bfloat16", counted=True)
+    return CombineSet(hidden, "gathered", "expert", dtype)

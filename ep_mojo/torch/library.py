@@ -20,7 +20,6 @@ from ..formats import BF16
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet
 from .rounds import Rounds
-from .streams import queue_for
 from .tensors import DTYPES, Received, dense, places, received_types
 
 ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
@@ -107,21 +106,18 @@ def dispatch(
             remedy="leave it out, or use a config with BlockwiseFP8",
         )
     given = check_tensor("x", x, [torch.float8_e4m3fn if encoded else torch.bfloat16], [None, cfg.hidden_size], device)
-    tensors = [dense(given)]
+    tensors = [dense(given), None]
     if x_scales is not None:
         dtype = DTYPES[fmt.scale_dtype or "float32"]
-        tensors.append(dense(check_tensor("x_scales", x_scales, [dtype], [x.shape[0], cfg.scales_per_token], device)))
+        tensors[1] = dense(check_tensor("x_scales", x_scales, [dtype], [x.shape[0], cfg.scales_per_token], device))
     tensors.append(dense(check_tensor("topk_ids", topk_ids, list(IDS), [x.shape[0], cfg.top_k], device)))
     if weights is not None:
         tensors.append(dense(check_tensor("weights", weights, [torch.float32], topk_ids.shape, device)))
-    graphs = dispatch_set(cfg, encoded, weights is not None, IDS[topk_ids.dtype])
+    graphs = dispatch_set(cfg, encoded, IDS[topk_ids.dtype])
     _prepared(rounds, graphs, "dispatch")
     order += 1
-    queue = queue_for(device)
-    with queue.working():
-        found = Received.empty(cfg, device)
-        rounds.run(graphs, "dispatch", *found, *tensors)
-    queue.finish(False, tensors, found)
+    found = Received.empty(cfg, device)
+    rounds.run(graphs, "dispatch", *found, *tensors)
     return tuple(found)
 
 
@@ -151,20 +147,15 @@ def combine(
     biases = [b for b in (bias0, bias1) if b is not None]
     for i, bias in enumerate(biases):
         check_tensor(f"bias{i}", bias, [torch.bfloat16], [topk_ids.shape[0], cfg.hidden_size], device)
-    reduce = reduce_of(cfg)
-    graphs = combine_set(cfg, bool(biases), IDS[topk_ids.dtype])
-    _prepared(rounds, graphs, "combine0")
-    given = [y, memory, topk_ids]
-    if reduce == "source":
-        ones = torch.ones(topk_ids.shape, dtype=torch.float32, device=device) if weights is None else weights
-        given.append(check_tensor("handle.weights", ones, [torch.float32], topk_ids.shape, device))
+    graphs = combine_set(cfg, IDS[topk_ids.dtype])
+    _prepared(rounds, graphs, "combine")
+    factors = None
+    if reduce_of(cfg) == "source" and weights is not None:
+        factors = dense(check_tensor("handle.weights", weights, [torch.float32], topk_ids.shape, device))
     order += 1
-    given = list(map(dense, [*given, *biases]))
-    queue = queue_for(device)
-    with queue.working():
-        out = torch.empty(topk_ids.shape[0], cfg.hidden_size, dtype=DTYPES[cfg.output_dtype], device=device)
-        rounds.run(graphs, f"combine{len(biases)}", out, *given)
-    queue.finish(False, given, out)
+    given = [dense(y), dense(memory), dense(topk_ids), factors, *map(dense, biases)]
+    out = torch.empty(topk_ids.shape[0], cfg.hidden_size, dtype=DTYPES[cfg.output_dtype], device=device)
+    rounds.run(graphs, "combine", out, *given)
     return out
 
 
@@ -179,15 +170,15 @@ def reduce_of(cfg: EPConfig) -> str:
     return "expert" if cfg.output_layout == "rank" else cfg.reduce or "expert"
 
 
-def dispatch_set(cfg: EPConfig, encoded: bool, weighted: bool, ids: str) -> DispatchSet:
+def dispatch_set(cfg: EPConfig, encoded: bool, ids: str) -> DispatchSet:
     """The graph of a dispatch."""
-    return DispatchSet(cfg.hidden_size, cfg.output_layout, cfg.dispatch_format, encoded, weighted, False, ids)
+    return DispatchSet(cfg.hidden_size, cfg.output_layout, cfg.dispatch_format, encoded, False, ids)
 
 
-def combine_set(cfg: EPConfig, biases: bool, ids: str) -> CombineSet:
+def combine_set(cfg: EPConfig, ids: str) -> CombineSet:
     """The graphs of a combine."""
     types = cfg.combine_dtype, cfg.output_dtype
-    return CombineSet(cfg.hidden_size, cfg.output_layout, reduce_of(cfg), *types, biases, ids)
+    return CombineSet(cfg.hidden_size, cfg.output_layout, reduce_of(cfg), *types, ids)
 
 
 @torch.compiler.assume_constant_result

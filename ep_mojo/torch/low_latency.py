@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,10 +24,7 @@ from .checks import check_tensor
 from .normal import check_experts
 from .rounds import Rounds
 from .session import Session
-from .tensors import ALIGNMENT, Received, dense, part, to_buffers, used_here
-
-if TYPE_CHECKING:
-    from max.driver import Buffer
+from .tensors import ALIGNMENT, Received, dense, part, used_here
 
 Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
@@ -51,11 +48,6 @@ class LowLatencyHandle(Sequence):
         self.session, self.cfg, self.num_tokens, self.memory = session, cfg, num_tokens, memory
         self.counts = part(memory, "counts", cfg)
         self.received = False
-
-    @functools.cached_property
-    def block(self) -> Buffer:
-        """`memory` as graphs take it, for the dispatch that writes it and the combine that reads it."""
-        return to_buffers([self.memory], self.session.device)[0]
 
     @functools.cached_property
     def src_info(self) -> torch.Tensor:
@@ -149,21 +141,21 @@ class LowLatencyMode:
         sets = graphs.low_latency(cfg)
         rounds = self.session.rounds(cfg, sets)
         self._check_room(rounds, "dispatch", later)
-        given = dense(x), dense(topk_idx)
+        given = dense(x), None, dense(topk_idx)
         found = Received.empty(cfg, device)
         handle = LowLatencyHandle(self.session, cfg, x.shape[0], found.memory)
-        written = found.tokens, found.scales, handle.block
         if not later:
             with self.session.announcing(rounds, x.shape[0], _too_many):
-                rounds.run(sets[0], "dispatch", *written, *given)
+                rounds.run(sets[0], "dispatch", *found, *given)
             self._arrived(handle, stats)
             return self._rows(cfg, found), handle.counts, handle, None
         with self.session.announcing(rounds, x.shape[0], _too_many):
-            rounds.run(sets[0], "send", *given)
+            rounds.run(sets[0], "send", None, None, None, *given)
 
         def receive() -> None:
+            self.session.queue.use_here(*found, stats)
             with self.session.announcing(rounds, 0, _too_many):
-                rounds.run(sets[0], "receive", *written)
+                rounds.run(sets[0], "receive", *found)
             self._arrived(handle, stats)
 
         hook = self._later(rounds, "dispatch", receive)
@@ -237,14 +229,15 @@ class LowLatencyMode:
         y = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device) if out is None else out
         if not later:
             with self.session.explaining(rounds):
-                rounds.run(back, "combine0", y, rows, handle.block, ids, weights)
+                rounds.run(back, "combine", y, rows, handle.memory, ids, weights)
             return y, None
         with self.session.explaining(rounds):
-            rounds.run(back, "send_back", rows, handle.block)
+            rounds.run(back, "send_back", None, rows, handle.memory)
 
         def receive() -> None:
+            self.session.queue.use_here(y, ids, weights)
             with self.session.explaining(rounds):
-                rounds.run(back, "receive_back", y, ids, weights)
+                rounds.run(back, "receive_back", y, None, None, ids, weights)
 
         return y, self._later(rounds, "combine", receive)
 

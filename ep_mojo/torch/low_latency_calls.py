@@ -96,12 +96,13 @@ class LowLatencyCalls:
         _check_no_cost_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
         fmt = format_of(bool(use_fp8), bool(round_scale), bool(use_ue8m0))
         stats = cumulative_local_expert_recv_stats
-        with queue.working():
+        work = queue.working(None, bool(async_finish))
+        with work:
             recv_x, count, handle, hook = self._low_latency.dispatch(
                 x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, stats, fmt, bool(return_recv_hook)
             )
-        event = queue.finish(async_finish, (x, topk_idx, stats), (recv_x, count))
-        return recv_x, count, handle, event, self._hook(hook, (stats,), (recv_x, count, handle.memory))
+        event = work.finish((x, topk_idx, stats), (recv_x, count, handle.memory))
+        return recv_x, count, handle, event, hook
 
     def low_latency_combine(
         self,
@@ -152,12 +153,12 @@ class LowLatencyCalls:
                 allowed="False",
                 remedy="leave it out",
             )
-        with queue.working():
+        work = queue.working(None, bool(async_finish))
+        with work:
             combined, hook = self._low_latency.combine(
                 x, topk_idx, topk_weights, handle, bool(zero_copy), bool(return_recv_hook), out
             )
-        event = queue.finish(async_finish, (x, topk_idx, topk_weights, out), combined)
-        return combined, event, self._hook(hook, (out,), (combined,))
+        return combined, work.finish((x, topk_idx, topk_weights, out), combined), hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bfloat16 [L, R*Tmax, H] to write expert rows to, for `low_latency_combine(..., zero_copy=True)`.
@@ -195,19 +196,6 @@ class LowLatencyCalls:
             ConfigError: The Buffer was made without enable_shrink.
         """
         self._shrinking()
-
-    def _hook(self, receive: Hook | None, given: Any, made: Any) -> Hook | None:
-        """A hook that runs on the queue of the rounds and lets the current one wait for it; tensors as for `finish`."""
-        if receive is None:
-            return None
-        queue = self._live().queue
-
-        def hook() -> None:
-            with queue.working():
-                receive()
-            queue.finish(False, given, made)
-
-        return hook
 
     def _low_latency_session(self) -> Session:
         if not self.low_latency_mode:

@@ -5,9 +5,8 @@ The engine's layout "rank". T tokens of a rank, R ranks, E experts, L = E/R loca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -18,11 +17,8 @@ from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, che
 from . import graphs, sizes
 from .checks import check_tensor
 from .session import Session
-from .streams import check_not_capturing, is_capturing
-from .tensors import Received, dense, part, to_buffers, used_here
-
-if TYPE_CHECKING:
-    from max.driver import Buffer
+from .streams import check_not_capturing
+from .tensors import Received, dense, part, used_here
 
 MAX_ALIGNMENT = 1 << 20
 MAX_WORST_TOKENS = (1 << 31) - 1
@@ -58,7 +54,6 @@ class NormalHandle:
         self.topk_idx, self.has_topk = topk_idx, has_topk
         self.num_recv_tokens = num_recv_tokens
         self.memory, self._capacity = memory, capacity
-        self._no_weights: Buffer | None = None
         self.rank_offsets = part(memory, "row_offsets", cfg, capacity)
         self.recv_count = self.rank_offsets[-1:]
 
@@ -66,21 +61,6 @@ class NormalHandle:
     def num_tokens(self) -> int:
         """T."""
         return self.topk_idx.shape[0]
-
-    @functools.cached_property
-    def routes(self) -> list[Buffer]:
-        """`memory` and `topk_idx` as graphs take them."""
-        return to_buffers([self.memory, self.topk_idx], self.session.device)
-
-    def no_weights(self) -> Buffer:
-        """float32 [T, K] of zeros, as graphs take it, to be read only: what dispatches along the handle send."""
-        if self._no_weights is not None:
-            return self._no_weights
-        device = self.session.device
-        (made,) = to_buffers([torch.zeros(self.topk_idx.shape, dtype=torch.float32, device=device)], device)
-        if not is_capturing(device):  # what a capture makes has its zeros when it is replayed
-            self._no_weights = made
-        return made
 
     @property
     def recv_src_idx(self) -> torch.Tensor:
@@ -166,9 +146,7 @@ class NormalMode:
         with self.session.announcing(rounds, n_tokens, self._too_many):
             found = Received.empty(cfg, device, capacity)
             handle = NormalHandle(self.session, cfg, ids, has_topk, worst, found.memory, capacity)
-            memory, routes = handle.routes
-            written = found.tokens, found.scales, memory
-            rounds.run(sets[0], "dispatch", *written, *tokens, routes, weights, n_sms=num_sms)
+            rounds.run(sets[0], "dispatch", *found, *tokens, ids, weights, n_sms=num_sms)
             recv_ids, recv_weights = self._choices(handle, capacity) if has_topk else (None, None)
             if worst:
                 return self._received(found, worst, fmt), recv_ids, recv_weights, [], handle
@@ -208,16 +186,15 @@ class NormalMode:
         rounds = self.session.rounds(cfg, sets)
         with self.session.announcing(rounds, handle.num_tokens, self._too_many):
             found = Received.empty(cfg, self.session.device, handle.num_recv_tokens)
-            given = *tokens, handle.routes[1], handle.no_weights()
-            rounds.run(sets[0], "dispatch", *found, *given, n_sms=num_sms)
+            rounds.run(sets[0], "dispatch", *found, *tokens, handle.topk_idx, n_sms=num_sms)
         return self._received(found, handle.num_recv_tokens, fmt)
 
-    def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[list[torch.Tensor], TokenFormat]:
-        """Contiguous tokens, with their scales if they have any, and their format."""
+    def _tokens(self, x: Tokens, n_tokens: int | None = None) -> tuple[tuple[Any, Any], TokenFormat]:
+        """Contiguous tokens, their scales or None, and their format."""
         device = self.session.device
         if not isinstance(x, (tuple, list)):
             check_tensor("x", x, [torch.bfloat16], [n_tokens, None], device)
-            return [dense(x)], BF16()
+            return (dense(x), None), BF16()
         if len(x) != 2:
             raise ShapeError(
                 field="x",
@@ -238,7 +215,7 @@ class NormalMode:
                 allowed=f"[{values.shape[0]}, {per_token}] with {scales.dtype}",
                 remedy="pass one float32 scale for 128 channels, or four exponent bytes in an int32",
             )
-        return [dense(values), dense(scales)], fmt
+        return (dense(values), dense(scales)), fmt
 
     def _config(self, hidden: int, top_k: int, n_experts: int, fmt: TokenFormat) -> EPConfig:
         timeout_s = self.session.timeout_s
@@ -279,10 +256,10 @@ class NormalMode:
         sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        rows = [dense(x), *handle.routes, *map(dense, biases)]
+        sent = dense(x), handle.memory, handle.topk_idx, None, *map(dense, biases)
         combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
         with self.session.explaining(rounds):
-            rounds.run(sets[1], f"combine{len(biases)}", combined, *rows, n_sms=num_sms)
+            rounds.run(sets[1], "combine", combined, *sent, n_sms=num_sms)
         if topk_weights is None or sums is None:
             return combined, None
         return combined, self._sum_weights(sums, topk_weights, handle, num_sms)
@@ -295,7 +272,7 @@ class NormalMode:
         rows = pad(weights.detach(), (0, cfg.hidden_size - top_k)).contiguous()
         summed = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.float32, device=rows.device)
         with self.session.explaining(rounds):
-            rounds.run(sets[0], "combine0", summed, rows, *handle.routes, n_sms=num_sms)
+            rounds.run(sets[0], "combine", summed, rows, handle.memory, handle.topk_idx, n_sms=num_sms)
         return summed[:, :top_k].contiguous()
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..comm import Communicator
 from ..comm.board import Board
 from ..config import EPConfig
-from ..dtypes import to_numpy
 from ..errors import EPError
-from .graphs import STAGES, Builder, GraphSet
-from .tensors import to_buffers
-
-if TYPE_CHECKING:
-    from max.driver import Buffer
-
-SETTING_N_SMS = 11
+from .call import Call
+from .graphs import SIDE, STAGES, Builder, GraphSet
+from .streams import queue_for
 
 TooMany = Callable[[EPConfig, int, int], EPError]
 """Makes the error of a rank, the second argument, that had more than Tmax tokens: as many as the third says."""
@@ -36,7 +32,7 @@ def compile_sets(comm: Communicator, sets: Sequence[GraphSet]) -> None:
         builder = Builder(comm, Module())
         for each in sets:
             each.add(builder)
-        models = dict(zip(builder.graphs, comm.compile_all(list(builder.graphs.values())), strict=True))
+        models = dict(zip(builder.graphs, comm.compile_calls(list(builder.graphs.values())), strict=True))
     for each in sets:
         found = {stage: models[each.name(stage)] for stage in STAGES if each.name(stage) in models}
         _compiled[each, str(builder.device)] = found
@@ -59,9 +55,10 @@ class Rounds:
         ref = comm.device_refs()[0]
         self.device = torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
         self._board, self._timeout_s = board, timeout_s
+        self._queue = queue_for(self.device)
         self.too_many: TooMany | None = None
         self._stages: dict[tuple[GraphSet, str], Any] = {}
-        self._n_sms = to_numpy(comm.inputs()[0])[SETTING_N_SMS : SETTING_N_SMS + 1]
+        self._calls = {side: Call(comm, side) for side in set(SIDE.values())}
 
     @classmethod
     def make(
@@ -100,22 +97,25 @@ class Rounds:
         """Whether a graph was prepared."""
         return (graphs, stage) in self._stages
 
-    def run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor | Buffer, n_sms: int | None = None) -> None:
-        """Run a graph. On the host it is done on return; a GPU's queue has it then.
+    def run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor | None, n_sms: int | None = None) -> None:
+        """Run a graph. On the host it is done on return; the current queue of a GPU has it then.
 
         Args:
             graphs: The set that has it.
             stage: Its name there.
-            tensors: Its inputs and what it writes, contiguous; or what `to_buffers` has made of them.
+            tensors: What it reads and writes, as the set says, contiguous, of the device; None, or left out at the end:
+                absent. Their sizes are looked at, and nothing else.
             n_sms: The most SMs (on the host: worker threads) of a launch, 0 = all; None: what the config says.
 
         Raises:
             EPError: What this rank recorded, see `Communicator.execute`; with a GPU, in earlier launches. Values are
                 not looked at.
         """
-        self._n_sms[0] = (self.cfg.n_sms or 0) if n_sms is None else n_sms
-        on_host = self.device.type == "cpu"
-        self.comm.launch(self._stages[graphs, stage], to_buffers(tensors, self.device), check=on_host)
+        call, model = self._calls[SIDE[stage]], self._stages[graphs, stage]
+        most = (self.cfg.n_sms or 0) if n_sms is None else n_sms
+        with self._queue.launching() as queue:
+            fill = functools.partial(call.fill, most, queue, tensors)
+            self.comm.launch(model, call.buffers, fill, check=self.device.type == "cpu")
 
     def glance(self) -> None:
         """Raise what is known to have failed in this rank's rounds; waits for nothing."""

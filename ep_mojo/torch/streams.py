@@ -1,8 +1,7 @@
 """Queues and events: when a call's work begins, and what its caller may rely on when it returns.
 
 `Queue` is what a `Buffer` asks of a device. On the host a call returns when its work is done, so an event is done when
-it is made, and waiting for it is nothing. On a GPU rounds have a queue of their own, MAX's, in which they run in the
-order of the calls.
+it is made, and waiting for it is nothing. On a GPU rounds run in the order of the calls, on whatever queues they are.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ import torch.distributed as dist
 
 from ..comm.group import backends_of
 from ..errors import ConfigError, DTypeError, OrderError, UnsupportedError
+
+DEFAULT_STREAM = 1
+"""What CUDA takes for the default stream where 0 would mean none (cudaStreamLegacy)."""
 
 
 class EventHandle:
@@ -94,8 +96,40 @@ class EventOverlap:
         self.wait()
 
 
+class Work:
+    """The work of one call, in a `with`; then `finish`. This one's is done, or queued, where its caller is.
+
+    Tensors made in the `with` belong to the queue of the work. On the host a call returns when its work is done.
+
+    Args:
+        before: Begin after it, and after all that the current queue was given.
+        gives_event: Whether the caller wants an event to wait for.
+    """
+
+    __slots__ = ("_before", "_gives_event")
+
+    def __init__(self, before: EventOverlap | None = None, gives_event: bool = False):
+        self._before, self._gives_event = before, gives_event
+
+    def __enter__(self) -> None:
+        if self._before is not None:
+            self._before.wait()
+
+    def __exit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
+        pass
+
+    def finish(self, given: Any = (), made: Any = ()) -> EventOverlap:
+        """End the call: let the caller's queue wait for the work, or give an event to wait for instead.
+
+        Args:
+            given: Tensors of the caller that the work reads or writes; tuples of them, and None, too.
+            made: Tensors that the work has made, and the caller gets.
+        """
+        return EventOverlap(EventHandle(), (given, made)) if self._gives_event else EventOverlap()
+
+
 class Queue:
-    """Where a rank's rounds run. This one is the host's: a round is done when its call returns.
+    """What launches of a device have in common. This one is the host's: there is nothing to order.
 
     Attributes:
         device: The device of all tensors.
@@ -106,31 +140,32 @@ class Queue:
 
     @property
     def stream(self) -> Any:
-        """The queue as torch knows it."""
+        """The communication queue, as torch knows it: that of work with an event."""
         return torch.cpu.current_stream()
 
-    def working(self, previous_event: EventOverlap | None = None) -> AbstractContextManager[None]:
-        """Around the work of one call: it begins after `previous_event`, or after all that the caller has queued.
-
-        Tensors made in it belong to this queue.
-        """
-        if previous_event is not None:
-            previous_event.wait()
-        return nullcontext()
-
-    def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
-        """End a call: let the caller's queue wait for the work, or give an event to wait for instead.
+    def working(self, previous_event: EventOverlap | None = None, async_finish: bool = False) -> Work:
+        """The work of one call. With an event, before it or from it, the caller's queue may do other things meanwhile.
 
         Args:
-            async_finish: Give an event.
-            given: Tensors of the caller that the work reads or writes; tuples of them, and None, too.
-            made: Tensors that the work has made, and the caller gets.
+            previous_event: Begin after it, and not after all that the caller has queued.
+            async_finish: Give an event, and do not let the caller's queue wait.
         """
-        return EventOverlap(EventHandle(), (given, made)) if async_finish else EventOverlap()
+        return Work(previous_event, async_finish)
+
+    def launching(self) -> AbstractContextManager[int]:
+        """Around a launch: gives what the driver knows the current queue by, 0 on the host."""
+        return nullcontext(0)
+
+    def use_here(self, *tensors: Any) -> None:
+        """Tell the allocator that the current queue uses tensors that another may have made."""
 
 
 class GPUQueue(Queue):
-    """The queue that MAX launches on, of one GPU.
+    """The launches of one GPU.
+
+    They go to the caller's current queue, so that a call costs the host no events; work with events goes to a queue of
+    its own, MAX's. Wherever they go, they run in the order of the calls: a launch waits for the one before if that was
+    elsewhere.
 
     The memory of a tensor is given back when its last user on the host is gone, not when queues are done with it: so
     the allocator is told which other queue uses it. Then neither side has to keep anything alive for the other.
@@ -144,15 +179,23 @@ class GPUQueue(Queue):
         handle = self._accelerator.default_queue.native_stream_handle
         self._stream = torch.cuda.ExternalStream(handle, device=device)
         self._mark, self._marking = torch.cuda.Event(), threading.Lock()
+        self._last = self._stream
+        self._turn = threading.Lock()
 
     @property
     def stream(self) -> torch.cuda.Stream:
         """See `Queue.stream`."""
         return self._stream
 
-    def working(self, previous_event: EventOverlap | None = None) -> AbstractContextManager[None]:
+    def working(self, previous_event: EventOverlap | None = None, async_finish: bool = False) -> Work:
         """See `Queue.working`."""
-        return _Working(self, None if previous_event is None else previous_event.event)
+        if previous_event is None and not async_finish:
+            return _HERE
+        return _Aside(self, None if previous_event is None else previous_event.event, async_finish)
+
+    def launching(self) -> AbstractContextManager[int]:
+        """See `Queue.launching`. One thread at a time; the launch runs after all before."""
+        return _Turn(self)
 
     def follow(self, first: torch.cuda.Stream, then: torch.cuda.Stream) -> None:
         """Let one queue wait for what another has been given."""
@@ -160,27 +203,51 @@ class GPUQueue(Queue):
             self._mark.record(first)
             then.wait_event(self._mark)
 
-    def finish(self, async_finish: bool, given: Any = (), made: Any = ()) -> EventOverlap:
-        """See `Queue.finish`."""
-        caller = torch.cuda.current_stream(self.device.index)
-        _record(made, caller)
-        if not async_finish:
-            self.follow(self._stream, caller)
-            return EventOverlap()
-        _record(given, self._stream)
-        return EventOverlap(EventHandle(self._stream))
+    def use_here(self, *tensors: Any) -> None:
+        """See `Queue.use_here`."""
+        _record(tensors, torch.cuda.current_stream(self.device.index))
 
 
-class _Working:
-    """See `GPUQueue.working`. A class, and without `torch.cuda.stream`: every call would wait for both."""
+_HERE = Work()
 
-    __slots__ = ("_before", "_caller", "_device", "_queue")
 
-    def __init__(self, queue: GPUQueue, before: EventHandle | None):
-        self._queue, self._before = queue, before
+class _Turn:
+    """See `GPUQueue.launching`. A class: a generator costs every launch a microsecond more."""
+
+    __slots__ = ("_queue",)
+
+    def __init__(self, queue: GPUQueue):
+        self._queue = queue
+
+    def __enter__(self) -> int:
+        queue = self._queue
+        queue._turn.acquire()
+        try:
+            here, last = torch.cuda.current_stream(queue.device.index), queue._last
+            if here.cuda_stream != last.cuda_stream:
+                if _is_capturing(here) == _is_capturing(last):  # what is not captured is no part of a capture
+                    queue.follow(last, here)
+                queue._last = here
+            return here.cuda_stream or DEFAULT_STREAM
+        except BaseException:
+            queue._turn.release()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._queue._turn.release()
+
+
+class _Aside(Work):
+    """Work on MAX's queue. Without `torch.cuda.stream`: every call would wait for both of its queues."""
+
+    __slots__ = ("_caller", "_device", "_event", "_queue")
+
+    def __init__(self, queue: GPUQueue, before: EventHandle | None, gives_event: bool):
+        super().__init__(None, gives_event)
+        self._queue, self._event = queue, before
 
     def __enter__(self) -> None:
-        queue, before = self._queue, self._before
+        queue, before = self._queue, self._event
         self._caller = torch.cuda.current_stream(queue.device.index)
         known = before is not None and before.event is not None
         if known:
@@ -197,6 +264,21 @@ class _Working:
             torch.cuda.set_device(self._device)
         if raised is not None:
             queue.follow(queue.stream, self._caller)  # what was launched may still read what the caller lets go
+
+    def finish(self, given: Any = (), made: Any = ()) -> EventOverlap:
+        """See `Work.finish`."""
+        queue, caller = self._queue, torch.cuda.current_stream(self._queue.device.index)
+        _record(made, caller)
+        if not self._gives_event:
+            queue.follow(queue.stream, caller)
+            return EventOverlap()
+        _record(given, queue.stream)
+        return EventOverlap(EventHandle(queue.stream))
+
+
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _record(values: Any, stream: torch.cuda.Stream) -> None:

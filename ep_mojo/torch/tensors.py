@@ -1,24 +1,17 @@
-"""Tensors for rounds: what a dispatch writes, and how tensors become MAX buffers: the same memory, by DLPack."""
+"""Tensors for rounds: what a dispatch writes, and what graphs can take."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils.dlpack import to_dlpack
 
 from ..config import EPConfig
 from ..errors import UnsupportedError
 from ..handle import HANDLE_TENSORS, handle_shapes, packed_handle
 
-if TYPE_CHECKING:
-    from max.driver import Buffer
-
-BITS = {torch.float8_e4m3fn: torch.uint8}
-"""What graphs have in place of types that MAX does not have on the host."""
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -104,40 +97,3 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT:
         tensor = tensor.detach().clone()
     return tensor
-
-
-def to_buffers(tensors: Sequence[torch.Tensor | Buffer], device: torch.device) -> list[Buffer]:
-    """Contiguous tensors as MAX buffers over the same memory; buffers stay what they are.
-
-    Args:
-        tensors: Those that require gradients are taken like others.
-        device: Where all of them are.
-    """
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        with torch.cuda.device(device):
-            return to_buffers(tensors, device)
-    from max.driver import Buffer
-
-    place = _dlpack_device(device)
-    return [Buffer.from_dlpack(_Exported(t, place)) if isinstance(t, torch.Tensor) else t for t in tensors]
-
-
-@functools.cache
-def _dlpack_device(device: torch.device) -> tuple[int, int]:
-    """How DLPack calls a device. torch works it out anew for each tensor, for longer than the conversion itself."""
-    return torch.empty(0, device=device).__dlpack_device__()
-
-
-class _Exported:
-    """A tensor for DLPack, without what `torch.Tensor.__dlpack__` does beside: who calls orders the queues itself."""
-
-    __slots__ = ("_place", "_tensor")
-
-    def __init__(self, tensor: torch.Tensor, place: tuple[int, int]):
-        self._tensor, self._place = tensor.view(BITS[tensor.dtype]) if tensor.dtype in BITS else tensor, place
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return to_dlpack(self._tensor)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._place

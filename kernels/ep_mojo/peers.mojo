@@ -21,6 +21,19 @@ comptime MAX_RANKS = 8
 """The most ranks of one node, and the length of a `PeerTable`."""
 
 
+@always_inline
+def opaque(address: Int) -> OpaquePointer[MutUntrackedOrigin]:
+    """What a driver takes for one of its own things, such as a queue.
+
+    Args:
+        address: As the driver knows it.
+
+    Returns:
+        A pointer.
+    """
+    return OpaquePointer[MutUntrackedOrigin](unsafe_from_address=address)
+
+
 struct View[dtype: DType](TrivialRegisterPassable):
     """A typed pointer and the number of elements behind it; `size == 0` means that an optional tensor is absent.
 

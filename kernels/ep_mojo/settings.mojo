@@ -57,6 +57,8 @@ struct Settings(TrivialRegisterPassable):
     """S: combine rows a token."""
     var n_sms: Int
     """SM (or worker) budget of a launch, 0 = all."""
+    var queue: Int
+    """What the driver knows the launch's queue by, 0 = the device's own of MAX. Not a word of the tensor."""
     var virtual: Bool
     """Ranks share one queue: a wait that finds its signal missing fails at once."""
     var expert_slots: Bool
@@ -91,6 +93,7 @@ struct Settings(TrivialRegisterPassable):
         self.row_bytes = Int(words[9])
         self.combine_slots = Int(words[10])
         self.n_sms = Int(words[11])
+        self.queue = 0
         self.virtual = words[12] != 0
         self.expert_slots = words[13] == SLOTS_EXPERT
         self.everywhere = words[13] == SLOTS_EVERYWHERE
@@ -135,6 +138,7 @@ struct Settings(TrivialRegisterPassable):
         self.row_bytes = row_bytes
         self.combine_slots = top_k
         self.n_sms = 0
+        self.queue = 0
         self.virtual = False
         self.expert_slots = True
         self.everywhere = False

@@ -47,10 +47,9 @@ def prepare() -> None:
     found += graphs.sums(cfg.replace(hidden_size=8))
     for each in CONFIGS:
         other = api_config(n, each)
-        found += [library.dispatch_set(other, False, True, "int64"), library.combine_set(other, False, "int64")]
+        found += [library.dispatch_set(other, False, "int64"), library.combine_set(other, "int64")]
     expert = api_config(n, "expert")
-    found += [library.dispatch_set(expert, False, False, "int32"), library.combine_set(expert, False, "int32")]
-    found.append(library.combine_set(expert, True, "int64"))
+    found += [library.dispatch_set(expert, False, "int32"), library.combine_set(expert, "int32")]
     with ep.Communicator.process_group(cfg, dist.group.WORLD, device=torch.get_default_device()) as comm:
         rounds.compile_sets(comm, list(dict.fromkeys(found)))
 

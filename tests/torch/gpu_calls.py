@@ -129,8 +129,7 @@ def check_abort(n: int) -> None:
     with pytest.raises(errors.EPError):
         graphs = next(g for g, stage in rounds._stages if stage == "dispatch")
         wrong = torch.empty(1, dtype=torch.int32)
-        empty = torch.empty(0, HIDDEN, dtype=torch.bfloat16), torch.empty(0, 0), wrong
-        rounds.run(graphs, "dispatch", *empty, s.x[b.rank], s.ids[b.rank], s.weights[b.rank])
+        rounds.run(graphs, "dispatch", None, None, wrong, s.x[b.rank], None, s.ids[b.rank], s.weights[b.rank])
     with pytest.raises(errors.EPError):
         rounds.glance()
     b.reset()

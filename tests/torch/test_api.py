@@ -62,7 +62,7 @@ def test_graphs_are_built_in_any_thread():
     importlib.import_module("max.graph")  # it serves the thread that imports it
     cfg = calls.buffers.api_config(1, "rank").replace(n_ranks=1, n_experts=4)
     with ep.Communicator.cpu(cfg) as comm, ThreadPoolExecutor(1) as threads:
-        comm.compile_all = lambda graphs: [None] * len(graphs)
+        comm.compile_calls = lambda graphs: [None] * len(graphs)
         threads.submit(rounds.compile_sets, comm, [CombineSet(8, "rank", "expert", "float32", "float32")]).result()
 
 

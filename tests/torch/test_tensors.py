@@ -1,42 +1,53 @@
-"""How tensors become MAX buffers, and what `dense` leaves alone: no rounds, one process."""
+"""What graphs get of tensors: their addresses in a block, and what `dense` leaves alone. No rounds, one process."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from max.dtype import DType
 
-from ep_mojo.torch.tensors import dense, to_buffers
+import ep_mojo as ep
+from ep_mojo.dtypes import to_numpy
+from ep_mojo.torch import call
+from ep_mojo.torch.tensors import dense
 
-HOST = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "want"),
-    [
-        (torch.bfloat16, DType.bfloat16),
-        (torch.float8_e4m3fn, DType.uint8),  # MAX has no float8 on the host
-        (torch.int64, DType.int64),
-    ],
-)
-def test_buffers_are_the_memory_of_tensors(dtype, want):
-    tensor = torch.zeros(3, 8, dtype=dtype)
-    (buffer,) = to_buffers([tensor], HOST)
-    assert (buffer.dtype, tuple(buffer.shape)) == (want, (3, 8))
-    assert buffer._data_ptr() == tensor.data_ptr()
+CFG = ep.EPConfig(hidden_size=8, top_k=1, n_experts=2, max_tokens_per_rank=4, n_ranks=2)
+OPS = Path(__file__).parents[2] / "kernels" / "ep_mojo" / "ops"
 
 
-def test_buffers_keep_the_memory_of_tensors():
-    tensor = torch.arange(4, dtype=torch.int32)
-    (buffer,) = to_buffers([tensor], HOST)
-    del tensor
-    torch.full((4,), 7, dtype=torch.int32)
-    assert buffer.to_numpy().tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize("side", call.SIDES)
+def test_the_block_says_what_a_launch_is_to_do(side):
+    x, ids = torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64)
+    with ep.Communicator.cpu(CFG) as comm:
+        made = call.Call(comm, side)
+        made.fill(5, 77, (x, None, ids, torch.empty(0, 8)))
+        words = to_numpy(made.buffers[1]).tolist()
+        settings, *tables = [to_numpy(b).tolist() for b in comm.inputs()[:7]]
+        windows = tables[1:3] if side == "dispatch" else tables[4:6]
+        counters = comm.inputs()[8]
+        assert words[: call.QUEUE] == [*settings[: call.N_SMS], 5, *settings[call.N_SMS + 1 :]]
+        assert words[call.QUEUE] == 77
+        assert words[call.COUNTERS : call.RECV] == [counters._data_ptr(), counters.num_elements]
+        assert words[call.RECV : call.RECV + 2] == windows[0]
+        assert words[call.COUNT : call.COUNT + 2] == windows[1]
+    tensors = words[call.TENSORS :]
+    assert tensors[:8] == [x.data_ptr(), 48, 0, 0, ids.data_ptr(), 24, 0, 0]
+    assert tensors[8:] == [0] * 8
+    assert len(words) == call.WORDS
 
 
-def test_buffers_stay_what_they_are():
-    (buffer,) = to_buffers([torch.zeros(2)], HOST)
-    assert to_buffers([buffer], HOST)[0] is buffer
+def test_blocks_are_laid_out_as_the_ops_read_them():
+    """The words of `call.py` follow those of `call.mojo`: one after the other, and as many tensors."""
+    text = (OPS / "call.mojo").read_text()
+    said = re.findall(r"^comptime (\w+) = (.+)$", text, re.M)
+    names = {"SETTINGS_WORDS": call.SETTINGS_WORDS, "MAX_RANKS": call.MAX_RANKS}
+    for name, value in said:
+        names[name] = eval(value, {}, names)
+    assert {name: names[name] for name, _ in said} == {name: getattr(call, name) for name, _ in said}
+    for name in ("dispatch_into", "combine_into"):
+        assert re.search(rf"^comptime N_TENSORS = {call.N_TENSORS}$", (OPS / f"{name}.mojo").read_text(), re.M)
 
 
 def test_gradients_do_not_matter():
@@ -44,7 +55,6 @@ def test_gradients_do_not_matter():
     for tensor in (leaf, leaf * 2, leaf[:, ::2]):
         taken = dense(tensor)
         assert taken.is_contiguous()
-        (buffer,) = to_buffers([taken], HOST)
-        assert buffer.to_numpy().tolist() == tensor.tolist()
+        assert taken.tolist() == tensor.tolist()
     assert dense(leaf) is leaf
     assert not dense(leaf[:, ::2]).requires_grad

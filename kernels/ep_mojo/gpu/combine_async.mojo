@@ -10,7 +10,7 @@ is read. Why the order holds: docs/protocol.md.
 """
 
 from max.gpu import block_idx, lane_id
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.primitives import warp
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
@@ -39,7 +39,7 @@ from .launch import (
     warp_slot,
 )
 from .opening import Opening
-from .precedence import precedence
+from .precedence import precedence, queue
 from .routing import ballot
 from .send_sums import send_sums
 from .share import Share
@@ -347,7 +347,10 @@ def combine_async[
         items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
         warp_bytes=combine_bytes[dtype, hidden](),
     )
-    ctx.enqueue_function[combine_async_stage[dtype, hidden, layout, reduce]](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[
+            combine_async_stage[dtype, hidden, layout, reduce]
+        ](func_attribute=shape.memory()),
         ByValue(peers),
         ByValue(x),
         stage,
@@ -355,7 +358,4 @@ def combine_async[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

@@ -6,7 +6,7 @@ k ascending or of ranks ascending, rounded once. Rows past T come back zero. The
 """
 
 from max.gpu import lane_id, thread_idx
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.sync import syncwarp
 
 from ..combine_tensors import (
@@ -27,7 +27,7 @@ from .launch import (
     warp_index,
     warps,
 )
-from .precedence import precedence
+from .precedence import precedence, queue
 from .receive_sums import receive_sums
 from .routing import ballot
 from .share import Share
@@ -223,11 +223,12 @@ def combine_wait[
         items=max(1, x.rows),
         warp_bytes=combine_bytes[dtype, hidden](),
     )
-    ctx.enqueue_function[
-        combine_wait_stage[
-            dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ]
-    ](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[
+            combine_wait_stage[
+                dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+            ]
+        ](func_attribute=shape.memory()),
         ByValue(peers),
         ByValue(x),
         stage,
@@ -235,7 +236,4 @@ def combine_wait[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

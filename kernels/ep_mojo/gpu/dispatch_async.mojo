@@ -14,7 +14,7 @@ stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.sync import barrier, syncwarp
 
 from ..dispatch_tensors import DispatchInput
@@ -28,7 +28,7 @@ from ..team import WarpTeam
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .notes import await_note
 from .opening import Opening
-from .precedence import precedence
+from .precedence import precedence, queue
 from .routing import ballot, destination_of_lanes
 from .share import MAX_CREW, Crew, Share
 from .shared_memory import SLOT_ALIGNMENT
@@ -354,7 +354,10 @@ def dispatch_async[
         items=max(peers.s.n_ranks, peers.s.n_signals(x.rows)),
         warp_bytes=2 * slot_bytes[F](),
     )
-    ctx.enqueue_function[dispatch_async_stage[F, ids_dtype, encoded]](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[dispatch_async_stage[F, ids_dtype, encoded]](
+            func_attribute=shape.memory()
+        ),
         ByValue(peers),
         ByValue(x),
         stage,
@@ -362,7 +365,4 @@ def dispatch_async[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

@@ -11,7 +11,7 @@ many come before it (see `routing.mojo` and `starts.mojo`).
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.primitives import warp
 from std.bit import count_trailing_zeros
 
@@ -36,7 +36,7 @@ from .gathered_rows import gather_rows, mark_behind
 from .mapping import cta_bytes, map_sources, name_groups
 from .notes import await_note
 from .pieces import Pieces
-from .precedence import precedence
+from .precedence import precedence, queue
 from .routing import ballot
 from .share import Share
 from .shared_memory import SLOT_ALIGNMENT
@@ -335,7 +335,10 @@ def dispatch_wait[
         warp_bytes=slot_bytes[F](),
         cta_bytes=cta_bytes[layout](peers),
     )
-    ctx.enqueue_function[dispatch_wait_stage[F, layout]](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[dispatch_wait_stage[F, layout]](
+            func_attribute=shape.memory()
+        ),
         ByValue(peers),
         ByValue(output),
         stage,
@@ -343,7 +346,4 @@ def dispatch_wait[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

@@ -6,7 +6,7 @@ token goes on record before its row is read. Why the order holds: `expert_launch
 """
 
 from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from std.bit import count_trailing_zeros
 
 from ..combine_tensors import row_bytes
@@ -29,7 +29,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
-from .precedence import precedence
+from .precedence import precedence, queue
 from .routing import ballot
 from .share import Share
 from .shared_memory import SLOT_ALIGNMENT
@@ -206,7 +206,10 @@ def combine_async[
         UnsupportedError as text in front of the message, or what the driver raises.
     """
     var shape = async_shape[dtype, hidden](ctx, peers.s, src_info.size // 2)
-    ctx.enqueue_function[expert_slots_combine_async_stage[dtype, hidden]](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[expert_slots_combine_async_stage[dtype, hidden]](
+            func_attribute=shape.memory()
+        ),
         ByValue(peers),
         ByValue(rows),
         ByValue(src_info),
@@ -215,7 +218,4 @@ def combine_async[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

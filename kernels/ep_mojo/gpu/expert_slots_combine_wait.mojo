@@ -31,7 +31,7 @@ from ..team import WarpTeam, zero_bytes
 from .combine_wait import zero_output
 from .receive_sums import MAX_PARTS
 from .launch import ByValue, Peers, Shape, is_last_cta, may_go_on
-from .precedence import precedence
+from .precedence import precedence, queue
 from .share import Share
 
 
@@ -226,11 +226,12 @@ def combine_wait[
         What the driver raises.
     """
     var shape = wait_shape(ctx, peers.s, x.rows)
-    ctx.enqueue_function[
-        expert_slots_combine_wait_stage[
-            dtype, out_dtype, bias_dtype, ids_dtype, hidden
-        ]
-    ](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[
+            expert_slots_combine_wait_stage[
+                dtype, out_dtype, bias_dtype, ids_dtype, hidden
+            ]
+        ](),
         ByValue(peers),
         ByValue(x),
         stage,

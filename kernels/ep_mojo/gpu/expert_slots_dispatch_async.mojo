@@ -19,7 +19,7 @@ from max.gpu import (
     lane_id,
     thread_idx,
 )
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.sync import barrier, syncwarp
 from std.atomic import Atomic, Ordering
 from std.sys import is_amd_gpu
@@ -46,7 +46,7 @@ from .launch import (
     warp_slot,
     warps,
 )
-from .precedence import precedence
+from .precedence import precedence, queue
 from .routing import AHEAD, ballot, run_of, same_lanes
 from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import finish_stores, release_slots, store_row
@@ -362,9 +362,10 @@ def dispatch_async[
         UnsupportedError as text in front of the message, or what the driver raises.
     """
     var shape = async_shape[F](ctx, peers.s, x.rows)
-    ctx.enqueue_function[
-        expert_slots_dispatch_async_stage[F, ids_dtype, encoded]
-    ](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[
+            expert_slots_dispatch_async_stage[F, ids_dtype, encoded]
+        ](func_attribute=shape.memory()),
         ByValue(peers),
         ByValue(x),
         stage,
@@ -372,7 +373,4 @@ def dispatch_async[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

@@ -10,7 +10,7 @@ Nothing is given out by arrival, and no row is written before all CTAs have mark
 """
 
 from max.gpu import WARP_SIZE, block_dim, block_idx, lane_id, thread_idx
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier, syncwarp
 from std.bit import count_trailing_zeros, pop_count
@@ -40,7 +40,7 @@ from .launch import (
 )
 from .mapping import name_groups
 from .notes import await_note
-from .precedence import precedence
+from .precedence import precedence, queue
 from .routing import ballot
 from .share import Share
 
@@ -386,7 +386,10 @@ def dispatch_wait[
         UnsupportedError as text in front of the message, or what the driver raises.
     """
     var shape = wait_shape[F](ctx, peers.s)
-    ctx.enqueue_function[expert_slots_dispatch_wait_stage[F, layout]](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[expert_slots_dispatch_wait_stage[F, layout]](
+            func_attribute=shape.memory()
+        ),
         ByValue(peers),
         ByValue(output),
         stage,
@@ -394,7 +397,4 @@ def dispatch_wait[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

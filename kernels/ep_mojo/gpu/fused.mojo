@@ -6,7 +6,7 @@ not rest meanwhile. Nothing of the sending half waits for a peer's receiving hal
 """
 
 from max.gpu import lane_id
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 from max.gpu.sync import barrier
 
 from ..combine_tensors import CombineInput, CombineOutput, row_bytes
@@ -40,7 +40,7 @@ from .gathered_rows import gather_rows, mark_behind
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .mapping import cta_bytes, map_sources, name_groups
 from .opening import Opening
-from .precedence import precedence
+from .precedence import precedence, queue
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
 from .slices import combine_bytes
@@ -168,7 +168,10 @@ def dispatch[
         warp_bytes=2 * token_slot_bytes[F](),
         cta_bytes=cta_bytes[layout](peers),
     )
-    ctx.enqueue_function[dispatch_stage[F, ids_dtype, encoded, layout]](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[dispatch_stage[F, ids_dtype, encoded, layout]](
+            func_attribute=shape.memory()
+        ),
         ByValue(peers),
         ByValue(x),
         ByValue(out_),
@@ -176,9 +179,6 @@ def dispatch[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )
 
 
@@ -291,11 +291,12 @@ def combine[
         items=s.n_ranks * s.n_signals(s.max_tokens),
         warp_bytes=combine_bytes[dtype, hidden](),
     )
-    ctx.enqueue_function[
-        combine_stage[
-            dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ]
-    ](
+    queue(ctx, peers.s).enqueue_function(
+        ctx.compile_function[
+            combine_stage[
+                dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+            ]
+        ](func_attribute=shape.memory()),
         ByValue(peers),
         ByValue(x),
         ByValue(y),
@@ -303,7 +304,4 @@ def combine[
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
         attributes=precedence(ctx, peers.s),
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
     )

@@ -13,7 +13,7 @@ Kernels of other queues only delay that: none of them waits for us, so the SMs t
 """
 
 from max.gpu import WARP_SIZE, block_dim, grid_dim, thread_idx
-from max.gpu.host import DeviceAttribute, DeviceContext
+from max.gpu.host import DeviceAttribute, DeviceContext, FuncAttribute
 from max.gpu.sync import barrier
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 
@@ -345,4 +345,14 @@ struct Shape(TrivialRegisterPassable):
         self.threads = n_warps * WARP_SIZE
         self.shared_bytes = (
             SLOTS + max(n_warps * warp_bytes, cta_bytes) + behind
+        )
+
+    def memory(self) -> FuncAttribute:
+        """The most shared memory that the kernel may have.
+
+        Returns:
+            The attribute, for `compile_function`.
+        """
+        return FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
+            UInt32(self.shared_bytes)
         )

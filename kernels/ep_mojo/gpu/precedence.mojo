@@ -5,15 +5,34 @@
                  starts both queues at once and, as MAX instantiates it, heeds no priorities
 """
 
-from max.gpu.host import DeviceContext
+from max.gpu.host import DeviceContext, DeviceStream
 from max.gpu.host.launch_attribute import (
     LaunchAttribute,
     LaunchAttributeID,
     LaunchAttributeValue,
 )
 
-from ..settings import Settings
 from ..patience import clock_ns
+from ..peers import opaque
+from ..settings import Settings
+
+
+def queue(ctx: DeviceContext, s: Settings) raises -> DeviceStream:
+    """Where a launch goes: to the queue that the settings name, or else to MAX's own of the device.
+
+    Args:
+        ctx: The device.
+        s: The settings, with `queue`.
+
+    Returns:
+        The queue.
+
+    Raises:
+        What the driver raises.
+    """
+    if s.queue == 0:
+        return ctx.stream()
+    return ctx.create_external_stream(opaque(s.queue))
 
 
 def precedence(ctx: DeviceContext, s: Settings) raises -> List[LaunchAttribute]:

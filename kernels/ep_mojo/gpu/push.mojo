@@ -3,7 +3,7 @@
 For benchmarks. Nobody is told, and nothing is awaited but the own stores: no round may be under way.
 """
 
-from max.gpu.host import DeviceContext, FuncAttribute
+from max.gpu.host import DeviceContext
 
 from ..layout import align_up, message_offset, partial_offset
 from ..peers import View
@@ -76,7 +76,5 @@ def push[
         grid_dim=shape.ctas,
         block_dim=shape.threads,
         shared_mem_bytes=shape.shared_bytes,
-        func_attribute=FuncAttribute.MAX_DYNAMIC_SHARED_SIZE_BYTES(
-            UInt32(shape.shared_bytes)
-        ),
+        func_attribute=shape.memory(),
     )

@@ -7,7 +7,7 @@ from max.gpu.host import DeviceContext
 from ..combine_tensors import CombineInput, CombineOutput
 from .exchange import exchange_sums, send_rows
 from .receive import receive_sums
-from .tensors import raw, read_settings, view
+from .tensors import raw, read_peers, view
 
 
 @extensibility.register("ep_mojo_combine_async")
@@ -63,7 +63,9 @@ struct CombineAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -72,7 +74,7 @@ struct CombineAsync:
             raw(shared_out),
         )
         send_rows[rows.dtype, hidden, layout, reduce, slots, target](
-            s, input, settings, counters, recv_ptrs, recv_count_ptrs, ctx
+            peers, input, ctx
         )
 
 
@@ -133,7 +135,9 @@ struct CombineWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         var output = CombineOutput[topk_ids.dtype](
             raw(y),
             y.dim_size(0),
@@ -154,7 +158,7 @@ struct CombineWait:
             reduce,
             slots,
             target,
-        ](s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+        ](peers, output, ctx)
 
 
 @extensibility.register("ep_mojo_combine")
@@ -222,7 +226,9 @@ struct Combine:
         Raises:
             CorruptHeadError, ConfigMismatchError, OrderError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         var input = CombineInput(
             raw(rows),
             view(row_map),
@@ -250,4 +256,4 @@ struct Combine:
             reduce,
             slots,
             target,
-        ](s, input, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+        ](peers, input, output, ctx)

@@ -1,150 +1,144 @@
-"""Ops of combine with outputs that the caller gives, for programs that own the memory, as PyTorch's do: sums. What
-dispatch left comes in one block (`handle_memory.mojo`). See `ops/__init__.mojo` for what all ops share."""
+"""Ops of combine that get everything by address, the sums too; `call.mojo` has the block. For programs that own the
+memory, as PyTorch's do. What dispatch left beside rows and scales comes in one block of its own (`handle_memory.mojo`).
+
+Tensors, in order:
+
+    y [T, H] | rows | the rest of the handle | topk_ids [T, K] | weights [T, K], with reduce "source" |
+    bfloat16 biases [T, H] or absent | the same | num_tokens [1] or absent: T
+"""
 
 import extensibility
 from extensibility import InputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
+from std.sys import size_of
 
-from ..combine_tensors import CombineOutput
+from ..combine_tensors import CombineInput, CombineOutput
 from ..handle_memory import packed_input
 from ..peers import View
+from ..settings import Settings
+from .call import Call
 from .checks import check_aligned, require_at_most
 from .exchange import exchange_sums, send_rows
 from .receive import receive_sums
-from .tensors import raw, read_settings, view
+
+comptime N_TENSORS = 8
+"""Tensors of a call."""
+comptime BIAS = DType.bfloat16
+"""Element type of biases."""
 
 
-@extensibility.register("ep_mojo_combine_async_from")
-struct CombineAsyncFrom:
-    """Sends expert rows back; returns when all have left."""
+def _input[
+    layout: StaticString
+](call: Call, s: Settings) raises -> CombineInput:
+    """What is sent back."""
+    var memory = call.tensor[DType.int32](2)
+    var absent = View[DType.uint8]()
+    var packed = packed_input[layout](s, call.raw(1), memory, absent)
+    require_at_most("memory: words needed", packed[1], memory.size)
+    return packed[0]
+
+
+def _output[
+    hidden: Int, out_dtype: DType, ids_dtype: DType
+](call: Call) -> CombineOutput[ids_dtype]:
+    """What is added up, and where it goes."""
+    var y = call.raw(0)
+    return CombineOutput[ids_dtype](
+        y,
+        y.size // (hidden * size_of[Scalar[out_dtype]]()),
+        call.tensor[ids_dtype](3),
+        call.tensor[DType.float32](4),
+        call.tensor[DType.int32](7),
+        call.raw(5),
+        call.raw(6),
+        View[DType.uint8](),
+    )
+
+
+@extensibility.register("ep_mojo_combine_from")
+struct CombineFrom:
+    """Sends expert rows of the caller back; returns when all have left."""
 
     @staticmethod
     def execute[
         hidden: Int,
         layout: StaticString,
         reduce: StaticString,
-        slots: StaticString,
-        n_sms: Int,
+        wire: DType,
         target: StaticString,
     ](
         order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        settings: InputTensor[dtype=DType.int64, rank=1, ...],
-        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        rows: InputTensor[...],
-        memory: InputTensor[dtype=DType.int32, rank=1, ...],
+        call: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        """Sends expert rows back; returns when all have left.
+        """Sends expert rows of the caller back; returns when all have left.
 
         Parameters:
             hidden: H.
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
-            slots: Slot policy: "rank".
-            n_sms: The op's own budget of SMs, 0 = the config's.
+            wire: Element type of rows.
             target: Where MAX runs the op.
 
         Args:
             order: Shared by all ops of a graph.
-            counters: The rank's `atomic_counters`.
-            settings: Int64 [17], host.
-            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
-            recv_ptrs: Uint64 [R], host: recv windows.
-            recv_count_ptrs: Uint64 [R], host: count windows.
-            rows: Expert rows, in the rows of the dispatch.
-            memory: The rest of the handle.
+            call: Int64, host: `call.mojo`.
             ctx: The device.
 
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
-        var packed = packed_input[layout](
-            s, raw(rows), view(memory), View[DType.uint8]()
-        )
-        require_at_most("memory: words needed", packed[1], memory.size())
-        send_rows[rows.dtype, hidden, layout, reduce, slots, target](
-            s, packed[0], settings, counters, recv_ptrs, recv_count_ptrs, ctx
+        var given = Call(call, N_TENSORS)
+        var peers = given.peers[target]()
+        send_rows[wire, hidden, layout, reduce, "rank", target](
+            peers, _input[layout](given, peers.s), ctx
         )
 
 
 @extensibility.register("ep_mojo_combine_wait_into")
 struct CombineWaitInto:
-    """Receives and sums expert rows, of the dtype of y, without biases, into a tensor of the caller."""
+    """Receives and sums expert rows into a tensor of the caller."""
 
     @staticmethod
     def execute[
         hidden: Int,
         layout: StaticString,
         reduce: StaticString,
-        slots: StaticString,
-        n_sms: Int,
+        wire: DType,
+        sums: DType,
+        ids: DType,
         target: StaticString,
     ](
         order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        settings: InputTensor[dtype=DType.int64, rank=1, ...],
-        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        y: _MutableInputTensor[rank=2, ...],
-        topk_ids: InputTensor[rank=2, ...],
-        weights: InputTensor[dtype=DType.float32, rank=2, ...],
+        call: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        """Receives and sums expert rows, of the dtype of y, without biases, into a tensor of the caller.
+        """Receives and sums expert rows into a tensor of the caller.
 
         Parameters:
             hidden: H.
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
-            slots: Slot policy: "rank".
-            n_sms: The op's own budget of SMs, 0 = the config's.
+            wire: Element type of rows.
+            sums: Element type of y.
+            ids: Element type of topk_ids.
             target: Where MAX runs the op.
 
         Args:
             order: Shared by all ops of a graph.
-            counters: The rank's `atomic_counters`.
-            settings: Int64 [17], host.
-            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
-            recv_ptrs: Uint64 [R], host: recv windows.
-            recv_count_ptrs: Uint64 [R], host: count windows.
-            y: Sums [T, H].
-            topk_ids: The router's choices [T, K].
-            weights: The router's weights [T, K] for reduce "source", or of size 0.
+            call: Int64, host: `call.mojo`.
             ctx: The device.
 
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
-        var absent = View[DType.uint8]()
-        var output = CombineOutput[topk_ids.dtype](
-            raw(y),
-            y.dim_size(0),
-            view(topk_ids),
-            view(weights),
-            View[DType.int32](),
-            absent,
-            absent,
-            absent,
-        )
+        var given = Call(call, N_TENSORS)
+        var peers = given.peers[target]()
         comptime if target == "gpu":
-            check_aligned("y", output.y)
+            check_aligned("y", given.raw(0))
         receive_sums[
-            y.dtype,
-            y.dtype,
-            y.dtype,
-            topk_ids.dtype,
-            hidden,
-            layout,
-            reduce,
-            slots,
-            target,
-        ](s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+            wire, sums, BIAS, ids, hidden, layout, reduce, "rank", target
+        ](peers, _output[hidden, sums, ids](given), ctx)
 
 
 @extensibility.register("ep_mojo_combine_into")
@@ -156,24 +150,13 @@ struct CombineInto:
         hidden: Int,
         layout: StaticString,
         reduce: StaticString,
-        slots: StaticString,
-        n_sms: Int,
+        wire: DType,
+        sums: DType,
+        ids: DType,
         target: StaticString,
     ](
         order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        settings: InputTensor[dtype=DType.int64, rank=1, ...],
-        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        y: _MutableInputTensor[rank=2, ...],
-        rows: InputTensor[...],
-        memory: InputTensor[dtype=DType.int32, rank=1, ...],
-        topk_ids: InputTensor[rank=2, ...],
-        weights: InputTensor[dtype=DType.float32, rank=2, ...],
-        bias0: InputTensor[rank=2, ...],
-        bias1: InputTensor[dtype=bias0.dtype, rank=2, ...],
-        num_tokens: InputTensor[dtype=DType.int32, rank=1, ...],
+        call: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         """Sends back, receives and sums expert rows in one launch, into a tensor of the caller.
@@ -182,61 +165,26 @@ struct CombineInto:
             hidden: H.
             layout: Output layout.
             reduce: Reduce mode, "expert" or "source".
-            slots: Slot policy: "rank".
-            n_sms: The op's own budget of SMs, 0 = the config's.
+            wire: Element type of rows.
+            sums: Element type of y.
+            ids: Element type of topk_ids.
             target: Where MAX runs the op.
 
         Args:
             order: Shared by all ops of a graph.
-            counters: The rank's `atomic_counters`.
-            settings: Int64 [17], host.
-            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
-            recv_ptrs: Uint64 [R], host: recv windows.
-            recv_count_ptrs: Uint64 [R], host: count windows.
-            y: Sums [T, H].
-            rows: Expert rows, in the rows of the dispatch.
-            memory: The rest of the handle.
-            topk_ids: The router's choices [T, K].
-            weights: The router's weights [T, K] for reduce "source", or of size 0.
-            bias0: First bias [T, H], or of size 0.
-            bias1: Second bias [T, H], or of size 0.
-            num_tokens: T where it is less than the rows of y, or of size 0.
+            call: Int64, host: `call.mojo`.
             ctx: The device.
 
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
-        var absent = View[DType.uint8]()
-        var packed = packed_input[layout](s, raw(rows), view(memory), absent)
-        require_at_most("memory: words needed", packed[1], memory.size())
-        var output = CombineOutput[topk_ids.dtype](
-            raw(y),
-            y.dim_size(0),
-            view(topk_ids),
-            view(weights),
-            view(num_tokens),
-            raw(bias0),
-            raw(bias1),
-            absent,
-        )
+        var given = Call(call, N_TENSORS)
+        var peers = given.peers[target]()
         exchange_sums[
-            rows.dtype,
-            y.dtype,
-            bias0.dtype,
-            topk_ids.dtype,
-            hidden,
-            layout,
-            reduce,
-            slots,
-            target,
+            wire, sums, BIAS, ids, hidden, layout, reduce, "rank", target
         ](
-            s,
-            packed[0],
-            output,
-            settings,
-            counters,
-            recv_ptrs,
-            recv_count_ptrs,
+            peers,
+            _input[layout](given, peers.s),
+            _output[hidden, sums, ids](given),
             ctx,
         )

@@ -4,18 +4,11 @@ import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
 
-from ..cpu import expert_slots_dispatch
-from ..cpu.dispatch_async import dispatch_async
 from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
-from ..gpu import dispatch_async as gpu_dispatch_async
-from ..gpu import expert_slots_dispatch_async
-from ..launch import Endpoint
-from ..layout import STAGE_DISPATCH_ASYNC
-from .checks import check_aligned, check_input
-from .exchange import exchange
+from .exchange import exchange, send_tokens
 from .receive import receive
-from .tensors import gpu_peers, raw, read_settings, view
+from .tensors import raw, read_peers, view
 
 
 @extensibility.register("ep_mojo_dispatch_async")
@@ -75,10 +68,11 @@ struct DispatchAsync:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
-        comptime encoded = x.dtype != F.input_dtype
         var input = DispatchInput[topk_ids.dtype](
             raw(x),
             x.dim_size(0),
@@ -88,34 +82,9 @@ struct DispatchAsync:
             view(num_tokens),
             view(input_scale),
         )
-        check_input[F, encoded, slots == "expert"](s, input)
-        comptime if target == "gpu":
-            check_aligned("x", input.tokens)
-            comptime if encoded and F.scales_per_token % 4 == 0:
-                check_aligned("x_scales", input.scales)
-            var peers = gpu_peers(
-                s, settings, counters, recv_ptrs, recv_count_ptrs
-            )
-            comptime if slots == "expert":
-                expert_slots_dispatch_async.dispatch_async[
-                    F, topk_ids.dtype, encoded
-                ](peers, input, STAGE_DISPATCH_ASYNC, ctx)
-            else:
-                gpu_dispatch_async.dispatch_async[F, topk_ids.dtype, encoded](
-                    peers, input, STAGE_DISPATCH_ASYNC, ctx
-                )
-        else:
-            var ep = Endpoint[True](
-                view(counters), s, view(recv_ptrs), view(recv_count_ptrs)
-            )
-            comptime if slots == "expert":
-                expert_slots_dispatch.dispatch_async[
-                    F, topk_ids.dtype, encoded
-                ](ep, input, STAGE_DISPATCH_ASYNC)
-            else:
-                dispatch_async[F, topk_ids.dtype, encoded](
-                    ep, input, STAGE_DISPATCH_ASYNC
-                )
+        send_tokens[F, x.dtype != F.input_dtype, slots, target](
+            peers, input, ctx
+        )
 
 
 @extensibility.register("ep_mojo_dispatch_wait")
@@ -187,7 +156,9 @@ struct DispatchWait:
         Raises:
             CorruptHeadError, ConfigMismatchError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         var output = DispatchOutput(
@@ -203,9 +174,7 @@ struct DispatchWait:
             view(row_map),
             view(recv_num_tokens),
         )
-        receive[F, layout, slots, target](
-            s, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx
-        )
+        receive[F, layout, slots, target](peers, output, ctx)
 
 
 @extensibility.register("ep_mojo_dispatch")
@@ -289,7 +258,9 @@ struct Dispatch:
         Raises:
             CorruptHeadError, ConfigMismatchError, OrderError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         comptime encoded = x.dtype != F.input_dtype
@@ -316,12 +287,8 @@ struct Dispatch:
             view(recv_num_tokens),
         )
         exchange[F, encoded, layout, slots, target](
-            s,
+            peers,
             input,
             output,
-            settings,
-            counters,
-            recv_ptrs,
-            recv_count_ptrs,
             ctx,
         )

@@ -1,18 +1,105 @@
-"""Ops of dispatch with outputs that the caller gives, for programs that own the memory, as PyTorch's do: rows, their
-scales, and the rest of a handle in one block (`handle_memory.mojo`). See `ops/__init__.mojo` for what all ops share."""
+"""Ops of dispatch that get everything by address, outputs too; `call.mojo` has the block. For programs that own the
+memory, as PyTorch's do. What dispatch leaves beside rows and scales comes in one block of its own
+(`handle_memory.mojo`).
+
+Tensors, in order:
+
+    rows | scales | the rest of the handle | x [T, H] | its scales, if it is encoded | topk_ids [T, K] |
+    weights [T, K] or absent: 1 | num_tokens [1] or absent: T
+"""
 
 import extensibility
 from extensibility import InputTensor, _MutableInputTensor
 from max.gpu.host import DeviceContext
+from std.sys import size_of
 
-from ..dispatch_tensors import DispatchInput
-from ..formats import FormatOf, check_format
+from ..dispatch_tensors import DispatchInput, DispatchOutput
+from ..formats import FormatOf, TokenFormat, check_format
 from ..handle_memory import packed_output
 from ..peers import View
+from ..settings import Settings
+from .call import Call
 from .checks import check_aligned, require
-from .exchange import exchange
+from .exchange import exchange, send_tokens
 from .receive import receive
-from .tensors import raw, read_settings, view
+
+comptime N_TENSORS = 8
+"""Tensors of a call."""
+
+
+def _output[
+    F: TokenFormat, layout: StaticString
+](call: Call, s: Settings) raises -> DispatchOutput:
+    """What is written."""
+    var tokens, memory = call.raw(0), call.tensor[DType.int32](2)
+    var rows = tokens.size // F.token_bytes
+    var packed = packed_output[layout](s, tokens, call.raw(1), rows, memory)
+    require("memory: words", memory.size, packed[1])
+    return packed[0]
+
+
+def _input[
+    F: TokenFormat, encoded: Bool, ids_dtype: DType
+](call: Call) -> DispatchInput[ids_dtype]:
+    """What is sent."""
+    comptime given = F.hidden_size * size_of[Scalar[F.input_dtype]]()
+    comptime token = F.token_bytes if encoded else given
+    var x = call.raw(3)
+    return DispatchInput[ids_dtype](
+        x,
+        x.size // token,
+        call.raw(4),
+        call.tensor[ids_dtype](5),
+        call.tensor[DType.float32](6),
+        call.tensor[DType.int32](7),
+        View[DType.float32](),
+    )
+
+
+@extensibility.register("ep_mojo_dispatch_from")
+struct DispatchFrom:
+    """Sends tokens of the caller; returns when all have left."""
+
+    @staticmethod
+    def execute[
+        hidden: Int,
+        format: StaticString,
+        scale: StaticString,
+        by_column: Bool,
+        encoded: Bool,
+        ids: DType,
+        target: StaticString,
+    ](
+        order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        call: InputTensor[dtype=DType.int64, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Sends tokens of the caller; returns when all have left.
+
+        Parameters:
+            hidden: H.
+            format: Name of the token format.
+            scale: Its scale rule.
+            by_column: Its scales layout.
+            encoded: Whether x is in the format already.
+            ids: Element type of topk_ids.
+            target: Where MAX runs the op.
+
+        Args:
+            order: Shared by all ops of a graph.
+            call: Int64, host: `call.mojo`.
+            ctx: The device.
+
+        Raises:
+            CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
+        """
+        var given = Call(call, N_TENSORS)
+        var peers = given.peers[target]()
+        check_format[format]()
+        comptime F = FormatOf[format, hidden, scale, by_column]
+        send_tokens[F, encoded, "rank", target](
+            peers, _input[F, encoded, ids](given), ctx
+        )
 
 
 @extensibility.register("ep_mojo_dispatch_wait_into")
@@ -26,19 +113,10 @@ struct DispatchWaitInto:
         scale: StaticString,
         by_column: Bool,
         layout: StaticString,
-        slots: StaticString,
-        n_sms: Int,
         target: StaticString,
     ](
         order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        settings: InputTensor[dtype=DType.int64, rank=1, ...],
-        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        tokens: _MutableInputTensor[...],
-        scales: _MutableInputTensor[rank=2, ...],
-        memory: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        call: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         """Receives tokens into tensors of the caller.
@@ -49,43 +127,30 @@ struct DispatchWaitInto:
             scale: Its scale rule.
             by_column: Its scales layout.
             layout: Output layout.
-            slots: Slot policy: "rank".
-            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
             order: Shared by all ops of a graph.
-            counters: The rank's `atomic_counters`.
-            settings: Int64 [17], host.
-            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
-            recv_ptrs: Uint64 [R], host: recv windows.
-            recv_count_ptrs: Uint64 [R], host: count windows.
-            tokens: Rows of tokens.
-            scales: Their scales.
-            memory: The rest of the handle.
+            call: Int64, host: `call.mojo`.
             ctx: The device.
 
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var given = Call(call, N_TENSORS)
+        var peers = given.peers[target]()
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
-        var bytes = raw(tokens)
-        var packed = packed_output[layout](
-            s, bytes, raw(scales), bytes.size // F.token_bytes, view(memory)
-        )
-        require("memory: words", memory.size(), packed[1])
         comptime if target == "gpu":
-            check_aligned("tokens", bytes)
-        receive[F, layout, slots, target](
-            s, packed[0], settings, counters, recv_ptrs, recv_count_ptrs, ctx
+            check_aligned("tokens", given.raw(0))
+        receive[F, layout, "rank", target](
+            peers, _output[F, layout](given, peers.s), ctx
         )
 
 
 @extensibility.register("ep_mojo_dispatch_into")
 struct DispatchInto:
-    """Sends and receives tokens in one launch, into tensors of the caller."""
+    """Sends and receives tokens in one launch, from and into tensors of the caller."""
 
     @staticmethod
     def execute[
@@ -93,83 +158,42 @@ struct DispatchInto:
         format: StaticString,
         scale: StaticString,
         by_column: Bool,
+        encoded: Bool,
+        ids: DType,
         layout: StaticString,
-        slots: StaticString,
-        n_sms: Int,
         target: StaticString,
     ](
         order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        counters: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        settings: InputTensor[dtype=DType.int64, rank=1, ...],
-        send_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        recv_count_ptrs: InputTensor[dtype=DType.uint64, rank=1, ...],
-        tokens: _MutableInputTensor[...],
-        scales: _MutableInputTensor[rank=2, ...],
-        memory: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
-        x: InputTensor[rank=2, ...],
-        x_scales: InputTensor[rank=2, ...],
-        topk_ids: InputTensor[rank=2, ...],
-        weights: InputTensor[dtype=DType.float32, rank=2, ...],
-        num_tokens: InputTensor[dtype=DType.int32, rank=1, ...],
+        call: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        """Sends and receives tokens in one launch, into tensors of the caller.
+        """Sends and receives tokens in one launch, from and into tensors of the caller.
 
         Parameters:
             hidden: H.
             format: Name of the token format.
             scale: Its scale rule.
             by_column: Its scales layout.
+            encoded: Whether x is in the format already.
+            ids: Element type of topk_ids.
             layout: Output layout.
-            slots: Slot policy: "rank".
-            n_sms: The op's own budget of SMs, 0 = the config's.
             target: Where MAX runs the op.
 
         Args:
             order: Shared by all ops of a graph.
-            counters: The rank's `atomic_counters`.
-            settings: Int64 [17], host.
-            send_ptrs: Uint64 [R], host: staging buffers, 0 where there are none.
-            recv_ptrs: Uint64 [R], host: recv windows.
-            recv_count_ptrs: Uint64 [R], host: count windows.
-            tokens: Rows of tokens.
-            scales: Their scales.
-            memory: The rest of the handle.
-            x: Tokens [T, H].
-            x_scales: Scales of tokens that are encoded already, or of size 0.
-            topk_ids: The router's choices [T, K], int32 or int64.
-            weights: The router's weights [T, K], or of size 0.
-            num_tokens: T where it is less than the rows of x, or of size 0.
+            call: Int64, host: `call.mojo`.
             ctx: The device.
 
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var given = Call(call, N_TENSORS)
+        var peers = given.peers[target]()
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
-        var bytes = raw(tokens)
-        var packed = packed_output[layout](
-            s, bytes, raw(scales), bytes.size // F.token_bytes, view(memory)
-        )
-        require("memory: words", memory.size(), packed[1])
-        var input = DispatchInput[topk_ids.dtype](
-            raw(x),
-            x.dim_size(0),
-            raw(x_scales),
-            view(topk_ids),
-            view(weights),
-            view(num_tokens),
-            View[DType.float32](),
-        )
-        exchange[F, x.dtype != F.input_dtype, layout, slots, target](
-            s,
-            input,
-            packed[0],
-            settings,
-            counters,
-            recv_ptrs,
-            recv_count_ptrs,
+        exchange[F, encoded, layout, "rank", target](
+            peers,
+            _input[F, encoded, ids](given),
+            _output[F, layout](given, peers.s),
             ctx,
         )

@@ -1,23 +1,23 @@
-"""Dispatch and combine in one launch, and the sending half of combine, on every target: for the ops that make their
+"""Dispatch and combine in one launch, and their sending halves, on every target: for the ops that make their
 outputs (`dispatch.mojo`, `combine.mojo`) and those that are given them (`dispatch_into.mojo`,
 `combine_into.mojo`)."""
 
-from extensibility import ManagedTensorSlice
 from max.gpu.host import DeviceContext
 from std.sys import size_of
 
 from ..combine_tensors import CombineInput, CombineOutput
-from ..cpu import expert_slots_combine
+from ..cpu import expert_slots_combine, expert_slots_dispatch
 from ..cpu.combine_async import combine_async
+from ..cpu.dispatch_async import dispatch_async
 from ..cpu.fused import combine, dispatch
 from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import TokenFormat
 from ..gpu import combine_async as gpu_combine_async
-from ..gpu import expert_slots_combine_async
+from ..gpu import dispatch_async as gpu_dispatch_async
+from ..gpu import expert_slots_combine_async, expert_slots_dispatch_async
 from ..gpu import fused as gpu_fused
-from ..launch import Endpoint
-from ..layout import STAGE_COMBINE_ASYNC
-from ..settings import Settings
+from ..gpu.launch import Peers
+from ..layout import STAGE_COMBINE_ASYNC, STAGE_DISPATCH_ASYNC
 from .checks import (
     check_aligned,
     check_expert_rows,
@@ -27,7 +27,63 @@ from .checks import (
     check_sums,
     refuse_virtual,
 )
-from .tensors import gpu_peers, rank_slots_only, whole
+from .tensors import rank_slots_only
+
+
+def send_tokens[
+    ids_dtype: DType,
+    //,
+    F: TokenFormat,
+    encoded: Bool,
+    slots: StaticString,
+    target: StaticString,
+](peers: Peers, input: DispatchInput[ids_dtype], ctx: DeviceContext) raises:
+    """Sends tokens, if the tensors have the sizes that the settings ask for.
+
+    Parameters:
+        ids_dtype: Of the choices.
+        F: The format.
+        encoded: Whether tokens are in the format already.
+        slots: Slot policy, "rank" or "expert".
+        target: Where MAX runs the op.
+
+    Args:
+        peers: The rank's side.
+        input: What to send.
+        ctx: The device.
+
+    Raises:
+        ShapeError: As text in front of the message.
+    """
+    check_input[F, encoded, slots == "expert"](peers.s, input)
+    comptime if target == "gpu":
+        _check_aligned_input[F, encoded](input)
+        comptime if slots == "expert":
+            expert_slots_dispatch_async.dispatch_async[F, ids_dtype, encoded](
+                peers, input, STAGE_DISPATCH_ASYNC, ctx
+            )
+        else:
+            gpu_dispatch_async.dispatch_async[F, ids_dtype, encoded](
+                peers, input, STAGE_DISPATCH_ASYNC, ctx
+            )
+    else:
+        var ep = peers.endpoint[True]()
+        comptime if slots == "expert":
+            expert_slots_dispatch.dispatch_async[F, ids_dtype, encoded](
+                ep, input, STAGE_DISPATCH_ASYNC
+            )
+        else:
+            dispatch_async[F, ids_dtype, encoded](
+                ep, input, STAGE_DISPATCH_ASYNC
+            )
+
+
+def _check_aligned_input[
+    F: TokenFormat, encoded: Bool
+](input: DispatchInput) raises:
+    check_aligned("x", input.tokens)
+    comptime if encoded and F.scales_per_token % 4 == 0:
+        check_aligned("x_scales", input.scales)
 
 
 def exchange[
@@ -39,13 +95,9 @@ def exchange[
     slots: StaticString,
     target: StaticString,
 ](
-    s: Settings,
+    peers: Peers,
     input: DispatchInput[ids_dtype],
     output: DispatchOutput,
-    settings: ManagedTensorSlice,
-    counters: ManagedTensorSlice,
-    recv_ptrs: ManagedTensorSlice,
-    recv_count_ptrs: ManagedTensorSlice,
     ctx: DeviceContext,
 ) raises:
     """Sends and receives tokens, if the tensors have the sizes that the settings ask for.
@@ -59,40 +111,29 @@ def exchange[
         target: Where MAX runs the op.
 
     Args:
-        s: The settings.
+        peers: The rank's side.
         input: What to send.
         output: Where to receive.
-        settings: Int64 [17], host.
-        counters: The rank's `atomic_counters`.
-        recv_ptrs: Uint64 [R], host: recv windows.
-        recv_count_ptrs: Uint64 [R], host: count windows.
         ctx: The device.
 
     Raises:
         ShapeError, OrderError: As text in front of the message.
     """
-    check_input[F, encoded, slots == "expert"](s, input)
-    check_output[F, layout, slots == "expert"](s, output)
+    check_input[F, encoded, slots == "expert"](peers.s, input)
+    check_output[F, layout, slots == "expert"](peers.s, output)
     rank_slots_only[slots]()
-    refuse_virtual(s)
+    refuse_virtual(peers.s)
     comptime if target == "gpu":
-        check_aligned("x", input.tokens)
-        comptime if encoded and F.scales_per_token % 4 == 0:
-            check_aligned("x_scales", input.scales)
+        _check_aligned_input[F, encoded](input)
         check_aligned("tokens", output.tokens)
         gpu_fused.dispatch[F, ids_dtype, encoded, layout](
-            gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs),
+            peers,
             input,
             output,
             ctx,
         )
     else:
-        var ep = Endpoint[True](
-            whole[DType.int32](counters),
-            s,
-            whole[DType.uint64](recv_ptrs),
-            whole[DType.uint64](recv_count_ptrs),
-        )
+        var ep = peers.endpoint[True]()
         dispatch[F, ids_dtype, encoded, layout](ep, input, output)
 
 
@@ -107,13 +148,9 @@ def exchange_sums[
     slots: StaticString,
     target: StaticString,
 ](
-    s: Settings,
+    peers: Peers,
     input: CombineInput,
     output: CombineOutput[ids_dtype],
-    settings: ManagedTensorSlice,
-    counters: ManagedTensorSlice,
-    recv_ptrs: ManagedTensorSlice,
-    recv_count_ptrs: ManagedTensorSlice,
     ctx: DeviceContext,
 ) raises:
     """Sends back, receives and sums expert rows, if the tensors have the sizes that the settings ask for.
@@ -130,29 +167,25 @@ def exchange_sums[
         target: Where MAX runs the op.
 
     Args:
-        s: The settings.
+        peers: The rank's side.
         input: What to send back.
         output: Where to, and what is added.
-        settings: Int64 [17], host.
-        counters: The rank's `atomic_counters`.
-        recv_ptrs: Uint64 [R], host: recv windows.
-        recv_count_ptrs: Uint64 [R], host: count windows.
         ctx: The device.
 
     Raises:
         ShapeError, OrderError: As text in front of the message.
     """
     comptime wire = hidden * size_of[Scalar[wire_dtype]]()
-    check_rows[layout, reduce](s, input, wire)
+    check_rows[layout, reduce](peers.s, input, wire)
     check_sums[layout, reduce, slots == "expert"](
-        s,
+        peers.s,
         output,
         wire,
         hidden * size_of[Scalar[out_dtype]](),
         hidden * size_of[Scalar[bias_dtype]](),
     )
     rank_slots_only[slots]()
-    refuse_virtual(s)
+    refuse_virtual(peers.s)
     comptime if target == "gpu":
         check_aligned("rows", input.rows)
         check_aligned("y", output.y)
@@ -161,18 +194,13 @@ def exchange_sums[
         gpu_fused.combine[
             wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
         ](
-            gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs),
+            peers,
             input,
             output,
             ctx,
         )
     else:
-        var ep = Endpoint[False](
-            whole[DType.int32](counters),
-            s,
-            whole[DType.uint64](recv_ptrs),
-            whole[DType.uint64](recv_count_ptrs),
-        )
+        var ep = peers.endpoint[False]()
         combine[
             wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
         ](ep, input, output)
@@ -185,15 +213,7 @@ def send_rows[
     reduce: StaticString,
     slots: StaticString,
     target: StaticString,
-](
-    s: Settings,
-    input: CombineInput,
-    settings: ManagedTensorSlice,
-    counters: ManagedTensorSlice,
-    recv_ptrs: ManagedTensorSlice,
-    recv_count_ptrs: ManagedTensorSlice,
-    ctx: DeviceContext,
-) raises:
+](peers: Peers, input: CombineInput, ctx: DeviceContext,) raises:
     """Sends expert rows back, if the tensors have the sizes that the settings ask for.
 
     Parameters:
@@ -205,12 +225,8 @@ def send_rows[
         target: Where MAX runs the op.
 
     Args:
-        s: The settings.
+        peers: The rank's side.
         input: What to send back; with slots "expert" the handle's src_info is its row_map.
-        settings: Int64 [17], host.
-        counters: The rank's `atomic_counters`.
-        recv_ptrs: Uint64 [R], host: recv windows.
-        recv_count_ptrs: Uint64 [R], host: count windows.
         ctx: The device.
 
     Raises:
@@ -218,12 +234,11 @@ def send_rows[
     """
     comptime wire = hidden * size_of[Scalar[dtype]]()
     comptime if slots == "expert":
-        check_expert_rows(s, input.rows, input.row_map, wire)
+        check_expert_rows(peers.s, input.rows, input.row_map, wire)
     else:
-        check_rows[layout, reduce](s, input, wire)
+        check_rows[layout, reduce](peers.s, input, wire)
     comptime if target == "gpu":
         check_aligned("rows", input.rows)
-        var peers = gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs)
         comptime if slots == "expert":
             expert_slots_combine_async.combine_async[dtype, hidden](
                 peers, input.rows, input.row_map, STAGE_COMBINE_ASYNC, ctx
@@ -233,12 +248,7 @@ def send_rows[
                 peers, input, STAGE_COMBINE_ASYNC, ctx
             )
     else:
-        var ep = Endpoint[False](
-            whole[DType.int32](counters),
-            s,
-            whole[DType.uint64](recv_ptrs),
-            whole[DType.uint64](recv_count_ptrs),
-        )
+        var ep = peers.endpoint[False]()
         comptime if slots == "expert":
             expert_slots_combine.combine_async[dtype, hidden](
                 ep, input.rows, input.row_map, STAGE_COMBINE_ASYNC

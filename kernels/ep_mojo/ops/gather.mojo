@@ -10,7 +10,7 @@ from ..dispatch_tensors import DispatchInput, DispatchOutput
 from ..formats import FormatOf, check_format
 from ..peers import View
 from .exchange import exchange, exchange_sums
-from .tensors import raw, read_settings, view
+from .tensors import raw, read_peers, view
 
 
 @extensibility.register("ep_mojo_all_gather_v")
@@ -86,7 +86,9 @@ struct AllGatherV:
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         check_format[format]()
         comptime F = FormatOf[format, hidden, scale, by_column]
         var input = DispatchInput[topk_ids.dtype](
@@ -112,13 +114,9 @@ struct AllGatherV:
             view(recv_num_tokens),
         )
         exchange[F, x.dtype != F.input_dtype, "gathered", slots, target](
-            s,
+            peers,
             input,
             output,
-            settings,
-            counters,
-            recv_ptrs,
-            recv_count_ptrs,
             ctx,
         )
 
@@ -178,7 +176,9 @@ struct ReduceScatterV:
         Raises:
             CorruptHeadError, ConfigMismatchError, ShapeError, OrderError: As text in front of the message.
         """
-        var s = read_settings[target, n_sms](settings, counters)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
         var absent = View[DType.uint8]()
         var input = CombineInput(
             raw(rows),
@@ -207,4 +207,4 @@ struct ReduceScatterV:
             reduce,
             slots,
             target,
-        ](s, input, output, settings, counters, recv_ptrs, recv_count_ptrs, ctx)
+        ](peers, input, output, ctx)

@@ -7,7 +7,7 @@ from max.gpu.host import DeviceContext
 
 from ..gpu.push import push
 from .checks import check_aligned, require, require_at_most
-from .tensors import gpu_peers, raw, read_settings
+from .tensors import raw, read_peers
 
 
 @extensibility.register("ep_mojo_push")
@@ -55,18 +55,20 @@ struct Push:
         """
         comptime assert target == "gpu", "ep_mojo: the host has no links"
         comptime assert slots == "rank", "ep_mojo: for slots='rank'"
-        var s = read_settings[target, n_sms](settings, counters)
-        require("settings: slots", Int(s.expert_slots), 0)
+        var peers = read_peers[target, n_sms](
+            settings, counters, recv_ptrs, recv_count_ptrs
+        )
+        require("settings: slots", Int(peers.s.expert_slots), 0)
         comptime if side == "dispatch":
-            require("size of a row", size, s.message_bytes)
+            require("size of a row", size, peers.s.message_bytes)
         else:
-            require("size of a row", size, s.row_bytes)
-            require_at_most("n_ranks", s.n_ranks, s.combine_slots)
-        require_at_most("rows", rows.dim_size(0), s.max_tokens)
+            require("size of a row", size, peers.s.row_bytes)
+            require_at_most("n_ranks", peers.s.n_ranks, peers.s.combine_slots)
+        require_at_most("rows", rows.dim_size(0), peers.s.max_tokens)
         require("rows: bytes of a row", rows.dim_size(1), size)
         check_aligned("rows", raw(rows))
         push[size, side == "dispatch"](
-            gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs),
+            peers,
             raw(rows),
             ctx,
         )

@@ -2,7 +2,6 @@
 outputs (`dispatch.mojo`, `combine.mojo`) and those that are given them (`dispatch_into.mojo`,
 `combine_into.mojo`)."""
 
-from extensibility import ManagedTensorSlice
 from max.gpu.host import DeviceContext
 from std.sys import size_of
 
@@ -15,11 +14,9 @@ from ..formats import TokenFormat
 from ..gpu import combine_wait as gpu_combine_wait
 from ..gpu import dispatch_wait as gpu_dispatch_wait
 from ..gpu import expert_slots_combine_wait, expert_slots_dispatch_wait
-from ..launch import Endpoint
+from ..gpu.launch import Peers
 from ..layout import STAGE_COMBINE_WAIT, STAGE_DISPATCH_WAIT
-from ..settings import Settings
 from .checks import check_aligned, check_output, check_sums
-from .tensors import gpu_peers, whole
 
 
 def receive[
@@ -27,15 +24,7 @@ def receive[
     layout: StaticString,
     slots: StaticString,
     target: StaticString,
-](
-    s: Settings,
-    output: DispatchOutput,
-    settings: ManagedTensorSlice,
-    counters: ManagedTensorSlice,
-    recv_ptrs: ManagedTensorSlice,
-    recv_count_ptrs: ManagedTensorSlice,
-    ctx: DeviceContext,
-) raises:
+](peers: Peers, output: DispatchOutput, ctx: DeviceContext,) raises:
     """Receives tokens, if the outputs have the sizes that the settings ask for.
 
     Parameters:
@@ -45,20 +34,15 @@ def receive[
         target: Where MAX runs the op.
 
     Args:
-        s: The settings.
+        peers: The rank's side.
         output: Where to.
-        settings: Int64 [17], host.
-        counters: The rank's `atomic_counters`.
-        recv_ptrs: Uint64 [R], host: recv windows.
-        recv_count_ptrs: Uint64 [R], host: count windows.
         ctx: The device.
 
     Raises:
         ShapeError: As text in front of the message.
     """
-    check_output[F, layout, slots == "expert"](s, output)
+    check_output[F, layout, slots == "expert"](peers.s, output)
     comptime if target == "gpu":
-        var peers = gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs)
         comptime if slots == "expert":
             expert_slots_dispatch_wait.dispatch_wait[F, layout](
                 peers, output, STAGE_DISPATCH_WAIT, ctx
@@ -68,12 +52,7 @@ def receive[
                 peers, output, STAGE_DISPATCH_WAIT, ctx
             )
     else:
-        var ep = Endpoint[True](
-            whole[DType.int32](counters),
-            s,
-            whole[DType.uint64](recv_ptrs),
-            whole[DType.uint64](recv_count_ptrs),
-        )
+        var ep = peers.endpoint[True]()
         comptime if slots == "expert":
             expert_slots_dispatch.dispatch_wait[F, layout](
                 ep, output, STAGE_DISPATCH_WAIT
@@ -92,15 +71,7 @@ def receive_sums[
     reduce: StaticString,
     slots: StaticString,
     target: StaticString,
-](
-    s: Settings,
-    output: CombineOutput[ids_dtype],
-    settings: ManagedTensorSlice,
-    counters: ManagedTensorSlice,
-    recv_ptrs: ManagedTensorSlice,
-    recv_count_ptrs: ManagedTensorSlice,
-    ctx: DeviceContext,
-) raises:
+](peers: Peers, output: CombineOutput[ids_dtype], ctx: DeviceContext,) raises:
     """Receives and sums expert rows, if the tensors have the sizes that the settings ask for.
 
     Parameters:
@@ -115,26 +86,21 @@ def receive_sums[
         target: Where MAX runs the op.
 
     Args:
-        s: The settings.
+        peers: The rank's side.
         output: Where to, and what is added.
-        settings: Int64 [17], host.
-        counters: The rank's `atomic_counters`.
-        recv_ptrs: Uint64 [R], host: recv windows.
-        recv_count_ptrs: Uint64 [R], host: count windows.
         ctx: The device.
 
     Raises:
         ShapeError: As text in front of the message.
     """
     check_sums[layout, reduce, slots == "expert"](
-        s,
+        peers.s,
         output,
         hidden * size_of[Scalar[wire_dtype]](),
         hidden * size_of[Scalar[out_dtype]](),
         hidden * size_of[Scalar[bias_dtype]](),
     )
     comptime if target == "gpu":
-        var peers = gpu_peers(s, settings, counters, recv_ptrs, recv_count_ptrs)
         check_aligned("bias0", output.bias0)
         check_aligned("bias1", output.bias1)
         comptime if slots == "expert":
@@ -152,12 +118,7 @@ def receive_sums[
                 reduce,
             ](peers, output, STAGE_COMBINE_WAIT, ctx)
     else:
-        var ep = Endpoint[False](
-            whole[DType.int32](counters),
-            s,
-            whole[DType.uint64](recv_ptrs),
-            whole[DType.uint64](recv_count_ptrs),
-        )
+        var ep = peers.endpoint[False]()
         comptime if slots == "expert":
             expert_slots_combine.combine_wait[
                 wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden

@@ -37,12 +37,15 @@ def raw(t: ManagedTensorSlice) -> View[DType.uint8]:
     )
 
 
-def read_settings[
+def read_peers[
     target: StaticString, n_sms: Int
 ](
-    settings: ManagedTensorSlice, counters: ManagedTensorSlice
-) raises -> Settings:
-    """The settings by name. On the host the head of the counters must fit them; a GPU's kernel looks at that itself.
+    settings: ManagedTensorSlice,
+    counters: ManagedTensorSlice,
+    recv_ptrs: ManagedTensorSlice,
+    recv_count_ptrs: ManagedTensorSlice,
+) raises -> Peers:
+    """The rank's side. On the host the head of the counters must fit it; a GPU's kernel looks at that itself.
 
     Parameters:
         target: Where MAX runs the op.
@@ -51,9 +54,11 @@ def read_settings[
     Args:
         settings: Int64 [17], in host memory.
         counters: The rank's `atomic_counters`.
+        recv_ptrs: Addresses of the recv windows, in host memory.
+        recv_count_ptrs: Addresses of the count windows, in host memory.
 
     Returns:
-        The settings.
+        It.
 
     Raises:
         CorruptHeadError, ConfigMismatchError: As text in front of the message.
@@ -66,31 +71,9 @@ def read_settings[
     var s = Settings(words)
     comptime if n_sms > 0:
         s.n_sms = n_sms
-    return s
-
-
-def gpu_peers(
-    s: Settings,
-    settings: ManagedTensorSlice,
-    counters: ManagedTensorSlice,
-    recv_ptrs: ManagedTensorSlice,
-    recv_count_ptrs: ManagedTensorSlice,
-) -> Peers:
-    """What a kernel gets to know of the ranks.
-
-    Args:
-        s: The settings.
-        settings: The settings tensor, in host memory.
-        counters: `atomic_counters`, in device memory.
-        recv_ptrs: Addresses of the recv windows, in host memory.
-        recv_count_ptrs: Addresses of the count windows, in host memory.
-
-    Returns:
-        The kernel's argument.
-    """
     return Peers(
         s,
-        config_hash(whole[DType.int64](settings)),
+        config_hash(words),
         whole[DType.int32](counters),
         PeerTable(whole[DType.uint64](recv_ptrs)),
         PeerTable(whole[DType.uint64](recv_count_ptrs)),

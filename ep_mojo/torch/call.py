@@ -1,0 +1,80 @@
+"""What graphs get: one block of words in host memory, with the addresses of all that an op reads and writes. Mirrors
+`kernels/ep_mojo/ops/call.mojo`.
+
+MAX's work for an input is the same for each, and a dispatch would have fourteen.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import MAX_RANKS
+from ..dtypes import to_buffer, to_numpy
+from ..layout import SETTINGS_WORDS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..comm import Communicator
+
+N_SMS = 11
+"""Word of the settings that says how many SMs a launch may use."""
+QUEUE = SETTINGS_WORDS
+COUNTERS = QUEUE + 1
+RECV = COUNTERS + 2
+COUNT = RECV + MAX_RANKS
+TENSORS = COUNT + MAX_RANKS
+N_TENSORS = 8
+"""Tensors of a call; those that it does not have are absent."""
+WORDS = TENSORS + 2 * N_TENSORS
+SIDES = {"dispatch": 1, "combine": 4}
+"""Which of a communicator's inputs is the first table of each side: send, recv and count windows."""
+
+_PAIRS = struct.Struct(f"={2 * N_TENSORS}q")
+_WORD = struct.Struct("=q")
+_ABSENT = 0, 0
+
+
+class Call:
+    """The block of one side of a rank, to be filled anew for each launch.
+
+    Args:
+        comm: Whose; of one rank.
+        side: "dispatch" or "combine".
+
+    Attributes:
+        buffers: The inputs of a graph: what keeps the order of its ops, and the block.
+    """
+
+    def __init__(self, comm: Communicator, side: str):
+        inputs, first = comm.inputs(), SIDES[side]
+        order, counters = inputs[7], inputs[8]
+        words = np.zeros(WORDS, np.int64)
+        words[:SETTINGS_WORDS] = to_numpy(inputs[0])
+        words[COUNTERS : COUNTERS + 2] = counters._data_ptr(), counters.num_elements
+        for at, table in ((RECV, inputs[first + 1]), (COUNT, inputs[first + 2])):
+            addresses = to_numpy(table).view(np.int64)
+            words[at : at + addresses.size] = addresses
+        block = to_buffer(words)
+        self.buffers = [order, block]
+        self._memory = memoryview(to_numpy(block)).cast("B")
+
+    def fill(self, n_sms: int, queue: int, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Say what the next launch is to do. The tensors must be contiguous, and live until it has been launched.
+
+        Args:
+            n_sms: The most SMs (on the host: worker threads), 0 = all.
+            queue: What the driver knows the queue by; 0 on the host.
+            tensors: As the op has them, up to `N_TENSORS`.
+        """
+        memory = self._memory
+        _WORD.pack_into(memory, 8 * N_SMS, n_sms)
+        _WORD.pack_into(memory, 8 * QUEUE, queue)
+        pairs: list[int] = []
+        for tensor in tensors:
+            pairs += _ABSENT if tensor is None else (tensor.data_ptr(), tensor.nbytes)
+        pairs += _ABSENT * (N_TENSORS - len(tensors))
+        _PAIRS.pack_into(memory, 8 * TENSORS, *pairs)

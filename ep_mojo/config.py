@@ -224,7 +224,7 @@ class EPConfig:
             self.combine_row_bytes,
             self.combine_slots,
             self.n_sms or 0,
-            int(bool(virtual)),
+            layout.WAITS_VIRTUAL if virtual else 0,
             SLOTS_EVERYWHERE if self.output_layout == "gathered" else SLOTS.index(self.slots),
             int(self.shared_expert),
             fnv1a64(self.dispatch_format.key().encode()) >> 1,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .config import EPConfig
 
 MAGIC = 0x45504D4A
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 ALIGNMENT = 128
 HEAD_WORDS = 64
 SETTINGS_WORDS = 17
@@ -77,6 +77,8 @@ REC_VALUE = 42
 REC_LIMIT = 44
 REC_END = 46
 HEAD_NOTE_CHECK = 46
+HEAD_MASKS = 48
+HEAD_MASKS_CHECK = 50
 WORK_COUNTED = HEAD_WORDS
 WORK_MAPPED = HEAD_WORDS + 64
 WORK_TABLED = HEAD_WORDS + 128
@@ -113,6 +115,11 @@ STAGE_NAMES = {
     STAGE_DISPATCH: "dispatch",
     STAGE_COMBINE: "combine",
 }
+
+# Settings: the word that says how waits end, and its bits; they stand in settings.mojo.
+SETTING_WAITS = 12
+WAITS_VIRTUAL = 1
+WAITS_SHRINK = 2
 
 # Signal words: u64 = epoch << 24 | value.
 VALUE_BITS = 24
@@ -304,6 +311,13 @@ def write_head(counters: np.ndarray, cfg: EPConfig, rank: int, epoch: int = 0) -
     put_u64(counters, HEAD_COMBINE_HASH, cfg.config_hash("combine"))
     put_u64(counters, HEAD_DEADLINE_NS, round(cfg.timeout_s * 1e9))
     put_epochs(counters, epoch)
+
+
+def put_address(counters: np.ndarray, index: int, address: int) -> None:
+    """Store an address (`HEAD_MASKS`, `HEAD_NOTE`) and its complement, without which it counts as 0."""
+    check = {HEAD_MASKS: HEAD_MASKS_CHECK, HEAD_NOTE: HEAD_NOTE_CHECK}[index]
+    put_u64(counters, index, address)
+    put_u64(counters, check, address ^ 0xFFFFFFFFFFFFFFFF)
 
 
 def put_epochs(counters: np.ndarray, epoch: int) -> None:

@@ -67,6 +67,13 @@ class DeviceMemory(RankMemory):
                 self.write(name, credits)
         self.synchronize()
 
+    def name_masks(self, address: int) -> None:
+        """See `RankMemory.name_masks`."""
+        counters = self.counters
+        layout.put_address(counters, layout.HEAD_MASKS, address)
+        self.write("counters", counters)
+        self.synchronize()
+
     def record_abort(self) -> None:
         """See `RankMemory.record_abort`."""
         counters = self.counters

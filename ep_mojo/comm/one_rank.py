@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import layout
 from ..config import EPConfig
 from ..dtypes import to_numpy
 from ..errors import EPError, PeerLostError, UnsupportedError
@@ -162,6 +163,19 @@ class OneRankCommunicator(Communicator):
             self._live()
             if check:
                 self._raise_recorded()
+
+    def shrink(self, masks: int) -> None:
+        """Let launches mask a peer that does not come, and go on without it.
+
+        For layouts by expert with reduce "source" and slots by rank. No launch of this rank may be under way.
+
+        Args:
+            masks: Address of int32 [R] where the rank is: 1 for a peer to which nothing is sent, and of which nothing
+                is awaited. Launches set them, the caller may do both on the rank's queue; kept by the caller.
+        """
+        self._settle()
+        self._own.name_masks(masks)
+        to_numpy(self.inputs()[0])[layout.SETTING_WAITS] |= layout.WAITS_SHRINK
 
     def execute_local(
         self, model: CompiledGraph, *args: Any, check: bool = True, as_buffers: bool = False

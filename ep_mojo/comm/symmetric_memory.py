@@ -133,8 +133,7 @@ class FailureNote:
         self._word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._seen = self._word.numpy()
         counters = own.counters
-        layout.put_u64(counters, layout.HEAD_NOTE, self._word.data_ptr())
-        layout.put_u64(counters, layout.HEAD_NOTE_CHECK, self._word.data_ptr() ^ (2**64 - 1))
+        layout.put_address(counters, layout.HEAD_NOTE, self._word.data_ptr())
         own.write("counters", counters)
         own.synchronize()
 

@@ -135,6 +135,10 @@ class RankMemory:
         """Let all of the rank's own epochs be this one. It must not be inside an op."""
         layout.put_epochs(self.counters, epoch)
 
+    def name_masks(self, address: int) -> None:
+        """Tell the rank's launches where its masks are: int32 [R] on its device. It must not be inside an op."""
+        layout.put_address(self.counters, layout.HEAD_MASKS, address)
+
     def record_abort(self) -> None:
         """Put on record that an op raised in the middle of a run, unless an earlier failure is there already.
 

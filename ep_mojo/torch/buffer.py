@@ -43,7 +43,8 @@ class Buffer(LowLatencyCalls):
         allow_mnnvl: Not used: one node.
         explicitly_destroy: The program calls `destroy` itself. Otherwise the end of the object does; either way
             `destroy` may be called, and again.
-        enable_shrink: Whether the mask calls are going to be used.
+        enable_shrink: Whether low-latency rounds leave ranks out: those masked by the mask calls, and a rank that does
+            not come within `timeout_s`, fails or ends, which is masked then and no error.
         comm: None. DeepEP takes an mpi4py communicator here.
 
     Attributes:
@@ -116,6 +117,8 @@ class Buffer(LowLatencyCalls):
         self._session = session
         self._normal = NormalMode(session, self.num_nvl_bytes)
         self._low_latency = LowLatencyMode(session, self.num_rdma_bytes)
+        if self.low_latency_mode and self.enable_shrink:
+            self._low_latency.make_masks()
 
     # Life
 
@@ -134,7 +137,7 @@ class Buffer(LowLatencyCalls):
         self._live().check()
 
     def reset(self) -> None:
-        """Go on after a round that failed, on all ranks: all of them call this. Not in DeepEP.
+        """Go on after a round that failed, on all ranks: all of them call this. No rank is masked then. Not in DeepEP.
 
         Raises:
             OrderError: After `destroy`.

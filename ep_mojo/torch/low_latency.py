@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config import EPConfig
-from ..errors import CapacityError, ConfigError, OrderError, ShapeError, UnsupportedError
+from ..errors import CapacityError, ConfigError, OrderError, ShapeError
 from ..formats import BF16, BlockwiseFP8, TokenFormat, check_int
 from ..layout import MAX_TOKENS
 from . import graphs, sizes
@@ -139,7 +139,7 @@ class LowLatencyMode:
         if stats is not None:
             check_tensor("cumulative_local_expert_recv_stats", stats, [torch.int32], [cfg.n_local_experts], device)
         sets = graphs.low_latency(cfg)
-        rounds = self.session.rounds(cfg, sets)
+        rounds = self.session.rounds(cfg, sets, shrink=True)
         self._check_room(rounds, "dispatch", later)
         given = dense(x), None, dense(topk_idx)
         found = Received.empty(cfg, device)
@@ -220,7 +220,7 @@ class LowLatencyMode:
         if not handle.received:
             raise _hook_first("handle")
         sets = graphs.low_latency(cfg)
-        rounds, back = self.session.rounds(cfg, sets), sets[1]
+        rounds, back = self.session.rounds(cfg, sets, shrink=True), sets[1]
         self._check_room(rounds, "combine", later)
         rows = self._filled(shape) if zero_copy else dense(x)
         ids, weights = dense(topk_idx), dense(topk_weights)
@@ -316,32 +316,41 @@ class LowLatencyMode:
 
     # Masks
 
+    def make_masks(self) -> None:
+        """Let ranks be masked: once, before the first round."""
+        session = self.session
+        with torch.inference_mode(False), session.queue.working():  # as in `next_buffer`
+            session.masks = torch.zeros(session.size, dtype=torch.int32, device=session.device)
+
     def query_mask(self, mask_status: torch.Tensor) -> None:
-        """Write int32 [R]: 0, since no rank can be masked.
+        """Write int32 [R]: 1 for a rank that is masked, by hand or since it did not come.
 
         Raises:
             DTypeError, ShapeError, DeviceError: Not such a tensor.
         """
         check_tensor("mask_status", mask_status, [torch.int32], [self.session.size], self.session.device)
-        mask_status.zero_()
+        mask_status.copy_(self.session.masks)
 
     def update_mask(self, rank: Any, mask: Any) -> None:
-        """Unmask a rank, which changes nothing.
+        """Leave a rank out of the rounds that follow, or take it in again.
 
         Raises:
-            ConfigError: There is no such rank.
-            UnsupportedError: A rank is to be masked.
+            ConfigError: There is no such rank, or it is this one.
         """
         n = check_int("rank_to_mask", rank, 0, self.session.size - 1)
-        if mask:
-            raise UnsupportedError(
-                "rounds are of all ranks of the group",
+        if mask and n == self.session.rank:
+            raise ConfigError(
+                "a rank cannot leave itself out",
                 field="rank_to_mask",
                 value=n,
-                allowed="mask=False",
-                remedy="make a group and a Buffer of the ranks that are left; a rank that does not come is a "
-                "PeerTimeoutError within the deadline",
+                allowed="a rank other than this one",
+                remedy="mask it on the other ranks, and make no calls here",
             )
+        self.session.masks[n] = int(bool(mask))
+
+    def clean_masks(self) -> None:
+        """Take all ranks in again."""
+        self.session.masks.zero_()
 
 
 @functools.cache

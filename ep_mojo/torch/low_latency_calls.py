@@ -170,32 +170,48 @@ class LowLatencyCalls:
         return self._low_latency.next_buffer(handle)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Unmask a rank, which it is.
+        """Leave a rank out of this rank's rounds that follow, on the device, or take it in again.
+
+        Nothing is sent to a masked rank and nothing awaited of it: it counts as one without tokens, and choices of its
+        experts add nothing. To be called between rounds, on all ranks that are left.
+
+        Args:
+            rank_to_mask: The rank.
+            mask: Whether to leave it out.
 
         Raises:
-            UnsupportedError: mask=True: a rank cannot be left out of rounds.
-            ConfigError: There is no such rank, or the Buffer was made without enable_shrink.
+            ConfigError: There is no such rank, it is this one, or the Buffer was made without enable_shrink.
+            OrderError: After `destroy`.
         """
-        self._shrinking()
-        self._low_latency.update_mask(rank_to_mask, mask)
+        queue = self._shrinking().queue
+        with queue.working():
+            self._low_latency.update_mask(rank_to_mask, mask)
+        queue.finish(False)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Write which ranks are masked to int32 [R]: 0, none is.
+        """Write which ranks are masked to int32 [R]: 1 for those, by hand or since they did not come to a round.
 
         Raises:
             DTypeError, ShapeError, DeviceError: Not such a tensor.
             ConfigError: The Buffer was made without enable_shrink.
+            OrderError: After `destroy`.
         """
-        self._shrinking()
-        self._low_latency.query_mask(mask_status)
+        queue = self._shrinking().queue
+        with queue.working():
+            self._low_latency.query_mask(mask_status)
+        queue.finish(False)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Unmask all ranks, which they are.
+        """Take all ranks in again: right if they have made as many rounds as this one; otherwise use `reset`.
 
         Raises:
             ConfigError: The Buffer was made without enable_shrink.
+            OrderError: After `destroy`.
         """
-        self._shrinking()
+        queue = self._shrinking().queue
+        with queue.working():
+            self._low_latency.clean_masks()
+        queue.finish(False)
 
     def _low_latency_session(self) -> Session:
         if not self.low_latency_mode:
@@ -208,8 +224,8 @@ class LowLatencyCalls:
             )
         return self._live()
 
-    def _shrinking(self) -> None:
-        self._low_latency_session()
+    def _shrinking(self) -> Session:
+        session = self._low_latency_session()
         if not self.enable_shrink:
             raise ConfigError(
                 "the Buffer was made without it",
@@ -218,6 +234,7 @@ class LowLatencyCalls:
                 allowed="True for the mask calls",
                 remedy="make the Buffer with enable_shrink=True",
             )
+        return session
 
 
 def _check_one_way(async_finish: Any, return_recv_hook: Any) -> None:

@@ -74,6 +74,7 @@ class Session:
         rank, size: This process among them.
         device: Where all tensors are.
         queue: Where rounds run.
+        masks: int32 [R], 1 for a rank that rounds leave out; None: no rank can be.
         timeout_s: The longest wait for a peer in a round, in seconds.
         make_timeout_s: The same where something is made together.
         destroyed: Whether `destroy` was called.
@@ -85,6 +86,7 @@ class Session:
         self.device, self.queue = device, queue_for(device)
         self.timeout_s, self.make_timeout_s = timeout_s, make_timeout_s
         self._rounds: dict[tuple[EPConfig, Any], Rounds] = {}
+        self.masks: torch.Tensor | None = None
         self.destroyed = False
 
     def live(self) -> None:
@@ -117,8 +119,13 @@ class Session:
             )
         return handle
 
-    def rounds(self, cfg: EPConfig, sets: Sequence[GraphSet]) -> Rounds:
+    def rounds(self, cfg: EPConfig, sets: Sequence[GraphSet], shrink: bool = False) -> Rounds:
         """The rounds of a config, with these graphs. The first call makes them, together with all ranks.
+
+        Args:
+            cfg: The config.
+            sets: The graphs.
+            shrink: Whether they leave out masked ranks, if there are masks.
 
         Raises:
             ConfigMismatchError, PeerTimeoutError, EPError: See `Rounds`.
@@ -126,7 +133,10 @@ class Session:
         key = cfg, tuple(sets)
         if key not in self._rounds:
             check_not_capturing(self.device, "windows and graphs cannot be made", "make one such round before")
-            self._rounds[key] = Rounds.make(self.group, self.board, self.device, cfg, sets, self.make_timeout_s)
+            made = Rounds.make(self.group, self.board, self.device, cfg, sets, self.make_timeout_s)
+            if shrink and self.masks is not None:
+                made.comm.shrink(self.masks.data_ptr())
+            self._rounds[key] = made
         return self._rounds[key]
 
     def made(self) -> list[Rounds]:
@@ -200,6 +210,9 @@ class Session:
         for rounds in self.made():
             rounds.reset()
             self.board.take_back(rounds.name)  # all ranks are past the failure: their resets began
+        if self.masks is not None:
+            with self.queue.working():
+                self.masks.zero_()  # all ranks are here
 
     def destroy(self) -> None:
         """Give up all windows. Can be called again."""

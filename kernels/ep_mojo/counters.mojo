@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 4
+comptime LAYOUT_VERSION: Int32 = 5
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -69,6 +69,10 @@ comptime REC_LIMIT = 44
 """(i64) rows available, or the size allowed."""
 comptime HEAD_NOTE_CHECK = 46
 """(u64) The complement of `HEAD_NOTE`, without which it counts as 0."""
+comptime HEAD_MASKS = 48
+"""(u64) Where the masks of this rank's peers are, Int32 [R] in memory of its device; 0 = nowhere. See `head.mojo`."""
+comptime HEAD_MASKS_CHECK = 50
+"""(u64) The complement of `HEAD_MASKS`, without which it counts as 0."""
 
 comptime KIND_TIMEOUT: Int32 = 1
 """A peer's signal did not come within the deadline."""

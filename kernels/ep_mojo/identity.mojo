@@ -8,9 +8,9 @@ from .counters import (
     MAGIC,
     counters_words,
 )
+from .head import Head
 from .peers import MAX_RANKS, View
 from .settings import SETTINGS_WORDS, Settings, config_hash
-from .signal import Head
 
 
 def check_head(counters: View[DType.int32], settings: View[DType.int64]) raises:

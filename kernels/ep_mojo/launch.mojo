@@ -7,12 +7,15 @@
 
 Each launch counts one epoch and signals every peer whatever happens in it: with T = 0, with nothing for a peer, and
 after a failure too. After a failure the body between begin and end is skipped.
+
+Where peers can be masked, nothing is sent to one that is, but credits and FAILED: they say what is true in any case.
 """
 
+from .head import Head
 from .layout import *
 from .peers import Bytes, PeerTable, View
 from .settings import Settings
-from .signal import FAILED, NO_SIGNAL, Head, Waiter, publish, word
+from .signal import FAILED, MASKED, NO_SIGNAL, Waiter, publish, word
 from .team import Team
 
 
@@ -144,8 +147,46 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         """
         return self.head.u64(Self.waited_index) + 1
 
+    @always_inline
+    def waiter(self, stage: Int32) -> Waiter:
+        """Start the clock of a launch.
+
+        Args:
+            stage: `STAGE_*`.
+
+        Returns:
+            What awaits its signals.
+        """
+        return Waiter(self.head, stage, self.s.virtual, self.s.shrinks)
+
+    @always_inline
+    def is_masked(self, peer: Int) -> Bool:
+        """Whether a peer is masked by now.
+
+        Args:
+            peer: Which one.
+
+        Returns:
+            False where peers cannot be.
+        """
+        return self.s.shrinks and self.head.masked(peer)
+
+    @always_inline
+    def masked(self) -> UInt32:
+        """All peers that are masked by now.
+
+        Returns:
+            One bit for each; 0 where peers cannot be.
+        """
+        var found: UInt32 = 0
+        if self.s.shrinks:
+            for peer in range(self.s.n_ranks):
+                found |= UInt32(Int(self.head.masked(peer))) << UInt32(peer)
+        return found
+
     def begin_send[T: Team](self, stage: Int32) -> UInt64:
-        """Open a sending launch; afterwards `head.failed()` says whether to skip its body.
+        """Open a sending launch; afterwards `head.failed()` says whether to skip its body, and `masked` whom to send
+        nothing: every other peer has given the buffer back.
 
         Parameters:
             T: Who opens it; its lanes look at peers in parallel.
@@ -168,9 +209,11 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             return epoch
         if epoch <= buffers:
             return epoch
-        var waiter = Waiter(self.head, stage, self.s.virtual)
+        var waiter = self.waiter(stage)
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
             var peer = (self.me + i) % self.s.n_ranks
+            if self.is_masked(peer):
+                continue
             var got = waiter.reach[at_least=True](
                 self.own_count(),
                 self.window.credit(peer),
@@ -183,7 +226,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
                 break
         return epoch
 
-    def announce[T: Team](self, epoch: UInt64, value: Int):
+    def announce[T: Team](self, epoch: UInt64, value: Int, masked: UInt32 = 0):
         """Publish the launch's header to every peer, oneself included.
 
         Parameters:
@@ -192,14 +235,13 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         Args:
             epoch: The launch's epoch.
             value: T, or FAILED.
+            masked: Who is left out.
         """
         var offset = self.window.header(self.buffer(epoch), self.me)
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
-            publish(
-                self.count[(self.me + i) % self.s.n_ranks],
-                offset,
-                word(epoch, value),
-            )
+            var peer = (self.me + i) % self.s.n_ranks
+            if (masked >> UInt32(peer)) & 1 == 0:
+                publish(self.count[peer], offset, word(epoch, value))
 
     def end_send[T: Team](self, epoch: UInt64):
         """Close a sending launch.
@@ -238,8 +280,10 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             peer: The sender.
 
         Returns:
-            T of the peer, or `NO_SIGNAL`.
+            Its value; `NO_SIGNAL`, or `MASKED`, also if it is there.
         """
+        if self.is_masked(peer):
+            return MASKED
         var offset = self.window.header(self.buffer(epoch), peer)
         return waiter.reach(
             self.own_count(),
@@ -250,9 +294,23 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             header=offset,
         )
 
+    def tokens_of(self, waiter: Waiter, epoch: UInt64, peer: Int) -> Int:
+        """Await how many tokens a peer has in this dispatch; a masked one has none.
+
+        Args:
+            waiter: The launch's waiter.
+            epoch: The launch's epoch.
+            peer: The sender.
+
+        Returns:
+            T of the peer, or `NO_SIGNAL`.
+        """
+        var T = self.header_of(waiter, epoch, peer)
+        return 0 if T == MASKED else T
+
     def chunk_of(
         self, waiter: Waiter, epoch: UInt64, peer: Int, chunk: Int
-    ) -> Bool:
+    ) -> Int:
         """Await the signal of a chunk.
 
         Args:
@@ -262,10 +320,10 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             chunk: Index of the signal.
 
         Returns:
-            Whether its payload may be read.
+            0: its payload may be read; `NO_SIGNAL`; `MASKED`: it has not come, and the launch goes on without it.
         """
         var buffer = self.buffer(epoch)
-        var got = waiter.reach(
+        return waiter.reach(
             self.own_count(),
             self.window.signal(buffer, peer, chunk),
             epoch,
@@ -273,7 +331,6 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             chunk=Int32(chunk),
             header=self.window.header(buffer, peer),
         )
-        return got != NO_SIGNAL
 
     def end_wait[T: Team](self, epoch: UInt64):
         """Close a receiving launch: all reads of its buffer are done.
@@ -292,80 +349,3 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
                 word(epoch, value),
             )
         self.head.set_u64(Self.waited_index, epoch)
-
-
-@always_inline
-def given_tokens(rows: Int, num_tokens: View[DType.int32]) -> Int:
-    """T of a launch as it is given; `tokens_fit` finds out whether it is in range.
-
-    Args:
-        rows: Rows of the tensor.
-        num_tokens: [1], or absent.
-
-    Returns:
-        T.
-    """
-    return Int(num_tokens[0]) if num_tokens.present() else rows
-
-
-@always_inline
-def readable_tokens(rows: Int, num_tokens: View[DType.int32]) -> Int:
-    """Tokens that may be read before it is known whether T is in range: T where it is.
-
-    Args:
-        rows: Rows of the tensor.
-        num_tokens: [1], or absent.
-
-    Returns:
-        0 to rows.
-    """
-    return max(0, min(rows, given_tokens(rows, num_tokens)))
-
-
-def token_count(
-    ep: Endpoint, stage: Int32, rows: Int, num_tokens: View[DType.int32]
-) -> Int:
-    """T of this launch; records a failure where it is out of range.
-
-    Args:
-        ep: The rank.
-        stage: `STAGE_*`.
-        rows: Rows of the tensor.
-        num_tokens: [1], or absent.
-
-    Returns:
-        T, or 0 after a failure.
-    """
-    var given = given_tokens(rows, num_tokens)
-    if not tokens_fit(ep, stage, rows, given) or ep.head.failed():
-        return 0
-    return given
-
-
-def tokens_fit(ep: Endpoint, stage: Int32, rows: Int, given: Int) -> Bool:
-    """Record a failure where T is out of range.
-
-    Args:
-        ep: The rank.
-        stage: `STAGE_*`.
-        rows: Rows of the tensor.
-        given: What the launch was told.
-
-    Returns:
-        Whether it is in range.
-    """
-    if rows > ep.s.max_tokens:
-        ep.head.fail(
-            KIND_SHAPE,
-            stage,
-            chunk=FIELD_TOKENS,
-            value=rows,
-            limit=ep.s.max_tokens,
-        )
-        return False
-    if given < 0 or given > rows:
-        ep.head.fail(
-            KIND_SHAPE, stage, chunk=FIELD_NUM_TOKENS, value=given, limit=rows
-        )
-        return False
-    return True

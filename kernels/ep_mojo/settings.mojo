@@ -14,6 +14,11 @@ comptime REDUCE_EXPERT = 1
 comptime REDUCE_SOURCE = 2
 """The whole sum at the source."""
 
+comptime WAITS_VIRTUAL = 1
+"""Bit of word 12: ranks share one queue."""
+comptime WAITS_SHRINK = 2
+"""Bit of word 12: a peer that does not come is masked."""
+
 comptime SLOTS_RANK = 0
 """A message for each rank that owns one of a token's experts."""
 comptime SLOTS_EXPERT = 1
@@ -61,6 +66,8 @@ struct Settings(TrivialRegisterPassable):
     """What the driver knows the launch's queue by, 0 = the device's own of MAX. Not a word of the tensor."""
     var virtual: Bool
     """Ranks share one queue: a wait that finds its signal missing fails at once."""
+    var shrinks: Bool
+    """Peers may be masked, and one that does not come is: layouts by expert with reduce "source" in slots by rank."""
     var expert_slots: Bool
     """Slot policy ExpertSlots."""
     var everywhere: Bool
@@ -94,7 +101,8 @@ struct Settings(TrivialRegisterPassable):
         self.combine_slots = Int(words[10])
         self.n_sms = Int(words[11])
         self.queue = 0
-        self.virtual = words[12] != 0
+        self.virtual = Int(words[12]) & WAITS_VIRTUAL != 0
+        self.shrinks = Int(words[12]) & WAITS_SHRINK != 0
         self.expert_slots = words[13] == SLOTS_EXPERT
         self.everywhere = words[13] == SLOTS_EVERYWHERE
         self.shared_expert = words[14] != 0
@@ -140,6 +148,7 @@ struct Settings(TrivialRegisterPassable):
         self.n_sms = 0
         self.queue = 0
         self.virtual = False
+        self.shrinks = False
         self.expert_slots = True
         self.everywhere = False
         self.shared_expert = False
@@ -165,7 +174,10 @@ struct Settings(TrivialRegisterPassable):
             Int64(self.row_bytes),
             Int64(self.combine_slots),
             Int64(self.n_sms),
-            Int64(Int(self.virtual)),
+            Int64(
+                WAITS_VIRTUAL * Int(self.virtual)
+                + WAITS_SHRINK * Int(self.shrinks)
+            ),
             Int64(
                 SLOTS_EXPERT if self.expert_slots else SLOTS_EVERYWHERE if self.everywhere else SLOTS_RANK
             ),

@@ -15,6 +15,7 @@ from layout import TileTensor
 from std.sys import size_of
 
 from .formats import TokenFormat, format_tag
+from .head import Head
 from .layout import *
 from .peers import MAX_RANKS, View
 from .settings import (
@@ -23,7 +24,7 @@ from .settings import (
     DISPATCH_UNHASHED,
     Settings,
 )
-from .signal import FAILED, Head
+from .signal import FAILED
 
 
 def expert_slots_settings[

@@ -21,7 +21,7 @@ from ep_mojo.api.target import check_top_k
 from ep_mojo.gpu.launch import Peers
 from ep_mojo.layout import HEAD_DISPATCH_HASH, HEAD_TOP_K
 from ep_mojo.peers import PeerTable
-from ep_mojo.signal import Head
+from ep_mojo.head import Head
 from virtual_world import (
     E,
     H,

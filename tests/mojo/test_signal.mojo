@@ -3,9 +3,12 @@
 from std.testing import TestSuite, assert_equal, assert_false, assert_true
 
 from ep_mojo import Bytes, View
+from ep_mojo.head import Head
 from ep_mojo.layout import (
     CHUNK_CREDIT,
     HEAD_DEADLINE_NS,
+    HEAD_MASKS,
+    HEAD_MASKS_CHECK,
     HEAD_MY_RANK,
     HEAD_WORDS,
     KIND_CAPACITY,
@@ -27,8 +30,8 @@ from ep_mojo.layout import (
 from ep_mojo.patience import clock_ns
 from ep_mojo.signal import (
     FAILED,
+    MASKED,
     NO_SIGNAL,
-    Head,
     Waiter,
     epoch_of,
     poll,
@@ -41,13 +44,15 @@ comptime LAST_EPOCH = (1 << 40) - 1
 
 
 struct Memory(Movable):
-    """A head of rank 3 and a window of 8 words."""
+    """A head of rank 3, masks of 8 ranks, and a window of 8 words."""
 
     var head_words: List[Int32]
+    var masks: List[Int32]
     var window_words: List[UInt64]
 
     def __init__(out self, deadline_ns: Int = 0):
         self.head_words = List[Int32](length=HEAD_WORDS, fill=0)
+        self.masks = List[Int32](length=8, fill=0)
         self.window_words = List[UInt64](length=8, fill=0)
         self.head().set_i32(HEAD_MY_RANK, 3)
         self.head().set_u64(HEAD_DEADLINE_NS, UInt64(deadline_ns))
@@ -62,14 +67,29 @@ struct Memory(Movable):
             Int(self.window_words.unsafe_ptr()), 1
         ).bytes()
 
+    def name_masks(mut self):
+        var at = UInt64(Int(self.masks.unsafe_ptr()))
+        self.head().set_u64(HEAD_MASKS, at)
+        self.head().set_u64(HEAD_MASKS_CHECK, ~at)
+
     def await_word[
         at_least: Bool = False
-    ](mut self, epoch: Int, virtual: Bool = False) -> Int:
-        """Await word 0 of peer 5; word 1 is its header."""
-        var waiter = Waiter(self.head(), STAGE_DISPATCH_WAIT, virtual)
+    ](
+        mut self,
+        epoch: Int,
+        virtual: Bool = False,
+        shrinks: Bool = False,
+        peer: Int = 5,
+    ) -> Int:
+        """Await word 0 of a peer; word 1 is its header."""
+        var waiter = Waiter(self.head(), STAGE_DISPATCH_WAIT, virtual, shrinks)
         return waiter.reach[at_least=at_least](
-            self.window(), 0, UInt64(epoch), peer=5, chunk=7, header=8
+            self.window(), 0, UInt64(epoch), peer=peer, chunk=7, header=8
         )
+
+    def check_masks(self, masked: List[Int]) raises:
+        for peer in range(8):
+            assert_equal(self.masks[peer], Int32(Int(peer in masked)))
 
     def check_record(mut self, kind: Int32, expected: Int, seen: Int) raises:
         var head = self.head()
@@ -123,6 +143,71 @@ def test_deadline() raises:
         assert_equal(m.await_word(13), NO_SIGNAL)
     assert_true(clock_ns() - start < 400_000_000)
     m.check_record(KIND_TIMEOUT, 12, 11)
+
+
+def test_a_late_peer_is_masked() raises:
+    """By the deadline, once; then nothing is awaited of it. What is there is seen all the same."""
+    var m = Memory(deadline_ns=5_000_000)
+    m.name_masks()
+    assert_false(m.head().masked(5))
+    var start = clock_ns()
+    assert_equal(m.await_word(12, shrinks=True), MASKED)
+    assert_true(clock_ns() - start >= 5_000_000)
+    assert_true(m.head().masked(5))
+    m.check_masks([5])
+    start = clock_ns()
+    for _ in range(100):
+        assert_equal(m.await_word(12, shrinks=True), MASKED)
+    assert_true(clock_ns() - start < 400_000_000)
+    assert_false(m.head().failed())
+    publish(m.window(), 0, word(12, 3))
+    assert_equal(m.await_word(12, shrinks=True), 3)
+
+
+def test_each_wait_that_masks_has_its_own_deadline() raises:
+    """What one lost peer has taken is not missing where another one is awaited."""
+    var m = Memory(deadline_ns=20_000_000)
+    m.name_masks()
+    var waiter = Waiter(m.head(), STAGE_DISPATCH_WAIT, False, True)
+    for peer in [4, 5]:
+        var start = clock_ns()
+        assert_equal(
+            waiter.reach(m.window(), 0, 12, peer=peer, chunk=7, header=8),
+            MASKED,
+        )
+        assert_true(clock_ns() - start >= 20_000_000)
+    m.check_masks([4, 5])
+
+
+def test_a_peer_that_has_failed_is_masked() raises:
+    var m = Memory()
+    m.name_masks()
+    publish(m.window(), 0, word(6, FAILED))
+    assert_equal(m.await_word(6, shrinks=True), MASKED)
+    m.check_masks([5])
+    var header = Memory()
+    header.name_masks()
+    publish(header.window(), 8, word(7, FAILED))
+    assert_equal(header.await_word(6, shrinks=True, peer=2), MASKED)
+    header.check_masks([2])
+    assert_false(m.head().failed() or header.head().failed())
+
+
+def test_what_cannot_be_masked_fails() raises:
+    """The rank itself; any peer where the head names no masks, or not properly."""
+    var own = Memory(deadline_ns=5_000_000)
+    own.name_masks()
+    assert_equal(own.await_word(12, shrinks=True, peer=3), NO_SIGNAL)
+    assert_true(own.head().failed())
+    own.check_masks([])
+    var none = Memory(deadline_ns=5_000_000)
+    assert_equal(none.await_word(12, shrinks=True), NO_SIGNAL)
+    none.check_record(KIND_TIMEOUT, 12, 0)
+    var half = Memory(deadline_ns=5_000_000)
+    half.name_masks()
+    half.head().set_u64(HEAD_MASKS_CHECK, 0)
+    assert_equal(half.await_word(12, shrinks=True), NO_SIGNAL)
+    half.check_masks([])
 
 
 def test_virtual_ranks_do_not_wait() raises:

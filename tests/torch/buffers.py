@@ -15,6 +15,8 @@ HIDDEN, TOP_K, LOCAL, TMAX = 256, 3, 4, 40
 """H, K, L and (in both modes) Tmax."""
 SIZES = {2: [(5, 12), (40, 1), (0, 7), (0, 0), (40, 40)], 4: [(3, 0, 40, 11), (0, 0, 0, 5), (40, 40, 40, 40), (0,) * 4]}
 """T of each rank, some of them none."""
+PATIENCE_S = 3.0
+"""The deadline of Buffers that go on without who is late."""
 FP8 = [ep.BlockwiseFP8("float32"), ep.BlockwiseFP8("ue8m0")]
 PADDED = [ep.BF16(), *(ep.BlockwiseFP8(scale, "column") for scale in ep.BlockwiseFP8.SCALES)]
 
@@ -68,8 +70,26 @@ def shared(n: int) -> ept.Buffer | None:
     if dist.get_rank() >= n:
         return None
     if ("buffer", n) not in kept:
-        kept["buffer", n] = ept.Buffer(kept["group", n], **bytes_of(n), enable_shrink=True)
+        kept["buffer", n] = ept.Buffer(kept["group", n], **bytes_of(n))
     return kept["buffer", n]
+
+
+def shrinking(n: int) -> ept.Buffer | None:
+    """Another one, whose low-latency rounds leave out ranks that are masked or late, by more than `PATIENCE_S`."""
+    if dist.get_rank() >= n:
+        return None
+    if ("shrinking", n) not in kept:
+        kept["shrinking", n] = patient(kept["group", n], PATIENCE_S)
+    return kept["shrinking", n]
+
+
+def patient(group, timeout_s: float) -> ept.Buffer:
+    """A Buffer with enable_shrink whose rounds wait no longer than that."""
+    before, ept.Buffer.timeout_s = ept.Buffer.timeout_s, timeout_s
+    try:
+        return ept.Buffer(group, **bytes_of(group.size()), enable_shrink=True)
+    finally:
+        ept.Buffer.timeout_s = before
 
 
 def step(n: int, seed: int, tokens=None, kind: str = "mixed") -> plain.Step:

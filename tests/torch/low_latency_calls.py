@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
 import weakref
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 
 from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits
-from ep_mojo.errors import OrderError
+from ep_mojo.errors import CapacityError, ConfigError, DTypeError, OrderError, ShapeError
 from ep_mojo.reference import fp8
 from ep_mojo.reference.arithmetic import fma
 from tests.torch import buffers, plain
@@ -41,8 +45,9 @@ def sent(s: plain.Step, fmt: str) -> list[tuple[torch.Tensor, ...]]:
     return [(plain.from_numpy(q).view(torch.float8_e4m3fn), plain.from_numpy(f.copy())) for q, f in made]
 
 
-def summed(s: plain.Step, source: int, ys: list[torch.Tensor]) -> torch.Tensor:
-    """bfloat16 [T, H]: weight times row, k ascending, one rounding per fma, one at the end."""
+def summed(s: plain.Step, source: int, ys: list[torch.Tensor], lost: list[int] | None = None) -> torch.Tensor:
+    """bfloat16 [T, H]: weight times row, k ascending, one rounding per fma, one at the end. Ranks that are `lost` have
+    received, but send nothing back."""
     n_tokens, top_k = s.ids[source].shape
     total = np.zeros((n_tokens, HIDDEN), np.float32)
     values, all_ids, all_weights = [floats(y) for y in ys], s.ids[source].cpu(), s.weights[source].cpu()
@@ -50,7 +55,7 @@ def summed(s: plain.Step, source: int, ys: list[torch.Tensor]) -> torch.Tensor:
     for t in range(n_tokens):
         for k in range(top_k):
             expert = int(all_ids[t, k])
-            if not 0 <= expert < s.n_experts:
+            if not 0 <= expert < s.n_experts or expert // LOCAL in (lost or []):
                 continue
             rows = by_expert[expert]
             mine = (rows[source] == torch.tensor([t, k], device="cpu")).all(1).nonzero()
@@ -200,23 +205,170 @@ def check_both_modes_in_turn(n: int, seed: int) -> None:
         check_round(n, seed + i, "bf16", hook=i == 1)
 
 
-def check_masks(n: int) -> None:
-    """No rank can be masked, and that is what the calls say."""
-    from ep_mojo.errors import ConfigError, UnsupportedError
+# Masks
 
-    if (b := shared(n)) is None:
-        return
-    status = torch.full((n,), 7, dtype=torch.int32)
+
+def without(s: plain.Step, lost: list[int]) -> plain.Step:
+    """The step as it is without these ranks: they have no tokens, and their experts are nobody's choice."""
+    here = [0 if r in lost else len(x) for r, x in enumerate(s.x)]
+    ids = [torch.where(torch.isin(i // LOCAL, torch.tensor(lost)), -1, i) for i in s.ids]
+    cut = [[v[:t] for v, t in zip(values, here, strict=True)] for values in (s.x, ids, s.weights)]
+    return plain.Step(s.n_experts, *cut)
+
+
+def round_without(b, seed: int, lost: list[int], fmt: str = "bf16", hook: bool = False) -> float:
+    """A round that is right without these ranks; the seconds it took."""
+    s, me = buffers.step(b.group_size, seed), b.rank
+    want, ys = without(s, lost), expert_rows(b.group_size, seed)
+    began = time.monotonic()
+    recv_x, count, handle, _, receive = b.low_latency_dispatch(
+        s.x[me], s.ids[me], TMAX, s.n_experts, **FORMATS[fmt], return_recv_hook=hook
+    )
+    receive() if hook else None
+    combined, _, receive = b.low_latency_combine(ys[me], s.ids[me], s.weights[me], handle, return_recv_hook=hook)
+    receive() if hook else None
+    seen = masks(b)  # waits for a GPU
+    took = time.monotonic() - began
+    check_received(b, want, fmt, recv_x, count, handle)
+    plain.same("combined", combined, summed(want, me, ys))
+    assert seen == [int(r in lost) for r in range(b.group_size)]
+    b.check()
+    return took
+
+
+def masks(b) -> list[int]:
+    status = torch.full((b.group_size,), 7, dtype=torch.int32)
     b.low_latency_query_mask_buffer(status)
-    assert status.tolist() == [0] * n
-    b.low_latency_update_mask_buffer(n - 1, False)
-    b.low_latency_clean_mask_buffer()
-    for error, call in (
-        (UnsupportedError, lambda: b.low_latency_update_mask_buffer(0, True)),
-        (ConfigError, lambda: b.low_latency_update_mask_buffer(n, False)),
+    return status.tolist()
+
+
+def all_kinds(b) -> None:
+    """A round of all ranks of each kind that is used later: they are made together."""
+    for fmt in ("bf16", "fp8"):
+        for hook in (False, True):
+            round_without(b, 1, [], fmt, hook)
+
+
+def several_rounds(b, lost: list[int]) -> float:
+    """Of each kind, more than there are buffers; the longest."""
+    kinds = [(fmt, hook) for fmt in ("bf16", "fp8") for hook in (False, True)]
+    return max(round_without(b, 10 + i, lost, *kind) for i, kind in enumerate(3 * kinds))
+
+
+def check_masked_by_hand(n: int) -> float:
+    """The last rank makes no calls, and the others leave it out; the longest round. After `reset` it is back."""
+    if (b := buffers.shrinking(n)) is None:
+        return 0.0
+    all_kinds(b)
+    took, lost = 0.0, n - 1
+    if b.rank != lost:
+        b.low_latency_update_mask_buffer(lost, True)
+        took = several_rounds(b, [lost])
+    dist.barrier(group=b.group)
+    b.reset()
+    round_without(b, 2, [])
+    return took
+
+
+def check_masked_for_a_while(n: int, clean: bool) -> None:
+    """Ranks that leave each other out, and make as many rounds, go on together when the masks are taken away."""
+    if (b := buffers.shrinking(n)) is None:
+        return
+    all_kinds(b)
+    lost = [n - 1] if b.rank != n - 1 else list(range(n - 1))
+    for rank in lost:
+        b.low_latency_update_mask_buffer(rank, True)
+    several_rounds(b, lost)
+    if clean:
+        b.low_latency_clean_mask_buffer()
+    else:
+        for rank in lost:
+            b.low_latency_update_mask_buffer(rank, False)
+    dist.barrier(group=b.group)
+    several_rounds(b, [])
+
+
+def check_late(n: int, lost: list[int], hook: bool) -> tuple[float, float]:
+    """Ranks that do not come are left out after the deadline; seconds of that round, and of the longest one later."""
+    if (b := buffers.shrinking(n)) is None:
+        return 0.0, 0.0
+    all_kinds(b)
+    first = later = 0.0
+    dist.barrier(group=b.group)
+    if b.rank not in lost:
+        first = round_without(b, 3, lost, "bf16", hook)
+        later = several_rounds(b, lost)
+    dist.barrier(group=b.group)
+    b.reset()
+    round_without(b, 2, [])
+    return first, later
+
+
+def check_failed_peer(n: int) -> float:
+    """Too many tokens on one rank are an error there; the others leave it out at once. Until `reset` on all."""
+    if (b := buffers.shrinking(n)) is None:
+        return 0.0
+    all_kinds(b)
+    began = time.monotonic()
+    if b.rank == 0:
+        x = torch.zeros(TMAX + 1, HIDDEN, dtype=torch.bfloat16)
+        ids = torch.zeros(TMAX + 1, buffers.TOP_K, dtype=torch.int64)
+        with pytest.raises(CapacityError, match="rank 0"):
+            b.low_latency_dispatch(x, ids, TMAX, LOCAL * n, use_fp8=False)
+            b.check()
+    else:
+        round_without(b, 3, [0])
+    took = time.monotonic() - began
+    dist.barrier(group=b.group)
+    b.reset()
+    round_without(b, 2, [])
+    return took
+
+
+def die_and_leave_the_others(rank: int, hook: bool) -> tuple[float, float]:
+    """In processes of their own: one ends, with `hook` when it has sent a round that nobody has received yet. The
+    others go on; seconds of the first round without it, and of the longest one later."""
+    b = buffers.patient(dist.group.WORLD, buffers.PATIENCE_S)
+    all_kinds(b)
+    s, me, ys = buffers.step(b.group_size, 4), b.rank, expert_rows(b.group_size, 4)
+    found = b.low_latency_dispatch(s.x[me], s.ids[me], TMAX, s.n_experts, use_fp8=False, return_recv_hook=hook)
+    b.check()
+    if hook:
+        dist.barrier()
+    if me == rank:
+        os._exit(9)
+    began = time.monotonic()
+    recv_x, count, handle, _, receive = found
+    receive() if hook else None
+    combined, _, _ = b.low_latency_combine(ys[me], s.ids[me], s.weights[me], handle)
+    assert masks(b) == [int(r == rank) for r in range(b.group_size)]
+    took = time.monotonic() - began
+    check_received(b, s, "bf16", recv_x, count, handle)  # what it sent is there
+    plain.same("combined", combined, summed(s, me, ys, [rank]))
+    later = several_rounds(b, [rank])
+    b.destroy()
+    return took, later
+
+
+def check_bad_masks(n: int) -> None:
+    """What cannot be masked is named; without enable_shrink nothing can."""
+    if (b := buffers.shrinking(n)) is None:
+        return
+    me, before = b.rank, masks(b)
+    for rank, word in ((me, "leave itself out"), (n, f"0 to {n - 1}"), (-1, f"0 to {n - 1}"), ("0", "rank_to_mask")):
+        with pytest.raises(ConfigError, match=word):
+            b.low_latency_update_mask_buffer(rank, True)
+    b.low_latency_update_mask_buffer(me, False)
+    with pytest.raises(ShapeError, match="mask_status"):
+        b.low_latency_query_mask_buffer(torch.zeros(n + 1, dtype=torch.int32))
+    with pytest.raises(DTypeError, match="mask_status"):
+        b.low_latency_query_mask_buffer(torch.zeros(n, dtype=torch.int64))
+    assert masks(b) == before == [0] * n
+    plain_one = shared(n)
+    for call in (
+        lambda: plain_one.low_latency_update_mask_buffer((me + 1) % n, True),
+        lambda: plain_one.low_latency_query_mask_buffer(torch.zeros(n, dtype=torch.int32)),
+        plain_one.low_latency_clean_mask_buffer,
     ):
-        try:
+        with pytest.raises(ConfigError, match="enable_shrink=True"):
             call()
-        except error:
-            continue
-        raise AssertionError(f"no {error.__name__}")

@@ -155,6 +155,27 @@ def test_mirror_has_the_same_constants():
     assert ours <= set(mojo)
 
 
+def test_ways_to_wait_are_the_same_in_settings():
+    text = (MIRROR / "settings.mojo").read_text()
+    for name in ("WAITS_VIRTUAL", "WAITS_SHRINK"):
+        assert int(re.search(rf"^comptime {name} = (\d+)$", text, re.M).group(1)) == getattr(layout, name)
+        read = f"Int(words[{layout.SETTING_WAITS}]) & {name} != 0"
+        assert read in text, read
+    assert config().settings(virtual=True)[layout.SETTING_WAITS] == layout.WAITS_VIRTUAL
+    assert config().settings(virtual=False)[layout.SETTING_WAITS] == 0
+
+
+def test_addresses_have_complements_and_outlive_records():
+    head = np.zeros(64, np.int32)
+    layout.put_address(head, layout.HEAD_MASKS, 0x7FFF_1234_5678_9ABC)
+    layout.put_address(head, layout.HEAD_NOTE, 16)
+    layout.clear_record(head)
+    layout.put_epochs(head, 2**39)
+    assert layout.get_u64(head, layout.HEAD_MASKS) == 0x7FFF_1234_5678_9ABC
+    assert layout.get_u64(head, layout.HEAD_MASKS_CHECK) == 2**64 - 1 - 0x7FFF_1234_5678_9ABC
+    assert layout.get_u64(head, layout.HEAD_NOTE_CHECK) == 2**64 - 17
+
+
 def test_head_round_trip():
     cfg = config(timeout_s=1.5)
     head = np.full(layout.counters_words(cfg), -1, np.int32)

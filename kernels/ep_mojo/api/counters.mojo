@@ -4,10 +4,10 @@ from layout import TileTensor
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 
 from ..gpu.launch import Peers
+from ..head import Head
 from ..layout import HEAD_TOP_K, MAX_TOP_K
 from ..peers import View
 from ..setup import tile_view
-from ..signal import Head
 
 comptime ANY_RANK: Int32 = -1
 """`my_rank` where the head of the counters alone says which rank it is."""

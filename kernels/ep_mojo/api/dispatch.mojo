@@ -7,6 +7,7 @@ from std.sys import size_of
 from ..cpu import expert_slots_dispatch
 from ..dispatch_tensors import DispatchInput, DispatchOutput, InputScales
 from ..formats import TokenFormat
+from ..head import Head
 from ..identity import check_identity
 from ..launch import Endpoint
 from ..layout import (
@@ -19,7 +20,6 @@ from ..layout import (
 from ..ops.checks import check_aligned, check_input, require
 from ..peers import PeerTable, Scratch, View
 from ..setup import tile_bytes, tile_view
-from ..signal import Head
 from .counters import ANY_RANK, EPLocalSyncCounters
 from .dispatch_kernels import (
     dispatch_async_kernel,

@@ -57,8 +57,11 @@ def combine_async[
         ep.end_send[HostTeam](epoch)
         return
     var buffer = ep.buffer(epoch)
+    var masked = ep.masked()
     for i in range(s.n_ranks):
         var peer = (ep.me + i) % s.n_ranks
+        if (masked >> UInt32(peer)) & 1 == 1:
+            continue
         publish(
             ep.count[peer],
             ep.window.header(buffer, ep.me),
@@ -86,7 +89,7 @@ def combine_async[
         var chunk = i // s.n_ranks
         var first = chunk * s.tokens_per_signal
         var T = Int(x.num_tokens[source])
-        if first >= T:
+        if first >= T or (masked >> UInt32(source)) & 1 == 1:
             return
         for t in range(first, min(first + s.tokens_per_signal, T)):
             var at = source * block + t * s.top_k

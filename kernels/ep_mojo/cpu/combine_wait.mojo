@@ -7,7 +7,8 @@ ranks that own one of the chunk's experts, then, in float32 and in this order,
     reduce "source"   acc = fma(w, row, acc) over valid k ascending
     otherwise         acc = acc + partial over contributing ranks ascending
 
-and rounds once to the output type. Rows past T come back zero. Then the buffer goes back by a credit.
+and rounds once to the output type. Choices of masked ranks add nothing. Rows past T come back zero. Then the buffer
+goes back by a credit.
 """
 
 from ..combine_tensors import (
@@ -19,11 +20,12 @@ from ..combine_tensors import (
     sum_terms,
     travels_by_row,
 )
-from ..launch import Endpoint, token_count
+from ..launch import Endpoint
 from ..layout import MAX_TOP_K, partial_offset, row_offset
 from ..routing import NO_EXPERT, destination, everyone, normal_id
-from ..signal import NO_SIGNAL, Waiter
+from ..signal import MASKED, NO_SIGNAL
 from ..team import HostTeam, zero_bytes
+from ..tokens import token_count
 from .workers import n_workers, share
 
 
@@ -61,14 +63,15 @@ def combine_wait[
     var K = s.top_k
     var epoch = ep.begin_wait(stage, ep.last_sent())
     var buffer = ep.buffer(epoch)
-    var waiter = Waiter(ep.head, stage, s.virtual)
+    var waiter = ep.waiter(stage)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
     for r in range(s.n_ranks):
         if ep.head.failed():
             break
         var header = ep.header_of(waiter, epoch, r)
-        if header != NO_SIGNAL:
+        if header != NO_SIGNAL and header != MASKED:
             _ = check_header(ep, stage, r, header, T, by_row)
+    var masked = ep.masked()
     var n_chunks = s.n_signals(T)
     var window = ep.recv[ep.me]
     var workers = n_workers(s, n_chunks, T * out_bytes)
@@ -76,6 +79,7 @@ def combine_wait[
     def work(chunk: Int) raises {imm}:
         var ids = Array[Int16, MAX_TOP_K](fill=NO_EXPERT)
         var arrived: UInt32 = 0
+        var lost = masked
         var first = chunk * s.tokens_per_signal
         for t in range(first, min(first + s.tokens_per_signal, T)):
             var mask: UInt32 = 0
@@ -86,17 +90,22 @@ def combine_wait[
                 mask |= destination(ids[k], s.n_local_experts())
             if s.everywhere:
                 mask = everyone(s)
+            mask &= ~lost
             for r in range(s.n_ranks):
                 var bit = UInt32(1) << UInt32(r)
                 if mask & bit & ~arrived != 0:
-                    if not ep.chunk_of(waiter, epoch, r, chunk):
+                    var signal = ep.chunk_of(waiter, epoch, r, chunk)
+                    if signal == NO_SIGNAL:
                         return
+                    if signal == MASKED:
+                        lost |= bit
                     arrived |= bit
+            mask &= ~lost
             var terms = Terms()
             begin_token[dtype, bias_dtype, ids_dtype, hidden](terms, x, t)
             comptime if by_row:
                 for k in range(K):
-                    if ids[k] >= 0:
+                    if destination(ids[k], s.n_local_experts()) & mask != 0:
                         terms.add(
                             window.unsafe_offset(row_offset(s, buffer, t, k)),
                             x.weight(t, k, K),

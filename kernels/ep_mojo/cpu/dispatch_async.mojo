@@ -12,12 +12,13 @@ stored what it covers. The buffer is free: `begin_send` has awaited every reader
 
 from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
-from ..launch import Endpoint, token_count
+from ..launch import Endpoint
 from ..layout import message_offset
 from ..peers import View, window_view
 from ..routing import destinations, everyone, normal_id
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, StreamingTeam, copy_bytes
+from ..tokens import token_count
 from .workers import exceeds_caches, n_workers, share
 
 
@@ -46,8 +47,9 @@ def dispatch_async[
         return
     var s = ep.s
     var buffer = ep.buffer(epoch)
-    var ids = _send_table(ep, x, T, buffer)
-    ep.announce[HostTeam](epoch, T)
+    var masked = ep.masked()
+    var ids = _send_table(ep, x, T, buffer, masked)
+    ep.announce[HostTeam](epoch, T, masked)
 
     var n_chunks = s.n_signals(T)
     var workers = n_workers(s, n_chunks, T * F.message_bytes)
@@ -61,6 +63,7 @@ def dispatch_async[
                 mask = everyone(s)
             if s.shared_expert:
                 mask |= UInt32(1) << UInt32(ep.me)
+            mask &= ~masked
             var offset = message_offset(s, buffer, ep.me, t)
             var written = -1
             for i in range(s.n_ranks):
@@ -82,11 +85,12 @@ def dispatch_async[
         finish_streaming()
         for i in range(s.n_ranks):
             var peer = (ep.me + i) % s.n_ranks
-            publish(
-                ep.count[peer],
-                ep.window.signal(buffer, ep.me, chunk),
-                word(epoch, 0),
-            )
+            if (masked >> UInt32(peer)) & 1 == 0:
+                publish(
+                    ep.count[peer],
+                    ep.window.signal(buffer, ep.me, chunk),
+                    word(epoch, 0),
+                )
 
     share(work, n_chunks, workers)
     ep.end_send[HostTeam](epoch)
@@ -94,10 +98,14 @@ def dispatch_async[
 
 def _send_table[
     ids_dtype: DType
-](ep: Endpoint[True], x: DispatchInput[ids_dtype], T: Int, buffer: Int) -> View[
-    DType.int16
-]:
-    """Write the routing table into my own window, then copy it to every peer's."""
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    T: Int,
+    buffer: Int,
+    masked: UInt32,
+) -> View[DType.int16]:
+    """Write the routing table into my own window, then copy it to every peer's that is not masked."""
     var n = T * ep.s.top_k
     var ids_at = ep.window.table_ids(buffer, ep.me)
     var weights_at = ep.window.table_weights(buffer, ep.me)
@@ -108,7 +116,7 @@ def _send_table[
         ids[i] = normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
         weights[i] = x.weights[i] if x.weights.present() else Float32(1)
     for peer in range(ep.s.n_ranks):
-        if peer != ep.me:
+        if peer != ep.me and (masked >> UInt32(peer)) & 1 == 0:
             var there = ep.count[peer]
             copy_bytes[HostTeam](
                 ids.bytes(), there.unsafe_offset(ids_at), 2 * n

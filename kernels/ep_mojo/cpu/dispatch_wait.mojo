@@ -2,7 +2,8 @@
 
 Reads this rank's windows of buffer `epoch mod B`: every source's header (T), then its table; from the tables every
 output row follows without looking at payload. Then, chunk by chunk, as its signal arrives, each message is copied to
-its 0 to K rows. When all is read the buffer goes back by a credit to every sender.
+its 0 to K rows; where a peer is lost meanwhile, rows that did not come are zero. When all is read the buffer goes back
+by a credit to every sender.
 
 Writes the outputs alone. They are the handle's own copies: nothing in them points into a window.
 """
@@ -19,7 +20,7 @@ from ..routing import (
     map_rows,
     row_starts,
 )
-from ..signal import NO_SIGNAL, Waiter
+from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import HostTeam, StreamingTeam, copy_bytes, zero_bytes
 from .workers import exceeds_caches, n_workers, share
 
@@ -43,13 +44,13 @@ def dispatch_wait[
     """
     var s = ep.s
     var epoch = ep.begin_wait(stage, ep.last_sent())
-    var waiter = Waiter(ep.head, stage, s.virtual)
+    var waiter = ep.waiter(stage)
     for g in range(out_.expert_ids.size):
         out_.expert_ids[g] = group_name(s, g, ep.me)
     for r in range(s.n_ranks):
         if ep.head.failed():
             break
-        out_.recv_num_tokens[r] = Int32(ep.header_of(waiter, epoch, r))
+        out_.recv_num_tokens[r] = Int32(ep.tokens_of(waiter, epoch, r))
     if not ep.head.failed():
         _receive[F, layout](ep, epoch, waiter, Rows[F, layout](out_), stage)
     if ep.head.failed():
@@ -119,8 +120,10 @@ def _receive[
     var workers = n_workers(s, items, tokens * F.message_bytes)
 
     @always_inline
-    def put(message: Bytes, row: Int) {imm}:
-        if streams:
+    def put(message: Bytes, row: Int, came: Bool) {imm}:
+        if not came:
+            rows.zero[HostTeam](row)
+        elif streams:
             rows.put[StreamingTeam](message, row)
         else:
             rows.put[HostTeam](message, row)
@@ -135,15 +138,17 @@ def _receive[
         var T = Int(out_.recv_num_tokens[r])
         if first >= T:
             return
-        if not ep.chunk_of(waiter, epoch, r, chunk):
+        var signal = ep.chunk_of(waiter, epoch, r, chunk)
+        if signal == NO_SIGNAL:
             return
+        var came = signal != MASKED
         for t in range(first, min(first + s.tokens_per_signal, T)):
             var message = ep.recv[ep.me].unsafe_offset(
                 message_offset(s, buffer, r, t)
             )
             comptime if layout == "gathered":
                 var row = Int(start[r]) + t
-                put(message, row)
+                put(message, row, came)
                 out_.src_info[2 * row] = Int32(r * s.max_tokens + t)
                 localise[HostTeam, layout](ep, buffer, r, t, row, out_)
                 continue
@@ -151,14 +156,14 @@ def _receive[
                 var row = Int(out_.row_map[r * block + t * s.top_k + k])
                 if row < 0:
                     continue
-                put(message, row)
+                put(message, row, came)
                 out_.src_info[2 * row] = Int32(r * s.max_tokens + t)
                 comptime if layout == "rank":
                     localise[HostTeam, layout](ep, buffer, r, t, row, out_)
                 else:
                     out_.src_info[2 * row + 1] = Int32(k)
             if s.shared_expert and r == ep.me:
-                put(message, shared_first + t)
+                put(message, shared_first + t, came)
                 out_.src_info[2 * (shared_first + t)] = Int32(
                     r * s.max_tokens + t
                 )

@@ -20,12 +20,14 @@ from ..combine_tensors import (
 )
 from ..expert_launch import begin_send, end_combine_send, end_wait, rows_arrived
 from ..expert_messages import routed_masks
-from ..launch import Endpoint, token_count
+from ..head import Head
+from ..launch import Endpoint
 from ..layout import FIELD_SRC_INFO, KIND_SHAPE, row_offset
 from ..peers import View
 from ..settings import Settings
-from ..signal import Head, Waiter
+from ..signal import Waiter
 from ..team import HostTeam, copy_bytes, zero_bytes
+from ..tokens import token_count
 from .workers import n_workers, share
 
 comptime ROWS_PER_ITEM = 16

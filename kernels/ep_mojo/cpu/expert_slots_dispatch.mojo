@@ -32,13 +32,14 @@ from ..expert_messages import (
     write_header,
 )
 from ..formats import TokenFormat
-from ..launch import Endpoint, token_count
+from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, expert_slot_offset
 from ..peers import Scratch, View
 from ..routing import NO_ROW, group_name, normal_id, row_starts
 from ..settings import Settings
 from ..signal import Waiter
 from ..team import HostTeam, copy_bytes
+from ..tokens import token_count
 from .workers import n_workers, share
 
 

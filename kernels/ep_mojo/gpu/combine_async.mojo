@@ -78,7 +78,7 @@ def open_send_back[
 @always_inline
 def send_headers[
     layout: StaticString, reduce: StaticString
-](ep: Endpoint[False], x: CombineInput, epoch: UInt64):
+](ep: Endpoint[False], x: CombineInput, epoch: UInt64, mut opening: Opening):
     """Send the headers, in a launch that may go on; the warp that opens calls this.
 
     Parameters:
@@ -89,10 +89,11 @@ def send_headers[
         ep: The rank.
         x: The rows.
         epoch: The launch's epoch.
+        opening: Says who is left out.
     """
     comptime by_row = travels_by_row[layout, reduce]()
     var peer = Int(lane_id())
-    if block_idx.x == 0 and peer < ep.s.n_ranks:
+    if block_idx.x == 0 and peer < ep.s.n_ranks and opening.serves(peer):
         publish(
             ep.count[peer],
             ep.window.header(ep.buffer(epoch), ep.me),
@@ -219,12 +220,13 @@ def _send_rows[
                     at = partial_offset(s, buffer, ep.me, t)
                 else:
                     at = row_offset(s, buffer, t, k)
-                store_row[size](slot.row, 1, recv.unsafe_offset(at))
+                var targets = UInt32(Int(opening.serves(source)))
+                store_row[size](slot.row, targets, recv.unsafe_offset(at))
         finish_stores()
         mark[MARK_COMBINE_SUMS_ARRIVED](ep)
         if not fits or not opening.passed():
             break  # the source waits, and reads FAILED in the header
-        if lane == 0:
+        if lane == 0 and opening.serves(source):
             publish(
                 ep.count[source],
                 ep.window.signal(buffer, ep.me, chunk),
@@ -309,9 +311,9 @@ def combine_async_stage[
     var opening = Opening()
     if opening.opens():
         open_send_back[dtype, hidden](ep, x, stage)
-        opening.decide(ep.head)
+        opening.decide(ep)
         if opening.passed():
-            send_headers[layout, reduce](ep, x, epoch)
+            send_headers[layout, reduce](ep, x, epoch, opening)
     opening.settle()
     send_back[dtype, hidden, layout, reduce](
         ep, x, epoch, stage, Share(), opening

@@ -15,9 +15,10 @@ from ..combine_tensors import (
     row_bytes,
     travels_by_row,
 )
-from ..launch import Endpoint, given_tokens, tokens_fit
-from ..signal import NO_SIGNAL, Waiter
+from ..launch import Endpoint
+from ..signal import MASKED, NO_SIGNAL
 from ..team import WarpTeam, zero_bytes
+from ..tokens import given_tokens, tokens_fit
 from .launch import (
     ByValue,
     Peers,
@@ -86,21 +87,23 @@ def receive_back[
     """
     comptime out_bytes = row_bytes[out_dtype, hidden]()
     comptime by_row = travels_by_row[layout, reduce]()
-    var waiter = Waiter(ep.head, stage, ep.s.virtual)
+    var waiter = ep.waiter(stage)
     var T = given_tokens(x.rows, x.num_tokens)
     for t in range(T + share.first, x.rows, share.stride):
         zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
     var fine = True
+    var masked = False
     if Int(lane_id()) < ep.s.n_ranks:
         var peer = Int(lane_id())
         var header = ep.header_of(waiter, epoch, peer)
         fine = header != NO_SIGNAL
-        if fine:
+        masked = header == MASKED
+        if fine and not masked:
             fine = check_header(ep, stage, peer, header, T, by_row)
     if ballot(not fine) == 0:
         syncwarp()
         receive_sums[dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row](
-            ep, x, T, epoch, waiter, share
+            ep, x, T, epoch, waiter, UInt32(ballot(masked)), share
         )
 
 

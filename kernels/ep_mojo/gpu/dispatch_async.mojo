@@ -19,12 +19,13 @@ from max.gpu.sync import barrier, syncwarp
 
 from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
-from ..launch import Endpoint, given_tokens, readable_tokens, tokens_fit
+from ..launch import Endpoint
 from ..layout import WORK_TABLED, align_up, message_offset
 from ..peers import typed
 from ..routing import NO_EXPERT, everyone, normal_id
 from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..team import WarpTeam
+from ..tokens import given_tokens, readable_tokens, tokens_fit
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .notes import await_note
 from .opening import Opening
@@ -151,7 +152,7 @@ def _send_table[
             w = x.weights.ptr.unsafe_load[
                 width=V, alignment=4, invariant=False
             ](i)
-        if not opening.passed():
+        if not opening.passed() or not opening.serves(peer):
             break
         ids.unsafe_store[width=V, alignment=16](
             i, normal_id(id, ep.s.n_experts)
@@ -159,7 +160,8 @@ def _send_table[
         weights.unsafe_store[width=V, alignment=16](i, w)
     if not opening.passed():
         return
-    for i in range(whole + Int(thread_idx.x), n, threads):
+    var served = opening.serves(peer)
+    for i in range(whole + Int(thread_idx.x), n if served else 0, threads):
         ids.unsafe_store(
             i, normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
         )
@@ -168,7 +170,8 @@ def _send_table[
         )
     barrier()
     if thread_idx.x == 0:
-        publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
+        if served:
+            publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
         note(ep.head.base, 4 * WORK_TABLED + 8 * peer, word(epoch, T))
     mark[MARK_TABLE_SENT](ep)
 
@@ -273,14 +276,15 @@ def send_messages[
                 mark[MARK_TABLES_HAVE_LEFT](ep)
             store_row[F.message_bytes](
                 message,
-                targets if stores else UInt32(0),  # the crew goes on meeting
+                # The crew goes on meeting.
+                targets & ~opening.masked if stores else UInt32(0),
                 recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
             )
         finish_stores()
         mark[MARK_MESSAGES_ARRIVED](ep)
         if not opening.passed():
             return
-        if lane < s.n_ranks and stores:
+        if lane < s.n_ranks and stores and opening.serves(lane):
             publish(
                 count,
                 ep.window.signal(buffer, ep.me, chunk),
@@ -314,7 +318,7 @@ def dispatch_async_stage[
     var opening = Opening()
     if opening.opens():
         open_send(ep, input.value, stage)
-        opening.decide(ep.head)
+        opening.decide(ep)
     opening.settle()
     send_tables(ep, input.value, epoch, opening)
     send_messages[F, ids_dtype, encoded](

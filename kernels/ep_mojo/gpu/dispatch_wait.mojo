@@ -4,7 +4,8 @@
                    counters; when all pieces are counted, works out where each group begins and gives every choice its
                    row; notes that
     every warp     takes chunks of a source: awaits map and signal, brings each message into shared memory once, and
-                   copies it to its rows from there; then it marks its part of what no row fills
+                   copies it to its rows from there, or zeroes these where the peer is lost meanwhile; then it marks
+                   its part of what no row fills
 
 The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
 many come before it (see `routing.mojo` and `starts.mojo`).
@@ -20,7 +21,7 @@ from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import WORK_MAPPED, align_up, message_offset
 from ..routing import NO_ROW
-from ..signal import NO_SIGNAL, Waiter
+from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam, fill
 from .launch import (
     ByValue,
@@ -78,7 +79,7 @@ def keep_weights(
     var buffer = ep.buffer(epoch)
     for i in range(share.first, ep.s.n_ranks * pieces, share.stride):
         var r = i // pieces
-        var T = ep.header_of(waiter, epoch, r)
+        var T = ep.tokens_of(waiter, epoch, r)
         if ballot(T == NO_SIGNAL) != 0:
             return
         var n = T * ep.s.top_k
@@ -141,8 +142,10 @@ def copy_rows[
         var begin = chunk * s.tokens_per_signal
         if begin >= T:
             continue
-        if ballot(not ep.chunk_of(waiter, epoch, r, chunk)) != 0:
+        var signal = ep.chunk_of(waiter, epoch, r, chunk)
+        if ballot(signal == NO_SIGNAL) != 0:
             break
+        var came = ballot(signal == MASKED) == 0
         mark[MARK_SIGNAL_SEEN](ep)
         for t in range(begin, min(begin + s.tokens_per_signal, T)):
             var row = NO_ROW
@@ -153,6 +156,12 @@ def copy_rows[
             if left == 0 and not shared:
                 continue
             release_slots()
+            if not came:  # the peer was lost meanwhile
+                while left != 0:
+                    var lane_of = UInt32(count_trailing_zeros(left))
+                    left &= left - 1
+                    rows.zero[WarpTeam](Int(warp.shuffle_idx(row, lane_of)))
+                continue
             slot.load[F.message_bytes](
                 window.unsafe_offset(message_offset(s, buffer, r, t))
             )
@@ -255,7 +264,7 @@ def dispatch_wait_stage[
         return
     var ep = peers.value.endpoint[True]()
     var epoch = ep.next_wait()
-    var waiter = Waiter(ep.head, stage, ep.s.virtual)
+    var waiter = ep.waiter(stage)
     var rows = Rows[F, layout](output.value)
     name_groups(ep, output.value)
     if thread_idx.x == 0:

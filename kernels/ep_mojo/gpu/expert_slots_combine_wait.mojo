@@ -22,12 +22,13 @@ from ..combine_tensors import (
 )
 from ..expert_launch import end_wait, rows_arrived
 from ..expert_messages import routed_masks
-from ..launch import Endpoint, given_tokens, tokens_fit
+from ..launch import Endpoint
 from ..layout import row_offset
 from ..numeric import load_f32
 from ..settings import Settings
 from ..signal import Waiter
 from ..team import WarpTeam, zero_bytes
+from ..tokens import given_tokens, tokens_fit
 from .combine_wait import zero_output
 from .receive_sums import MAX_PARTS
 from .launch import ByValue, Peers, Shape, is_last_cta, may_go_on

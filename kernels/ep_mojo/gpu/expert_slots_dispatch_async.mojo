@@ -28,12 +28,13 @@ from ..dispatch_tensors import DispatchInput, InputScales
 from ..expert_launch import begin_send, end_dispatch_send
 from ..expert_messages import payload, routed_masks, write_header
 from ..formats import TokenFormat
-from ..launch import Endpoint, given_tokens, token_count
+from ..launch import Endpoint
 from ..layout import align_up, expert_slot_offset
 from ..peers import View, window_view
 from ..routing import NO_EXPERT, normal_id
 from ..settings import Settings
 from ..team import WarpTeam
+from ..tokens import given_tokens, token_count
 from .dispatch_async import slot_bytes
 from .launch import (
     ByValue,

@@ -13,7 +13,6 @@ from ..combine_tensors import CombineInput, CombineOutput, row_bytes
 from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
-from ..signal import Waiter
 from ..team import WarpTeam
 from .combine_async import (
     give_shared,
@@ -83,7 +82,7 @@ def dispatch_stage[
     var out_ = output.value
     var sent = ep.last_sent() + 1
     var epoch = ep.next_wait()
-    var waiter = Waiter(ep.head, STAGE_DISPATCH, False)
+    var waiter = ep.waiter(STAGE_DISPATCH)
     name_groups(ep, out_)
     var opening = Opening()
     mark[MARK_BEGUN](ep)
@@ -91,7 +90,7 @@ def dispatch_stage[
         open_send(ep, x, STAGE_DISPATCH)
         if lane_id() == 0:
             _ = ep.begin_wait(STAGE_DISPATCH, sent)
-        opening.decide(ep.head)
+        opening.decide(ep)
         mark[MARK_OPENED](ep)
     opening.settle()
     var roles = DispatchRoles(ep.s)
@@ -226,10 +225,10 @@ def combine_stage[
         open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
-        opening.decide(ep.head)
+        opening.decide(ep)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():
-            send_headers[layout, reduce](ep, x, sent)
+            send_headers[layout, reduce](ep, x, sent, opening)
     opening.settle()
     var roles = CombineRoles(ep.s)
     if roles.sends:

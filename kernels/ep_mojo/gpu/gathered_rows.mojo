@@ -118,7 +118,7 @@ def gather_rows[
         if begin >= T:
             continue
         var first = rows_before(tokens, r)
-        if ballot(not ep.chunk_of(waiter, epoch, r, chunk)) != 0:
+        if ballot(ep.chunk_of(waiter, epoch, r, chunk) != 0) != 0:
             break
         mark[MARK_SIGNAL_SEEN](ep)
         for t in range(begin, min(begin + s.tokens_per_signal, T)):

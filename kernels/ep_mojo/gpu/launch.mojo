@@ -17,6 +17,7 @@ from max.gpu.host import DeviceAttribute, DeviceContext, FuncAttribute
 from max.gpu.sync import barrier
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
 
+from ..head import Head
 from ..launch import Endpoint
 from ..layout import (
     ARRIVED,
@@ -28,7 +29,7 @@ from ..layout import (
 )
 from ..peers import Bytes, PeerTable, View
 from ..settings import Settings
-from ..signal import Head, arrive
+from ..signal import arrive
 from .shared_memory import (
     BARRIERS,
     BARRIER_BYTES,

@@ -78,7 +78,7 @@ def map_sources[
         var piece = pieces.piece(s, v)
         var T = NO_SIGNAL
         if thread_idx.x == 0:
-            T = ep.header_of(waiter, epoch, piece.source)
+            T = ep.tokens_of(waiter, epoch, piece.source)
         T = told(T)
         if T == NO_SIGNAL:
             return

@@ -30,8 +30,9 @@ def await_note(
     var offset = 4 * words + 8 * which
     var spinning = waiter
     spinning.virtual = False  # who notes it runs at the same time
-    # And has a deadline of its own, which says more.
-    spinning.until += spinning.limit
+    # And has deadlines of its own, which say more: one, or one for each peer that is lost in this launch.
+    spinning.until += spinning.limit * (ep.s.n_ranks + 1 if ep.s.shrinks else 1)
+    spinning.shrinks = False  # the peer is not to blame
     return spinning.reach(
         ep.head.base,
         offset,

@@ -4,14 +4,15 @@ store.
     last warp      awaits the buffer's credits and checks what it was given, then `decide`
     other warps    loads and sums into shared memory, `passed` in front of the first store to a peer
 
-Where there are no mbarriers the CTA meets at `settle`, and nothing overlaps.
+Where there are no mbarriers the CTA meets at `settle`, and nothing overlaps. With the word come the peers that are
+masked by then, so that all warps of a CTA send to the same ones, each of which has given the buffer back.
 """
 
 from max.gpu import lane_id, thread_idx
 from max.gpu.sync import barrier, syncwarp
 
+from ..launch import Endpoint
 from ..peers import View
-from ..signal import Head
 from .launch import warp_index, warps
 from .share import begin_crews
 from .shared_memory import (
@@ -30,12 +31,15 @@ struct Opening(Copyable, Movable):
     """Whether the calling warp knows."""
     var open: Bool
     """What."""
+    var masked: UInt32
+    """Peers that get nothing, a bit each; known with `open`."""
 
     @always_inline
     def __init__(out self):
         """Begin, undecided; all threads of the CTA call this first of all. Crews may be formed afterwards."""
         self.decided = False
         self.open = False
+        self.masked = 0
         comptime if moves_in_bulk():
             if thread_idx.x == 0:
                 Self._barrier().begin(1)
@@ -62,15 +66,20 @@ struct Opening(Copyable, Movable):
         return warp_index() == warps() - 1
 
     @always_inline
-    def decide(mut self, head: Head):
+    def decide[has_table: Bool](mut self, ep: Endpoint[has_table]):
         """Let the launch go on unless the rank has failed; the opening warp calls this once, when all lanes are done.
 
+        Parameters:
+            has_table: True for dispatch, False for combine.
+
         Args:
-            head: The rank's head.
+            ep: The rank.
         """
         syncwarp()
         if lane_id() == 0:
-            Self._word()[0] = Int32(not head.failed())
+            Self._word()[0] = Int32(not ep.head.failed()) + 2 * Int32(
+                ep.masked()
+            )
             comptime if moves_in_bulk():
                 Self._barrier().arrive(1)
         syncwarp()
@@ -80,8 +89,14 @@ struct Opening(Copyable, Movable):
         """All threads of the CTA call this, when the opening warp has decided and before the others do anything."""
         comptime if not moves_in_bulk():
             barrier()
-            self.open = Self._word()[0] != 0
-            self.decided = True
+            self._learn()
+
+    @always_inline
+    def _learn(mut self):
+        var word = Self._word()[0]
+        self.open = word & 1 != 0
+        self.masked = UInt32(word >> 1)
+        self.decided = True
 
     @always_inline
     def passed(mut self) -> Bool:
@@ -93,6 +108,18 @@ struct Opening(Copyable, Movable):
         if not self.decided:
             comptime if moves_in_bulk():
                 Self._barrier().wait(0)
-            self.open = Self._word()[0] != 0
-            self.decided = True
+            self._learn()
         return self.open
+
+    @always_inline
+    def serves(mut self, peer: Int) -> Bool:
+        """Whether a peer gets what the launch sends; waits for the decision.
+
+        Args:
+            peer: Which one.
+
+        Returns:
+            False for one that is masked.
+        """
+        _ = self.passed()
+        return (self.masked >> UInt32(peer)) & 1 == 0

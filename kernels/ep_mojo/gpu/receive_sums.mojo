@@ -17,7 +17,7 @@ from ..layout import partial_offset, row_offset
 from ..numeric import accumulate, store_f32
 from ..peers import Bytes
 from ..routing import destination, everyone, normal_id
-from ..signal import Waiter
+from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam
 from .launch import warp_memory
 from .ring import Ring
@@ -86,6 +86,8 @@ struct TokenSums[
     """The last chunk of which signals have come."""
     var arrived: UInt32
     """From which ranks."""
+    var masked: UInt32
+    """Ranks of which nothing is added; those too that are lost meanwhile."""
 
     def __init__(
         out self,
@@ -94,6 +96,7 @@ struct TokenSums[
         T: Int,
         epoch: UInt64,
         waiter: Waiter,
+        masked: UInt32,
         first: Int,
         stride: Int,
     ):
@@ -105,6 +108,7 @@ struct TokenSums[
             T: How many.
             epoch: The launch's epoch.
             waiter: The launch's waiter.
+            masked: Ranks of which nothing is added.
             first: The warp's first chunk.
             stride: From one of its chunks to the next.
         """
@@ -120,6 +124,7 @@ struct TokenSums[
         self.done = 0
         self.awaited = -1
         self.arrived = 0
+        self.masked = masked
 
     @always_inline
     def fetch(mut self, mut batch: Batch) -> Bool:
@@ -179,14 +184,14 @@ struct TokenSums[
         var id = normal_id(
             self.x.ids[choice].cast[DType.int64](), self.ep.s.n_experts
         )
-        return destination(id, self.ep.s.n_local_experts())
+        return destination(id, self.ep.s.n_local_experts()) & ~self.masked
 
     @always_inline
-    def admit(mut self, batch: Batch) -> Bool:
+    def admit(mut self, mut batch: Batch) -> Bool:
         """Await the chunk's signals of the ranks that the batch's rows come from.
 
         Args:
-            batch: The batch.
+            batch: The batch; loses the rows of ranks that are lost.
 
         Returns:
             False where one is missing.
@@ -198,18 +203,21 @@ struct TokenSums[
         if Int(batch.chunk) != self.awaited:
             self.awaited = Int(batch.chunk)
             self.arrived = 0
-        missing &= ~self.arrived
+        missing &= ~(self.arrived | self.masked)
         self.arrived |= missing
-        var came = True
+        var signal = 0
         var lane = Int(lane_id())
         if lane < self.ep.s.n_ranks and (missing >> UInt32(lane)) & 1 == 1:
-            came = self.ep.chunk_of(
+            signal = self.ep.chunk_of(
                 self.waiter, self.epoch, lane, Int(batch.chunk)
             )
         comptime if moves_in_bulk():
             order_for_bulk()  # the rows may be brought in then
-        if ballot(not came) != 0:
+        if ballot(signal == NO_SIGNAL) != 0:
             return False
+        if self.ep.s.shrinks:
+            self.masked |= UInt32(ballot(signal == MASKED))
+            batch.mask &= ~ballot(batch.peers & self.masked != 0)
         syncwarp()
         mark[MARK_COMBINE_SIGNALS_SEEN](self.ep)
         return True
@@ -338,6 +346,7 @@ def receive_sums[
     T: Int,
     epoch: UInt64,
     waiter: Waiter,
+    masked: UInt32,
     share: Share,
 ):
     """Sum the calling warp's tokens, as what they are made of arrives.
@@ -356,6 +365,7 @@ def receive_sums[
         T: How many.
         epoch: The launch's epoch.
         waiter: The launch's waiter.
+        masked: Ranks of which nothing is added.
         share: The calling warp's chunks.
     """
     comptime size = slice_bytes[dtype, hidden]()
@@ -370,7 +380,16 @@ def receive_sums[
     )
     var sums = TokenSums[
         dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row
-    ](ep, x, T, epoch, waiter, share.first - part * chunks, share.stride)
+    ](
+        ep,
+        x,
+        T,
+        epoch,
+        waiter,
+        masked,
+        share.first - part * chunks,
+        share.stride,
+    )
     sum_all(
         sums,
         ring,

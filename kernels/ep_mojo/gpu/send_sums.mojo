@@ -162,7 +162,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         return False
 
     @always_inline
-    def admit(mut self, batch: Batch) -> Bool:
+    def admit(mut self, mut batch: Batch) -> Bool:
         """Nothing to wait for: the experts have written their rows.
 
         Args:

@@ -92,11 +92,11 @@ trait Sums:
         """
         ...
 
-    def admit(mut self, batch: Batch) -> Bool:
+    def admit(mut self, mut batch: Batch) -> Bool:
         """Wait until the batch's rows may be read.
 
         Args:
-            batch: From `fetch`.
+            batch: From `fetch`; rows that will not come are taken out.
 
         Returns:
             False where the launch gives up.
@@ -267,7 +267,7 @@ def _feed[
     mut feeder: Feeder,
     slices: Slices,
     now: Batch,
-    next: Batch,
+    mut next: Batch,
     more: Bool,
 ) -> Bool:
     """Start rows while there is room, of `now` and, where there is `more`, then of `next`; False to give up."""

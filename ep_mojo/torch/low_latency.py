@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,20 @@ Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
 
 
+class Plan(NamedTuple):
+    """What all rounds of some sizes have in common: looked up once a call.
+
+    Attributes:
+        cfg: The engine's config.
+        sets: The graphs.
+        rounds: The rounds.
+    """
+
+    cfg: EPConfig
+    sets: tuple[graphs.DispatchSet, graphs.CombineSet]
+    rounds: Rounds
+
+
 class LowLatencyHandle(Sequence):
     """What a low-latency dispatch leaves for combine. Of a round with a hook it is good once the hook was called.
 
@@ -37,6 +51,7 @@ class LowLatencyHandle(Sequence):
     made when they are first asked for; combine does not need them.
 
     Attributes:
+        plan: What it shares with other rounds.
         cfg: The engine's config.
         num_tokens: T of this rank.
         memory: The engine's handle: see `tensors.places`.
@@ -44,9 +59,10 @@ class LowLatencyHandle(Sequence):
         received: Whether the round was received.
     """
 
-    def __init__(self, session: Session, cfg: EPConfig, num_tokens: int, memory: torch.Tensor):
-        self.session, self.cfg, self.num_tokens, self.memory = session, cfg, num_tokens, memory
-        self.counts = part(memory, "counts", cfg)
+    def __init__(self, session: Session, plan: Plan, num_tokens: int, memory: torch.Tensor):
+        self.session, self.plan, self.num_tokens, self.memory = session, plan, num_tokens, memory
+        self.cfg = plan.cfg
+        self.counts = part(memory, "counts", plan.cfg)
         self.received = False
 
     @functools.cached_property
@@ -94,7 +110,7 @@ class LowLatencyMode:
 
     def __init__(self, session: Session, num_rdma_bytes: int):
         self.session, self.num_rdma_bytes = session, num_rdma_bytes
-        self._checked: dict[tuple[Any, ...], EPConfig] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
         self._pending: dict[tuple[Rounds, str], deque[Hook]] = {}
         self._zero_copy: dict[tuple[int, ...], deque[torch.Tensor]] = {}
         self._next: tuple[int, ...] | None = None
@@ -135,15 +151,14 @@ class LowLatencyMode:
         device = self.session.device
         check_tensor("x", x, [torch.bfloat16], [None, None], device)
         check_tensor("topk_idx", topk_idx, [torch.int64], [x.shape[0], None], device)
-        cfg = self._config(num_max_tokens, x.shape[1], topk_idx.shape[1], num_experts, fmt)
+        plan = self._plan(num_max_tokens, x.shape[1], topk_idx.shape[1], num_experts, fmt)
+        cfg, rounds, sets = plan.cfg, plan.rounds, plan.sets
         if stats is not None:
             check_tensor("cumulative_local_expert_recv_stats", stats, [torch.int32], [cfg.n_local_experts], device)
-        sets = graphs.low_latency(cfg)
-        rounds = self.session.rounds(cfg, sets, shrink=True)
         self._check_room(rounds, "dispatch", later)
         given = dense(x), None, dense(topk_idx)
         found = Received.empty(cfg, device)
-        handle = LowLatencyHandle(self.session, cfg, x.shape[0], found.memory)
+        handle = LowLatencyHandle(self.session, plan, x.shape[0], found.memory)
         if not later:
             with self.session.announcing(rounds, x.shape[0], _too_many):
                 rounds.run(sets[0], "dispatch", *found, *given)
@@ -161,20 +176,27 @@ class LowLatencyMode:
         hook = self._later(rounds, "dispatch", receive)
         return self._rows(cfg, found), handle.counts, handle, hook
 
-    def _config(self, num_tokens: Any, hidden: int, top_k: int, num_experts: Any, fmt: TokenFormat) -> EPConfig:
-        """The engine's config of a round whose sizes fit the Buffer. Raises as `check_sizes`, and `ConfigError`."""
+    def _plan(self, num_tokens: Any, hidden: int, top_k: int, num_experts: Any, fmt: TokenFormat) -> Plan:
+        """What such a round needs, if its sizes fit the Buffer. All ranks make the first of a kind together.
+
+        Raises:
+            ConfigError, CapacityError: See `check_sizes`.
+            ConfigMismatchError, PeerTimeoutError, EPError: See `Session.rounds`.
+        """
         key = num_tokens, hidden, top_k, num_experts, fmt
         plain = type(num_tokens) is int and type(num_experts) is int  # as a key 4.0 would pass for 4
-        if plain and key in self._checked:
-            return self._checked[key]
+        if plain and key in self._plans:
+            return self._plans[key]
         self.check_sizes(num_tokens, hidden, num_experts)
         n_ranks, timeout_s = self.session.size, self.session.timeout_s
         cfg = sizes.low_latency_config(
             num_tokens, hidden, top_k, num_experts, n_ranks, dispatch_format=fmt, timeout_s=timeout_s
         )
+        sets = graphs.low_latency(cfg)
+        plan = Plan(cfg, sets, self.session.rounds(cfg, sets, shrink=True))
         if plain:
-            self._checked[key] = cfg
-        return cfg
+            self._plans[key] = plan
+        return plan
 
     def _arrived(self, handle: LowLatencyHandle, stats: torch.Tensor | None) -> None:
         handle.received = True
@@ -219,8 +241,7 @@ class LowLatencyMode:
                 )
         if not handle.received:
             raise _hook_first("handle")
-        sets = graphs.low_latency(cfg)
-        rounds, back = self.session.rounds(cfg, sets, shrink=True), sets[1]
+        rounds, back = handle.plan.rounds, handle.plan.sets[1]
         self._check_room(rounds, "combine", later)
         rows = self._filled(shape) if zero_copy else dense(x)
         ids, weights = dense(topk_idx), dense(topk_weights)

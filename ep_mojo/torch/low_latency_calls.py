@@ -183,10 +183,8 @@ class LowLatencyCalls:
             ConfigError: There is no such rank, it is this one, or the Buffer was made without enable_shrink.
             OrderError: After `destroy`.
         """
-        queue = self._shrinking().queue
-        with queue.working():
+        with self._shrinking().queue.launching():
             self._low_latency.update_mask(rank_to_mask, mask)
-        queue.finish(False)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write which ranks are masked to int32 [R]: 1 for those, by hand or since they did not come to a round.
@@ -196,10 +194,8 @@ class LowLatencyCalls:
             ConfigError: The Buffer was made without enable_shrink.
             OrderError: After `destroy`.
         """
-        queue = self._shrinking().queue
-        with queue.working():
+        with self._shrinking().queue.launching():
             self._low_latency.query_mask(mask_status)
-        queue.finish(False)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all ranks in again: right if they have made as many rounds as this one; otherwise use `reset`.
@@ -208,10 +204,8 @@ class LowLatencyCalls:
             ConfigError: The Buffer was made without enable_shrink.
             OrderError: After `destroy`.
         """
-        queue = self._shrinking().queue
-        with queue.working():
+        with self._shrinking().queue.launching():
             self._low_latency.clean_masks()
-        queue.finish(False)
 
     def _low_latency_session(self) -> Session:
         if not self.low_latency_mode:

@@ -58,7 +58,7 @@ class Rounds:
         self._queue = queue_for(self.device)
         self.too_many: TooMany | None = None
         self._stages: dict[tuple[GraphSet, str], Any] = {}
-        self._calls = {side: Call(comm, side) for side in set(SIDE.values())}
+        self._calls = self._blocks()
 
     @classmethod
     def make(
@@ -92,6 +92,14 @@ class Rounds:
             compile_sets(self.comm, lacking)
         for each in sets:
             self._stages |= {(each, stage): model for stage, model in _compiled[each, place].items()}
+
+    def _blocks(self) -> dict[str, Call]:
+        return {side: Call(self.comm, side) for side in set(SIDE.values())}
+
+    def shrink(self, masks: torch.Tensor) -> None:
+        """From now on leave out the ranks that `masks` names, see `Communicator.shrink`; it must outlive all rounds."""
+        self.comm.shrink(masks.data_ptr())
+        self._calls = self._blocks()  # the settings say so
 
     def has(self, graphs: GraphSet, stage: str) -> bool:
         """Whether a graph was prepared."""

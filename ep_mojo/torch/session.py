@@ -135,7 +135,7 @@ class Session:
             check_not_capturing(self.device, "windows and graphs cannot be made", "make one such round before")
             made = Rounds.make(self.group, self.board, self.device, cfg, sets, self.make_timeout_s)
             if shrink and self.masks is not None:
-                made.comm.shrink(self.masks.data_ptr())
+                made.shrink(self.masks)
             self._rounds[key] = made
         return self._rounds[key]
 

@@ -24,6 +24,7 @@ from ..gate import default_groups, gate
 from ..graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
 from ..kernels import kernel_library
 from ..reference.fp8 import quantize
+from .hold import Hold, held_times
 from .report import number_of
 
 ROUTINGS = ("uniform", "grouped", "zipf", "one")
@@ -218,13 +219,24 @@ def error_of(case: Round, outputs: Sequence[Any], given: Sequence[np.ndarray]) -
     return worst
 
 
-def replay_times(model: Any, args: Sequence[Any], devices: Sequence[Any], replays: int = REPLAYS) -> dict[str, float]:
+def replay_times(model: Any, args: Sequence[Any], hold: Hold, replays: int = REPLAYS) -> dict[str, float]:
     """Microseconds of a replayed round, over all replays and ranks; and of an eager one, by the host's clock.
 
+    Args:
+        model: The round.
+        args: Its arguments.
+        hold: Holds back the queues of the GPUs that it runs on.
+        replays: How many.
+
     Returns:
-        "median_us" and "p99_us" between two events on a rank's own queue, "wall_us" and "eager_us" by the host's clock.
+        Between two events on a rank's own queue: "median_us" and "p99_us", the devices' time, all replays enqueued
+        before the first begins (NaN where the host is too slow for that: see `held_times`); "host_paced_us", a median
+        too, of replays that begin as soon as the host has launched them, which for small rounds is the host's time.
+        By the host's clock "wall_us", of a replay in a row of them, and "eager_us".
     """
     from max.driver import DeviceEvent
+
+    devices = hold.devices
 
     def settle() -> None:
         for d in devices:
@@ -251,10 +263,12 @@ def replay_times(model: Any, args: Sequence[Any], devices: Sequence[Any], replay
         if i < replays:
             model.replay(1, *args)
     settle()
-    times = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
+    paced = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
+    times = held_times(model, args, hold, replays)
     return {
         "median_us": float(np.median(times)),
         "p99_us": float(np.percentile(times, 99)),
+        "host_paced_us": float(np.median(paced)),
         "wall_us": wall_us,
         "eager_us": eager,
     }

@@ -22,6 +22,7 @@ from ..errors import ConfigError, DeviceError
 from ..formats import BF16, BlockwiseFP8, check_int
 from ..gate import default_groups, gate
 from ..graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
+from ..handle import HANDLE_TENSORS
 from ..kernels import kernel_library
 from ..reference.fp8 import quantize
 from .hold import Hold, held_times
@@ -123,6 +124,7 @@ def add_round(case: Round, comm: Communicator, *, part: str = "round", module: A
         comm: Where the ranks are.
         part: "round": y of all ranks out; fp8 rows are cast to bfloat16 on their way to combine. "rows": the rows that
             combine would get out, and no combine. "given rows": these rows are inputs too, so that nothing is cast.
+            "all": what dispatch gave, `HANDLE_TENSORS` of all ranks, and then y.
         module: Where to put the graph.
     """
     from max.dtype import DType
@@ -146,12 +148,13 @@ def add_round(case: Round, comm: Communicator, *, part: str = "round", module: A
         rows = (
             given[0] if given else [h.tokens if case.fmt == "bf16" else h.tokens.cast(DType.bfloat16) for h in handles]
         )
+        kept = [getattr(h, name) for h in handles for name in HANDLE_TENSORS] if part == "all" else []
         if part == "rows":
             graph.output(*rows)
         elif case.fused:
-            graph.output(*combine(ranks, rows, handles))
+            graph.output(*kept, *combine(ranks, rows, handles))
         else:
-            graph.output(*combine_wait(ranks, combine_async(ranks, rows, handles)))
+            graph.output(*kept, *combine_wait(ranks, combine_async(ranks, rows, handles)))
     return graph
 
 

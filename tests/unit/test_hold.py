@@ -60,7 +60,7 @@ def max_driver():
     pytest.importorskip("max.driver")
 
 
-@pytest.mark.parametrize(("launch_ms", "steps"), [(0.001, [1, 1, 1]), (0.15, [1, 2, 2, 2])])
+@pytest.mark.parametrize(("launch_ms", "steps"), [(0.001, [1, 1, 1, 1]), (0.15, [1, 1, 2, 2, 2])])
 def test_the_devices_time_whatever_the_host_needs(monkeypatch, launch_ms, steps):
     machine = Machine(monkeypatch, launch_ms)
     found = gpu_round.replay_times(machine.model(), [], machine.hold(), replays=50)

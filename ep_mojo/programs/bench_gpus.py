@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..formats import check_int
 from . import files, link, measures, report
 from .gpu_round import ERROR_LIMIT, REPLAYS, Round, add_round, draw, error_of, gpus_to_use, on_devices, replay_times
+from .hold import Hold
 from .options import FORMATS, words
 from .progress import Progress
 
@@ -136,9 +137,10 @@ def measure(case: Round, cfg: EPConfig, seed: int, replays: int) -> dict[str, An
         row: dict[str, Any] = {"case": vars(case) | {"name": case.name}, "error": error, "wrong": ""}
         if not error < ERROR_LIMIT:
             return row | {"wrong": f"relative error {error:.1e}, allowed: below {ERROR_LIMIT:.0e}"}
-        row |= replay_times(timed.model, args, comm.devices, replays)
+        hold = Hold(comm.session, comm.devices)
+        row |= replay_times(timed.model, args, hold, replays)
         comm.check()
-        link_us = link.push_times(comm, pushes.model, rows, replays)["median_us"]
+        link_us = link.push_times(comm, pushes.model, rows, hold, replays)["median_us"]
         comm.check()
         row |= on_link(cfg, topk_ids, row["median_us"], link_us)
         del outputs, args
@@ -173,9 +175,9 @@ def report_text(result: dict[str, Any]) -> str:
     machine, rows = result["machine"], []
     for row in result["cases"]:
         if row["wrong"]:
-            rows.append([row["case"]["name"], *["-"] * 7, f"WRONG: {row['wrong']}"])
+            rows.append([row["case"]["name"], *["-"] * 8, f"WRONG: {row['wrong']}"])
             continue
-        figures = [f"{row['median_us']:.1f}", f"{row['p99_us']:.1f}", f"{row['wall_us']:.1f}", f"{row['eager_us']:.1f}"]
+        figures = [f"{row[f'{name}_us']:.1f}" for name in ("median", "p99", "host_paced", "wall", "eager")]
         rows.append(
             [
                 row["case"]["name"],
@@ -186,14 +188,15 @@ def report_text(result: dict[str, Any]) -> str:
                 f"{row['share']:.0%}",
             ]
         )
-    header = ["us a round", "median", "p99", "wall", "eager", "bytes", "GB/s a GPU", "links", "share"]
+    header = ["us a round", "median", "p99", "host-paced", "wall", "eager", "bytes", "GB/s a GPU", "links", "share"]
     budget = f", at most {result['sms']} SMs a launch" if result["sms"] else ""
     lines = [
         f"{machine['gpus']} x {machine['gpu']}, MAX {machine['max']}{budget}: dispatch and combine, identity experts",
         "",
         report.table(header, rows),
         "",
-        f"Median and 99th percentile of {result['replays']} replays on all ranks; wall and eager by the host's clock.",
+        f"Median and 99th percentile of {result['replays']} replays on all ranks, back to back: queues are held until",
+        "all are enqueued. Host-paced: the median as fast as the host launches them. Wall, eager: by the host's clock.",
         FORMULA,
     ]
     return "\n".join(lines)

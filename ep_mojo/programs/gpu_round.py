@@ -22,8 +22,10 @@ from ..errors import ConfigError, DeviceError
 from ..formats import BF16, BlockwiseFP8, check_int
 from ..gate import default_groups, gate
 from ..graph import combine, combine_async, combine_wait, dispatch, dispatch_async, dispatch_wait
+from ..handle import HANDLE_TENSORS
 from ..kernels import kernel_library
 from ..reference.fp8 import quantize
+from .hold import Hold, held_times
 from .report import number_of
 
 ROUTINGS = ("uniform", "grouped", "zipf", "one")
@@ -122,6 +124,7 @@ def add_round(case: Round, comm: Communicator, *, part: str = "round", module: A
         comm: Where the ranks are.
         part: "round": y of all ranks out; fp8 rows are cast to bfloat16 on their way to combine. "rows": the rows that
             combine would get out, and no combine. "given rows": these rows are inputs too, so that nothing is cast.
+            "all": what dispatch gave, `HANDLE_TENSORS` of all ranks, and then y.
         module: Where to put the graph.
     """
     from max.dtype import DType
@@ -145,12 +148,13 @@ def add_round(case: Round, comm: Communicator, *, part: str = "round", module: A
         rows = (
             given[0] if given else [h.tokens if case.fmt == "bf16" else h.tokens.cast(DType.bfloat16) for h in handles]
         )
+        kept = [getattr(h, name) for h in handles for name in HANDLE_TENSORS] if part == "all" else []
         if part == "rows":
             graph.output(*rows)
         elif case.fused:
-            graph.output(*combine(ranks, rows, handles))
+            graph.output(*kept, *combine(ranks, rows, handles))
         else:
-            graph.output(*combine_wait(ranks, combine_async(ranks, rows, handles)))
+            graph.output(*kept, *combine_wait(ranks, combine_async(ranks, rows, handles)))
     return graph
 
 
@@ -218,13 +222,24 @@ def error_of(case: Round, outputs: Sequence[Any], given: Sequence[np.ndarray]) -
     return worst
 
 
-def replay_times(model: Any, args: Sequence[Any], devices: Sequence[Any], replays: int = REPLAYS) -> dict[str, float]:
+def replay_times(model: Any, args: Sequence[Any], hold: Hold, replays: int = REPLAYS) -> dict[str, float]:
     """Microseconds of a replayed round, over all replays and ranks; and of an eager one, by the host's clock.
 
+    Args:
+        model: The round.
+        args: Its arguments.
+        hold: Holds back the queues of the GPUs that it runs on.
+        replays: How many.
+
     Returns:
-        "median_us" and "p99_us" between two events on a rank's own queue, "wall_us" and "eager_us" by the host's clock.
+        Between two events on a rank's own queue: "median_us" and "p99_us", the devices' time, all replays enqueued
+        before the first begins (NaN where the host is too slow for that: see `held_times`); "host_paced_us", a median
+        too, of replays that begin as soon as the host has launched them, which for small rounds is the host's time.
+        By the host's clock "wall_us", of a replay in a row of them, and "eager_us".
     """
     from max.driver import DeviceEvent
+
+    devices = hold.devices
 
     def settle() -> None:
         for d in devices:
@@ -251,10 +266,12 @@ def replay_times(model: Any, args: Sequence[Any], devices: Sequence[Any], replay
         if i < replays:
             model.replay(1, *args)
     settle()
-    times = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
+    paced = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
+    times = held_times(model, args, hold, replays)
     return {
         "median_us": float(np.median(times)),
         "p99_us": float(np.percentile(times, 99)),
+        "host_paced_us": float(np.median(paced)),
         "wall_us": wall_us,
         "eager_us": eager,
     }

@@ -15,6 +15,7 @@ from ..config import EPConfig
 from ..graph_ops import add_op
 from ..kernels import kernel_library
 from .gpu_round import REPLAYS, replay_times
+from .hold import Hold
 from .report import largest_sum, pairs
 
 
@@ -52,13 +53,14 @@ def add_pushes(comm: Communicator, name: str, rows: int, module: Any = None) -> 
     return graph
 
 
-def push_times(comm: Communicator, model: Any, rows: int, replays: int = REPLAYS) -> dict[str, float]:
+def push_times(comm: Communicator, model: Any, rows: int, hold: Hold, replays: int = REPLAYS) -> dict[str, float]:
     """Microseconds of both pushes by graph replay, see `replay_times`.
 
     Args:
         comm: The ranks.
         model: The loaded model of `add_pushes`.
         rows: Its n.
+        hold: Of the ranks' GPUs.
         replays: How many.
     """
     from max.driver import Buffer
@@ -68,4 +70,4 @@ def push_times(comm: Communicator, model: Any, rows: int, replays: int = REPLAYS
     given = [
         Buffer.from_numpy(rng.integers(0, 256, (rows, size), np.uint8)).to(d) for size in sizes for d in comm.devices
     ]
-    return replay_times(model, [*given, *comm.inputs()], comm.devices, replays)
+    return replay_times(model, [*given, *comm.inputs()], hold, replays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import EPConfig
+from ..handle import handle_shapes
 from ..layout import align_up
 from .baselines import available_cores
 from .report import pairs
@@ -53,6 +55,27 @@ def window_bytes(cfg: EPConfig) -> dict[str, int]:
         tables = buffers * ranks * (align_up(2 * tmax * k) + align_up(4 * tmax * k))
         counts = 2 * signals + tables
     return {"dispatch_payload": dispatch, "combine_payload": combine, "total": dispatch + combine + counts}
+
+
+def round_memory(cfg: EPConfig) -> dict[str, int]:
+    """Bytes of a rank's memory in a bfloat16 round of Tmax tokens: "windows", "inputs", "outputs" of both stages."""
+    T, H, K = cfg.max_tokens_per_rank, cfg.hidden_size, cfg.top_k
+    handle = sum((2 if dtype == "bfloat16" else 4) * math.prod(shape) for dtype, shape in handle_shapes(cfg))
+    return {
+        "windows": window_bytes(cfg)["total"],
+        "inputs": T * (2 * H + (4 + 4) * K),
+        "outputs": handle + 2 * T * H,
+    }
+
+
+def gather_memory(ranks: int, tokens: int, hidden: int, top_k: int) -> dict[str, int]:
+    """Bytes of a rank that `AllGatherVDispatcher` takes with bfloat16 sums: "windows", "buffers", "step"."""
+    n = ranks * tokens
+    return {
+        "windows": 2 * n * (2 * hidden + 2 * hidden + 6 * top_k + 16),
+        "buffers": n * (2 * hidden + (4 + 4) * top_k + 8 + 2 * hidden),  # rows, routes, sources; rows to be reduced
+        "step": tokens * (2 * hidden + (8 + 4) * top_k) + 8 * n * top_k + 2 * tokens * hidden,  # in, int64 routes, out
+    }
 
 
 def allocated_bytes(comm: Any) -> int:

@@ -6,9 +6,11 @@
     2. SMs       our round of the most tokens of `--large` with budgets of SMs: GB/s a GPU sends on average in it
     3. routing   ours and MAX's with every routing of `--routings`, at `--small` and `--large`
 
-Every result is checked before it is timed, by graph replay, medians over all replays and ranks. With fp8 both sides
-cast to bfloat16 between their phases, so the kernels' own times are given too where torch is installed. Graphs are
-compiled first, several at a time. Exit status 1 where a result of ours is wrong, 2 without GPUs.
+Every result is checked before it is timed, by graph replay, medians over all replays and ranks. GPUs' queues are held
+until all replays of a batch are enqueued, so times are the devices'; "host-paced" are medians of replays that begin as
+soon as the host has launched them: in small rounds the host's time. Plots are of the former. With fp8 both sides cast
+to bfloat16 between their phases, so the kernels' own times are given too where torch is installed. Graphs are compiled
+first, several at a time. Exit status 1 where a result of ours is wrong, 2 without GPUs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from compare_max_builtin import Case
 from ep_mojo.errors import KernelBuildError
 from ep_mojo.programs import link, options, report
 from ep_mojo.programs.gpu_round import ERROR_LIMIT, ROUTINGS, draw, gpus_to_use
+from ep_mojo.programs.hold import Hold
 from ep_mojo.programs.measures import git_commit
 from ep_mojo.programs.plot import require_matplotlib
 
@@ -99,7 +102,7 @@ class Bench:
         from max.engine import InferenceSession
 
         session = InferenceSession(devices=[CPU(), *self.devices], precompiled_mefs=self.mefs / case.name)
-        loaded = compare.load(case, session, sms)
+        loaded = compare.load(case, session, self.devices, sms)
         for routing in routings:
             found = compare.measure(case, loaded, self.devices, routing=routing, profile=not self.opts.no_profile)
             found.pop("kernels_us", None)
@@ -120,8 +123,9 @@ class Bench:
             n = link.round_rows(comm.cfg, draw(case)[self.ranks : 2 * self.ranks])
             made.append((case, comm, n, link.add_pushes(comm, f"{case.name}_links", n, module)))
         compiled = made[0][1].compile_all([graph for *_, graph in made])
+        hold = Hold(made[0][1].session, self.devices)
         for (case, comm, n, _), graph in zip(made, compiled, strict=True):
-            times = link.push_times(comm, graph.model, n)
+            times = link.push_times(comm, graph.model, n, hold)
             comm.check()
             shape = vars(case) | {"name": case.name, "system": "links"}
             self.rows.append({"part": "tokens", "case": shape, "routing": "uniform", "sms": 0, "rows": n} | times)
@@ -145,7 +149,8 @@ def run(bench: Bench) -> None:
         bench.measure("routing", case, o.routings)
 
 
-HEAD = ["ours us", "p99", "kernels", "MAX us", "p99", "kernels", "MAX / ours", "links us"]
+SYSTEM_HEAD = ["p99", "host-paced", "kernels"]
+HEAD = ["ours us", *SYSTEM_HEAD, "MAX us", *SYSTEM_HEAD, "MAX / ours", "links us"]
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -183,7 +188,8 @@ def figures(by: dict[str, dict]) -> list[str]:
     found = []
     for system in ("ours", "max"):
         r = by.get(system, {})
-        found += [f"{r[name]:.1f}" if r.get(name) else "-" for name in ("median_us", "p99_us", "ep_kernels_us")]
+        names = ("median_us", "p99_us", "host_paced_us", "ep_kernels_us")
+        found += [f"{r[name]:.1f}" if r.get(name) else "-" for name in names]
     both = "ours" in by and "max" in by
     found.append(f"{by['max']['median_us'] / by['ours']['median_us']:.2f} x" if both else "-")
     return [*found, f"{by['links']['median_us']:.1f}" if "links" in by else "-"]

@@ -29,6 +29,7 @@ from ep_mojo.programs.gpu_round import (
     on_devices,
     replay_times,
 )
+from ep_mojo.programs.hold import Hold
 from ep_mojo.programs.measures import git_commit
 from ep_mojo.programs.plot import require_matplotlib
 from ep_mojo.timeline import Timeline, summary
@@ -58,11 +59,12 @@ def measure(case: Round, sms: int, rounds: int) -> dict[str, Any]:
         row: dict[str, Any] = {"case": vars(case) | {"name": case.name}, "error": error_of(case, outputs, given)}
         if not row["error"] < ERROR_LIMIT:
             return row
-        row["median_us"] = replay_times(model, args, comm.devices)["median_us"]
+        hold = Hold(comm.session, comm.devices)
+        row["median_us"] = replay_times(model, args, hold)["median_us"]
         model.release_captured_graph(1)
         seen = []
         with Timeline(comm) as timeline:
-            row["with_marks_us"] = replay_times(model, args, comm.devices)["median_us"]
+            row["with_marks_us"] = replay_times(model, args, hold)["median_us"]
             for _ in range(rounds):
                 for _ in range(REPLAYS_BETWEEN):
                     model.replay(1, *args)

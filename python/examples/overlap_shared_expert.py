@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from ep_mojo.programs.gpu_round import Round, draw, error_of, gpus_to_use, on_devices, plan_gpus, replay_times
+from ep_mojo.programs.hold import Hold
 from ep_mojo.programs.measures import git_commit
 from ep_mojo.programs.options import status_of
 from ep_mojo.programs.plot import require_matplotlib
@@ -262,6 +263,7 @@ class Machine:
         module, all_layers = Module(), layers(opts)
         graphs = [add_graph(module, self.comm, opts, layer) for layer in all_layers]
         self.models = {layer: c.model for layer, c in zip(all_layers, self.comm.compile_all(graphs), strict=True)}
+        self.hold = Hold(self.comm.session, self.devices)
         self.given, self.matrices = draw(shape(opts)), matrices(opts)
         arrays = [*self.given, *(m for m in self.matrices for _ in range(self.R))]
         self.buffers = on_devices(arrays, self.devices)
@@ -295,7 +297,7 @@ class Machine:
 
     def measure(self, layer: Layer) -> dict[str, float]:
         """Microseconds of a replay; see `replay_times`."""
-        found = replay_times(self.models[layer], self.inputs(layer), self.devices)
+        found = replay_times(self.models[layer], self.inputs(layer), self.hold)
         self.comm.check()
         self.models[layer].release_captured_graph(1)
         return found

@@ -97,12 +97,13 @@ def add_page(module: Any) -> None:
 
 
 def add_pushes(module: Any) -> None:
-    """Add the pushes that measure the links, between two GPUs."""
+    """Add the pushes that measure the links, between two GPUs, and what holds their queues meanwhile."""
     import ep_mojo as ep
-    from ep_mojo.programs import link
+    from ep_mojo.programs import hold, link
 
     cfg = ep.EPConfig(hidden_size=1024, top_k=4, n_experts=8, max_tokens_per_rank=16, n_ranks=2)
     link.add_pushes(ep.Communicator.planned(cfg), "push", 4, module)
+    hold.hold_graph(2, module)
 
 
 def add_torch(module: Any) -> int:
@@ -130,7 +131,7 @@ def compile_graphs(target: str, every: bool) -> dict[str, int]:
 
     import ep_mojo as ep
 
-    module, n = Module(), 1
+    module, n = Module(), 2
     add_pushes(module)
     if every or target == PAGE_TARGET:
         add_page(module)

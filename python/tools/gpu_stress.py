@@ -3,9 +3,10 @@
 Inputs are made on the device, a function of (seed, round, rank): tokens, routing from uniform to all for one expert, T
 from 0 to Tmax. Every rank stops for a random while before every stage. Its experts compare all that dispatch gave
 them with what it must be, bit by bit, multiply the rows by a small number, and the sums that combine gives are compared
-too (`stress_ops`). Rounds of several formats, sizes and buffers, fused and split; split ones overlap: `num_buffers`
-dispatches and combines are under way at once. A share of the rounds are replays of a captured graph. The host waits
-only now and then, reads what was found, and compares some whole rounds with the NumPy reference.
+too (`stress_ops`). Rounds of several formats, sizes and buffers, routed and gathered (all-gather-v, reduce-scatter-v),
+fused and split; split ones overlap: `num_buffers` dispatches and combines are under way at once. A share
+of the rounds are replays of a captured graph. The host waits only now and then, reads what was found, and compares some
+whole rounds with the NumPy reference.
 
 First the checker is put to the test: spoilt bytes must be found. Exit status 1 where anything was wrong.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import stress_law as law_of
-from stress_graphs import CASES, DRAWN, FAULTS, FAULTY, OPS, Case, add_graph
+from stress_graphs import CASES, DRAWN, OPS, SELF_TESTS, Case, add_graph
 
 import ep_mojo as ep
 from ep_mojo import reference
@@ -155,15 +156,25 @@ class Run:
         cfg = self.cfg
         tokens = handle.tokens.reshape(-1, cfg.hidden_size)
         rows = np.full(tokens.shape, NAN, np.uint16)
-        for g in range(cfg.n_groups):
+        groups = cfg.n_ranks if cfg.output_layout == "gathered" else cfg.n_groups
+        for g in range(groups):
             first = int(handle.row_offsets[g])
             part = slice(first, first + int(handle.counts[g]))
             if isinstance(cfg.dispatch_format, ep.BF16):
                 values = bfloat16_bits_to_float32(tokens[part])
             else:
                 values = reference.dequantize(cfg, tokens[part], handle.scales[part])
-            rows[part] = float32_to_bfloat16_bits(values * np.float32(law_of.FACTORS[int(handle.expert_ids[g]) % 3]))
+            rows[part] = float32_to_bfloat16_bits(values * self._factors(handle, g, part))
         return rows.reshape(handle.tokens.shape)
+
+    def _factors(self, handle: Any, group: int, part: slice) -> np.ndarray:
+        """What the rows of a group are multiplied by, float32 [rows, 1] or one for all: `factor`, or `Law.share`."""
+        if self.cfg.output_layout != "gathered":
+            return np.float32(law_of.FACTORS[int(handle.expert_ids[group]) % 3])
+        ids = handle.local_ids[part]
+        here = (ids >= 0) & (ids // self.cfg.n_local_experts == handle.rank)
+        of_experts = np.where(here, handle.local_weights[part] * law_of.FACTORS[ids % 3], 0).sum(axis=1)
+        return (of_experts + law_of.FACTORS[handle.rank % 3]).astype(np.float32)[:, None]
 
 
 def self_test(run: Run) -> list[dict[str, Any]]:
@@ -173,7 +184,7 @@ def self_test(run: Run) -> list[dict[str, Any]]:
     """
     R, results = run.cfg.n_ranks, []
     full = [n for n in range(400) if (run.law.rows(range(n, n + 1)) > 0).all()]
-    for i, (name, (byte, mask, kinds)) in enumerate(FAULTS.items()):
+    for i, (name, (byte, mask, kinds)) in enumerate(run.case.faults.items()):
         victim, number = i % R, full[i]
         for wishes in ({}, {victim: [number, i, byte, mask]}):
             run.start(number, wishes)
@@ -192,7 +203,7 @@ def self_test(run: Run) -> list[dict[str, Any]]:
                 raise RuntimeError(
                     f"the checker is blind: {name} of rank {victim} {'spoilt' if wishes else 'sound'}, found: {texts}"
                 )
-        results.append({"spoilt": name, "rank": victim, "said": texts[victim]})
+        results.append({"case": run.case.name, "spoilt": name, "rank": victim, "said": texts[victim]})
         run.comm.reset()
     return results
 
@@ -234,11 +245,11 @@ def compile_planned(n_ranks: int, limit_s: int) -> int:
     from max.graph import Module
 
     module = Module()
-    for i, case in enumerate((*CASES, FAULTY)):
-        add_graph(module, case, communicator(case.config(n_ranks), "planned"), f"stress_{i}", case is FAULTY)
+    for i, case in enumerate((*CASES, *SELF_TESTS)):
+        add_graph(module, case, communicator(case.config(n_ranks), "planned"), f"stress_{i}", case in SELF_TESTS)
     session = InferenceSession(devices=[CPU(), *map(Accelerator, range(n_ranks))])
     session.compile(module, custom_extensions=[ep.kernel_library(), OPS])
-    print(f"{len(CASES) + 1} graphs of {n_ranks} ranks compiled for sm_90a")
+    print(f"{len(CASES) + len(SELF_TESTS)} graphs of {n_ranks} ranks compiled for sm_90a")
     return 0
 
 
@@ -292,27 +303,27 @@ def main(argv: list[str] | None = None) -> int:
     delay_ns = 1000 * args.max_delay_us if args.on == "gpus" else 0
     chosen = [] if args.self_test else [c for c in CASES if not args.only or any(o in c.name for o in args.only)]
     try:
-        cases = (FAULTY, *chosen)
+        cases = (*SELF_TESTS, *chosen)
         runs = [Run(c, communicator(c.config(n_ranks), args.on), args.seed, delay_ns) for c in cases]
     except ep.EPError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     start = time.monotonic()
     module = Module()
-    graphs = [add_graph(module, r.case, r.comm, f"stress_{i}", r.case is FAULTY) for i, r in enumerate(runs)]
+    graphs = [add_graph(module, r.case, r.comm, f"stress_{i}", r.case in SELF_TESTS) for i, r in enumerate(runs)]
     for run, model in zip(runs, runs[0].comm.compile_all(graphs), strict=True):
         run.model = model
     compiled_s = round(time.monotonic() - start, 1)
     print(f"{len(runs)} graphs of {n_ranks} ranks compiled in {compiled_s} s", file=sys.stderr, flush=True)
     try:
-        spoilt = self_test(runs[0])
+        spoilt = [line for run in runs[: len(SELF_TESTS)] for line in self_test(run)]
     except (RuntimeError, ep.EPError) as error:
         print(f"FAILED self-test: {error}", file=sys.stderr, flush=True)
         return 1
     for line in spoilt:
-        print(f"spoilt {line['spoilt']} of rank {line['rank']}: {line['said']}", file=sys.stderr)
+        print(f"{line['case']}: spoilt {line['spoilt']} of rank {line['rank']}: {line['said']}", file=sys.stderr)
     rows = []
-    for run in runs[1:]:
+    for run in runs[len(SELF_TESTS) :]:
         share = -(-args.rounds // len(chosen))
         rows.append(measure(run, share, -(-args.replayed // len(chosen)), args.check_every))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

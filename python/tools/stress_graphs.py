@@ -24,6 +24,17 @@ FAULTS = {
     "y": (1, 0x01, ["sum of a token"]),
 }
 """Spoilt by the self-test: byte, mask, and what may be noticed first."""
+GATHERED_FAULTS = {
+    "tokens": (5, 0x10, ["content of a row"]),
+    "scales": (3, 0x01, ["scale of a row"]),
+    "row_offsets": (0, 0x01, ["row_offsets"]),
+    "counts": (0, 0x01, ["counts"]),
+    "src_info": (4, 0x01, ["src_info of a row"]),
+    "local_ids": (0, 0x01, ["choice of a row"]),
+    "local_weights": (3, 0x40, ["weight of a row"]),
+    "y": (1, 0x01, ["sum of a token"]),
+}
+"""The same of gathered rounds."""
 FP8 = ep.BlockwiseFP8()
 
 
@@ -49,10 +60,20 @@ class Case:
         """Its config."""
         return ep.EPConfig(n_experts=self.experts * n_ranks, n_ranks=n_ranks, timeout_s=20.0, **self.fields)
 
+    @property
+    def faults(self) -> dict[str, tuple[int, int, list[str]]]:
+        """What the self-test spoils."""
+        return GATHERED_FAULTS if self.fields.get("output_layout") == "gathered" else FAULTS
+
 
 def sizes(hidden: int, top_k: int, tokens: int, **others: Any) -> dict[str, Any]:
     """Fields of a config."""
     return {"hidden_size": hidden, "top_k": top_k, "max_tokens_per_rank": tokens, **others}
+
+
+def gathered(hidden: int, top_k: int, tokens: int, **others: Any) -> dict[str, Any]:
+    """Those of layout "gathered": K up to 6, see `Law.share`."""
+    return sizes(hidden, top_k, tokens, output_layout="gathered", **others)
 
 
 CASES = (
@@ -67,8 +88,16 @@ CASES = (
         "bf16 fused, many tokens", True, 8, sizes(512, 4, 1500, reduce="expert", tokens_per_signal=1, num_buffers=1), 2
     ),
     Case("bf16 split, 16 SMs", False, 3, sizes(2880, 2, 64, n_sms=16, tokens_per_signal=3), 8),
+    Case("gathered bf16 fused", True, 32, gathered(7168, 6, 64, tokens_per_signal=1)),
+    Case("gathered bf16 split", False, 4, gathered(1024, 4, 48, tokens_per_signal=3, n_sms=16), 8),
+    Case("gathered fp8 fused", True, 8, gathered(7168, 6, 64, dispatch_format=FP8, num_buffers=1)),
+    Case("gathered fp8 split, 3 bufs", False, 2, gathered(512, 3, 40, dispatch_format=FP8, num_buffers=3), 9),
+    Case("gathered rows alone", True, 1, gathered(512, 0, 1500, num_buffers=1), 2),
 )
-FAULTY = Case("self-test", False, 4, sizes(256, 2, 16, dispatch_format=FP8, n_sms=8), 1)
+SELF_TESTS = (
+    Case("self-test", False, 4, sizes(256, 2, 16, dispatch_format=FP8, n_sms=8), 1),
+    Case("gathered self-test", True, 4, gathered(256, 2, 16, dispatch_format=FP8, n_sms=8), 1),
+)
 
 
 class Rounds:
@@ -95,7 +124,7 @@ class Rounds:
         if not self.faulty:
             return
         for rank, found, d, victim in zip(self.ranks, self.findings, drawn, victims, strict=True):
-            self._op("fault", rank, [rank.order, found, d["info"], victim], place=[*FAULTS].index(name))
+            self._op("fault", rank, [rank.order, found, d["info"], victim], place=[*self.case.faults].index(name))
 
     def draw(self) -> list[dict]:
         """The inputs of the next round."""
@@ -127,15 +156,18 @@ class Rounds:
         from max.dtype import DType
         from max.graph import TensorType
 
-        names = ("tokens", "scales", "row_offsets", "counts", "expert_ids", "src_info", "recv_weights", "row_map")
-        for name in FAULTS:
+        op, names = "experts", ("expert_ids", "src_info", "recv_weights", "row_map")
+        if self.cfg.output_layout == "gathered":
+            op, names = "gathered", ("src_info", "local_ids", "local_weights")
+        names = ("tokens", "scales", "row_offsets", "counts", *names, "recv_num_tokens")
+        for name in self.case.faults:
             if name != "y":
                 self._fault(drawn, name, [getattr(h, name) for h in handles])
         rows = []
         for rank, found, d, h in zip(self.ranks, self.findings, drawn, handles, strict=True):
-            given = [rank.order, found, d["info"], *(getattr(h, name) for name in names), h.recv_num_tokens]
+            given = [rank.order, found, d["info"], *(getattr(h, name) for name in names)]
             shape = TensorType(DType.bfloat16, h.tokens.shape, rank.device)
-            rows += self._op("experts", rank, given, [shape], fp8=self.fp8)
+            rows += self._op(op, rank, given, [shape], fp8=self.fp8)
         return rows
 
     def sums(self, drawn: list[dict], ys: list) -> list:

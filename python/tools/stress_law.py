@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-ROUND, SEED, RANK, MAX_DELAY_NS, N_RANKS, N_EXPERTS, TOP_K, MAX_TOKENS, ALIGNMENT = range(9)
+ROUND, SEED, RANK, MAX_DELAY_NS, N_RANKS, N_EXPERTS, TOP_K, MAX_TOKENS, ALIGNMENT, GATHERED = range(10)
 LAW_WORDS = 16
 DISPATCHES, COMBINES, ROWS, TOKENS, WRONG, FIRST = range(6)
 FAULT = 12
@@ -26,6 +26,9 @@ KINDS = (
     "content of a row",
     "scale of a row",
     "sum of a token",
+    "counts",
+    "choice of a row",
+    "weight of a row",
 )
 """What a mismatch is about, by `WRONG_*` of `stress_ops/work.mojo`."""
 FOR_TOKENS, FOR_MODE, FOR_IDS, FOR_WEIGHTS, FOR_VALUES, FOR_DELAY, FOR_ALL = range(1, 8)
@@ -80,6 +83,7 @@ class Law:
         found[N_RANKS], found[N_EXPERTS], found[TOP_K] = cfg.n_ranks, cfg.n_experts, cfg.top_k
         found[MAX_TOKENS] = cfg.max_tokens_per_rank
         found[ALIGNMENT] = cfg.alignment if cfg.output_layout == "expert" else 0
+        found[GATHERED] = cfg.output_layout == "gathered"
         return found
 
     def routing(self, number: int) -> Routing:
@@ -145,6 +149,9 @@ class Law:
         token = np.arange(cfg.max_tokens_per_rank)
         for number in numbers:
             routing = self.routing(number)
+            if cfg.output_layout == "gathered":
+                found += routing.tokens.sum()
+                continue
             there = (token < routing.tokens[:, None])[..., None]
             valid = there & (routing.ids >= 0) & (routing.ids < cfg.n_experts)
             found += np.bincount(routing.ids[valid] // cfg.n_local_experts, minlength=cfg.n_ranks)

@@ -26,6 +26,7 @@ def test_bench(tmp_path):
         assert case["wrong"] == ""
         assert case["link_us"] > 0
         assert 0 < case["median_us"] <= case["p99_us"]
+        assert case["host_paced_us"] > 0
 
 
 def test_timeline(tmp_path):

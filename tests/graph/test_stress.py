@@ -6,29 +6,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_virtual_ranks_of_the_host(tmp_path):
-    """The self-test, and split rounds of which two are in flight; the last of them is compared with the reference."""
+@pytest.mark.parametrize("only", ["2 in flight", "gathered"])
+def test_virtual_ranks_of_the_host(tmp_path, only):
+    """The self-tests, and split rounds of which two are in flight, or gathered ones; the last of them is compared with
+    the reference."""
     tool, file = ROOT / "python" / "tools" / "gpu_stress.py", tmp_path / "stress.json"
-    options = ["--on", "cpu", "--ranks", "3", "--rounds", "24", "--only", "2 in flight", "--output", str(file)]
+    options = ["--on", "cpu", "--ranks", "3", "--rounds", "24", "--only", only, "--output", str(file)]
     command = [sys.executable, str(tool), *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(file.read_text())
-    assert [line["spoilt"] for line in result["self_test"]] == [
-        "tokens",
-        "scales",
-        "row_map",
-        "src_info",
-        "counts",
-        "recv_weights",
-        "y",
-    ]
-    (case,) = result["cases"]
-    assert case["wrong"] == ""
-    assert case["rounds"] >= 24
-    assert case["rows"] > 1000
-    assert "24 rounds of 1 cases, 0 replayed: all equal" in done.stdout
+    spoilt = {}
+    for line in result["self_test"]:
+        spoilt.setdefault(line["case"], []).append(line["spoilt"])
+    checked = ["tokens", "scales", "row_map", "src_info", "counts", "recv_weights", "y"]
+    of_gathered = ["tokens", "scales", "row_offsets", "counts", "src_info", "local_ids", "local_weights", "y"]
+    assert spoilt == {"self-test": checked, "gathered self-test": of_gathered}
+    cases = result["cases"]
+    assert {only in case["case"] for case in cases} == {True}
+    assert {case["wrong"] for case in cases} == {""}
+    assert sum(case["rounds"] for case in cases) >= 24
+    assert all(case["rows"] > 100 for case in cases)
+    assert f"of {len(cases)} cases, 0 replayed: all equal" in done.stdout

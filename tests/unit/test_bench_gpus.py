@@ -178,7 +178,7 @@ def test_a_wrong_result_is_over_the_limit(fmt):
 
 def test_report_has_a_line_for_each_case():
     cfg, ids = CASE.config(), draw(CASE)[3:6]
-    times = {"median_us": 90.0, "p99_us": 300.0, "wall_us": 88.0, "eager_us": 91.0}
+    times = {"median_us": 90.0, "p99_us": 300.0, "host_paced_us": 123.0, "wall_us": 88.0, "eager_us": 91.0}
     good = {"case": {"name": "fine"}, "error": 1e-3, "wrong": ""} | times | bench_gpus.on_link(cfg, ids, 90.0, 45.0)
     bad = {"case": {"name": "broken"}, "error": 1.0, "wrong": "relative error 1.0e+00"}
     machine = {"gpus": 3, "gpu": "a GPU", "max": "26.7.0"}
@@ -188,6 +188,7 @@ def test_report_has_a_line_for_each_case():
     assert "links" in text
     (line,) = (line for line in text.splitlines() if "fine" in line)
     assert "90.0" in line
+    assert "123.0" in line
     assert "50%" in line
     (line,) = (line for line in text.splitlines() if "broken" in line)
     assert "WRONG: relative error" in line

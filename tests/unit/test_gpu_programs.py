@@ -56,6 +56,14 @@ def test_no_gpus_or_too_few(run, path):
     assert "ConfigError: --ranks = 99" in run(path, "run", "--ranks", "99", gpus=8)
 
 
+def test_memory_without_gpus(run, monkeypatch):
+    path = "tools/gpu_memory.py"
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    assert "DeviceError: --ranks = 'all': MAX sees 0 GPUs here" in run(path)
+    assert "'all'. Allowed: round, gather" in run(path, "--parts", "all")
+    assert "GPUs that torch sees = 0. Allowed: 2. Remedy: use --parts round" in run(path, gpus=2)
+
+
 def test_timeline_without_gpus_or_matplotlib(run, monkeypatch):
     path = "benchmarks/timeline.py"
     assert "DeviceError: --ranks = 'all': MAX sees 0 GPUs here" in run(path)

@@ -60,7 +60,7 @@ def test_no_such_routing():
 
 def row(part, system, tokens=128, routing="uniform", sms=0, us=80.0, **more):
     case = {"system": system, "tokens": tokens, "fmt": "bf16", "name": f"{system}_{tokens}"}
-    times = {"median_us": us, "p99_us": us + 1, "error": 1e-3}
+    times = {"median_us": us, "p99_us": us + 1, "host_paced_us": us + 2, "error": 1e-3}
     return {"part": part, "case": case, "routing": routing, "sms": sms, "gb_s": 100.0} | times | more
 
 
@@ -74,7 +74,7 @@ def test_tables_and_plots(sweep, tmp_path):
     ]
     text = sweep.tables(rows)
     (line,) = (line.split() for line in text.splitlines() if "1.50 x" in line)
-    assert line == ["128", "80.0", "81.0", "-", "120.0", "121.0", "-", "1.50", "x", "40.0"]
+    assert line == ["128", "80.0", "81.0", "82.0", "-", "120.0", "121.0", "122.0", "-", "1.50", "x", "40.0"]
     assert "128 zipf" in text
     assert text.endswith("WRONG: ours_128")
     pytest.importorskip("matplotlib")
@@ -99,6 +99,8 @@ def test_each_graph_is_compiled_once_and_failures_are_told(sweep, tmp_path, monk
     there.mkdir()
     assert not sweep.compare.is_compiled(tmp_path, bench.case(32, "bf16", "ours"))
     (there / f"{there.name}-0.mef").touch()
+    assert not sweep.compare.is_compiled(tmp_path, bench.case(32, "bf16", "ours")), "nothing holds the queues"
+    (there / "hold_r2-0.mef").touch()
     bench.compile([bench.case(32, "bf16", "ours")])
     (command,) = commands
     wanted = {"compile", "--ranks=2", "--tokens=16", "--formats=bf16", "--systems=ours", f"--mefs={tmp_path}"}
@@ -115,7 +117,7 @@ def test_a_round_is_checked_before_it_is_timed_and_after(sweep, monkeypatch):
     monkeypatch.setattr(compare, "on_devices", lambda arrays, devices: arrays)
     monkeypatch.setattr(compare, "error_of", lambda *_: calls.append("error") or 1e-3)
     monkeypatch.setattr(compare, "replay_times", lambda *_: calls.append("timed") or {"median_us": 10.0})
-    loaded = compare.Loaded(SimpleNamespace(**note), [], comm)
+    loaded = compare.Loaded(SimpleNamespace(**note), [], None, comm)
     found = compare.measure(case, loaded, [], routing="one", profile=False)
     assert calls == ["execute", "check", "error", "timed", "release_captured_graph", "check"]
     message, table = 16, 2 * 5 * 2 * 6  # all of rank 1's tokens go to rank 0, and come back

@@ -11,8 +11,10 @@ from max.gpu.host import DeviceContext
 from std.sys import size_of
 
 from .experts import Experts
+from .gathered import Gathered
 from .jobs import launch
 from .law import Words
+from .rows import Rows
 from .work import Advance, Array1, Delay, Fault, Fill, Sums
 
 
@@ -206,11 +208,16 @@ struct ExpertsOp:
         Raises:
             What the driver raises.
         """
-        var job = Experts[fp8](
-            words(info),
+        var rows = Rows[fp8](
             words(findings),
             array[DType.uint8](tokens),
             array[DType.float32](scales),
+            array[DType.uint16](y),
+        )
+        var job = Experts[fp8](
+            words(info),
+            words(findings),
+            rows,
             array[DType.uint32](row_offsets),
             array[DType.int32](counts),
             array[DType.int32](expert_ids),
@@ -218,9 +225,74 @@ struct ExpertsOp:
             array[DType.float32](recv_weights),
             array[DType.int32](row_map),
             array[DType.int32](recv_num_tokens),
-            array[DType.uint16](y),
         )
         launch[Experts[fp8], target](job, ctx)
+
+
+@extensibility.register("ep_stress_gathered")
+struct GatheredOp:
+    """Checks an all-gather-v, and multiplies its rows by the rank's numbers."""
+
+    @staticmethod
+    def execute[
+        fp8: Bool, target: StaticString
+    ](
+        y: OutputTensor[dtype=DType.bfloat16, ...],
+        order: _MutableInputTensor[dtype=DType.int32, rank=1, ...],
+        findings: _MutableInputTensor[dtype=DType.int64, rank=1, ...],
+        info: InputTensor[dtype=DType.int64, rank=1, ...],
+        tokens: InputTensor[...],
+        scales: InputTensor[dtype=DType.float32, rank=2, ...],
+        row_offsets: InputTensor[dtype=DType.uint32, rank=1, ...],
+        counts: InputTensor[dtype=DType.int32, rank=1, ...],
+        src_info: InputTensor[dtype=DType.int32, rank=2, ...],
+        all_ids: InputTensor[dtype=DType.int32, rank=2, ...],
+        all_weights: InputTensor[dtype=DType.float32, rank=2, ...],
+        recv_num_tokens: InputTensor[dtype=DType.int32, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        """Checks an all-gather-v, and multiplies its rows by the rank's numbers.
+
+        Parameters:
+            fp8: Whether rows are fp8 with scales.
+            target: Where MAX runs the op.
+
+        Args:
+            y: Rows for reduce-scatter-v; NaN where the gather gave none.
+            order: Shared by all ops of a graph.
+            findings: What was found.
+            info: The round.
+            tokens: From the handle.
+            scales: From the handle.
+            row_offsets: From the handle.
+            counts: From the handle.
+            src_info: From the handle.
+            all_ids: From the handle.
+            all_weights: From the handle.
+            recv_num_tokens: From the handle.
+            ctx: The device.
+
+        Raises:
+            What the driver raises.
+        """
+        var rows = Rows[fp8](
+            words(findings),
+            array[DType.uint8](tokens),
+            array[DType.float32](scales),
+            array[DType.uint16](y),
+        )
+        var job = Gathered[fp8](
+            words(info),
+            words(findings),
+            rows,
+            array[DType.uint32](row_offsets),
+            array[DType.int32](counts),
+            array[DType.int32](src_info),
+            array[DType.int32](all_ids),
+            array[DType.float32](all_weights),
+            array[DType.int32](recv_num_tokens),
+        )
+        launch[Gathered[fp8], target](job, ctx)
 
 
 @extensibility.register("ep_stress_sums")

@@ -1,29 +1,19 @@
 """The experts of the stress run: they compare what dispatch gave them with the law, and multiply it by a small number.
 """
 
-from std.memory import bitcast
-
 from .jobs import DISPATCHES, ROWS, Job, Worker, count, report
-from .law import Law, Words, channel, factor
+from .law import Law, Words, factor
+from .rows import Rows
 from .work import (
-    BF16_NAN,
-    SCALE_BITS,
     WRONG_GROUP,
     WRONG_NOBODY,
     WRONG_OFFSET,
     WRONG_ORDER,
-    WRONG_PADDING,
-    WRONG_ROW,
     WRONG_ROW_MAP,
-    WRONG_SCALE,
     WRONG_SOURCE,
     WRONG_TOKENS,
     WRONG_WEIGHT,
     Array1,
-    bf16_bits,
-    bf16_value,
-    e4m3_bits,
-    e4m3_value,
 )
 
 
@@ -38,10 +28,8 @@ struct Experts[fp8: Bool](Job):
     """The round."""
     var findings: Words
     """What was found."""
-    var tokens: Array1[DType.uint8]
-    """[N, H] as bytes."""
-    var scales: Array1[DType.float32]
-    """[N, H / 128] with fp8."""
+    var rows: Rows[Self.fp8]
+    """What the rows hold, and those for combine."""
     var row_offsets: Array1[DType.uint32]
     """[G + 1]."""
     var counts: Array1[DType.int32]
@@ -56,15 +44,12 @@ struct Experts[fp8: Bool](Job):
     """[R, Tmax, K]."""
     var recv_num_tokens: Array1[DType.int32]
     """[R]."""
-    var y: Array1[DType.uint16]
-    """[N, H], out: bfloat16."""
 
     def __init__(
         out self,
         info: Words,
         findings: Words,
-        tokens: Array1[DType.uint8],
-        scales: Array1[DType.float32],
+        rows: Rows[Self.fp8],
         row_offsets: Array1[DType.uint32],
         counts: Array1[DType.int32],
         expert_ids: Array1[DType.int32],
@@ -72,15 +57,13 @@ struct Experts[fp8: Bool](Job):
         recv_weights: Array1[DType.float32],
         row_map: Array1[DType.int32],
         recv_num_tokens: Array1[DType.int32],
-        y: Array1[DType.uint16],
     ):
         """Name the tensors.
 
         Args:
             info: The round.
             findings: What was found.
-            tokens: From the handle, as bytes.
-            scales: From the handle.
+            rows: What the rows hold.
             row_offsets: From the handle.
             counts: From the handle.
             expert_ids: From the handle.
@@ -88,12 +71,10 @@ struct Experts[fp8: Bool](Job):
             recv_weights: From the handle.
             row_map: From the handle.
             recv_num_tokens: From the handle.
-            y: Out.
         """
         self.info = info
         self.findings = findings
-        self.tokens = tokens
-        self.scales = scales
+        self.rows = rows
         self.row_offsets = row_offsets
         self.counts = counts
         self.expert_ids = expert_ids
@@ -101,7 +82,6 @@ struct Experts[fp8: Bool](Job):
         self.recv_weights = recv_weights
         self.row_map = row_map
         self.recv_num_tokens = recv_num_tokens
-        self.y = y
 
     def work(self, w: Worker):
         """Do a worker's part.
@@ -191,7 +171,7 @@ struct Experts[fp8: Bool](Job):
     def _row(self, law: Law, w: Worker, row: Int):
         """What a row is, and what it holds."""
         var groups = self.counts.size
-        var H = self.y.size // (self.src_info.size // 2)
+        var H = self.rows.y.size // (self.src_info.size // 2)
         var g = 0
         while g + 1 < groups and Int(self.row_offsets[g + 1]) <= row:
             g += 1
@@ -202,8 +182,8 @@ struct Experts[fp8: Bool](Job):
             if w.lane == 0 and (source != -1 or k != -1):
                 self._wrong(law, WRONG_NOBODY, row, k, -1, source)
             if law.alignment > 0 and row < Int(self.row_offsets[groups]):
-                self._padding(law, w, row, H)
-            self._poison(w, row, H)
+                self.rows.padding(law, w, row, H)
+            self.rows.poison(w, row, H)
             return
         var s = source // law.max_tokens
         var t = source - s * law.max_tokens
@@ -214,7 +194,7 @@ struct Experts[fp8: Bool](Job):
         if not known or law.expert(s, t, k) != expert:
             if w.lane == 0:
                 self._wrong(law, WRONG_SOURCE, row, k, expert, source)
-            self._poison(w, row, H)
+            self.rows.poison(w, row, H)
             return
         if w.lane == 0 and row > first:
             var before = Int(self.src_info[2 * row - 2]) * law.top_k + Int(
@@ -222,60 +202,6 @@ struct Experts[fp8: Bool](Job):
             )
             if before >= source * law.top_k + k:
                 self._wrong(law, WRONG_ORDER, row, k, before, source)
-        self._content(law, w, row, s, t, factor(expert), H)
+        self.rows.content(law, w, row, s, t, factor(expert), H)
         if w.lane == 0:
             _ = count(self.findings, ROWS)
-
-    def _content(
-        self, law: Law, w: Worker, row: Int, s: Int, t: Int, f: Int, H: Int
-    ):
-        """Compare a row, and multiply what is there."""
-        for b in range(w.lane, H // 8, w.lanes):
-            var word = law.block(s, t, b)
-            for c in range(8 * b, 8 * b + 8):
-                var at = row * H + c
-                var want = channel(word, c)
-                var want_bits: Int
-                var got_bits: Int
-                var value: Float32
-                comptime if Self.fp8:
-                    var got = self.tokens[at]
-                    want_bits = Int(e4m3_bits(want))
-                    got_bits = Int(got)
-                    value = e4m3_value(got)
-                else:
-                    var low = self.tokens[2 * at].cast[DType.uint16]()
-                    var high = self.tokens[2 * at + 1].cast[DType.uint16]()
-                    var got = (high << 8) | low
-                    want_bits = Int(bf16_bits(want))
-                    got_bits = Int(got)
-                    value = bf16_value(got)
-                if got_bits != want_bits:
-                    self._wrong(law, WRONG_ROW, row, c, want_bits, got_bits)
-                var bits = bitcast[DType.uint32](value * Float32(f))
-                self.y[at] = (bits >> 16).cast[DType.uint16]()
-        comptime if Self.fp8:
-            for b in range(w.lane, H // 128, w.lanes):
-                var got = Int(
-                    bitcast[DType.uint32](self.scales[row * (H // 128) + b])
-                )
-                if got != SCALE_BITS:
-                    self._wrong(law, WRONG_SCALE, row, b, SCALE_BITS, got)
-
-    def _padding(self, law: Law, w: Worker, row: Int, H: Int):
-        """Rows between two groups are zero."""
-        var size = H if Self.fp8 else 2 * H
-        for i in range(w.lane, size, w.lanes):
-            var got = Int(self.tokens[row * size + i])
-            if got != 0:
-                self._wrong(law, WRONG_PADDING, row, i, 0, got)
-        comptime if Self.fp8:
-            for b in range(w.lane, H // 128, w.lanes):
-                var got = self.scales[row * (H // 128) + b]
-                if got != 0:
-                    self._wrong(law, WRONG_PADDING, row, -1 - b, 0, Int(got))
-
-    def _poison(self, w: Worker, row: Int, H: Int):
-        """Combine must not read this."""
-        for c in range(w.lane, H, w.lanes):
-            self.y[row * H + c] = BF16_NAN

@@ -11,6 +11,8 @@ from max.gpu import (
 from max.gpu.host import DeviceContext
 from std.atomic import Atomic, Ordering
 from std.builtin.device_passable import DevicePassable, DeviceTypeEncoder
+from std.sys import is_gpu
+from std.time import global_perf_counter_ns, perf_counter_ns
 
 from .law import Words
 
@@ -166,6 +168,19 @@ def launch[
         )
     else:
         job.work(Worker(0, 1, 0, 1))
+
+
+@always_inline
+def now_ns() -> Int:
+    """A clock.
+
+    Returns:
+        Nanoseconds.
+    """
+    comptime if is_gpu():
+        return Int(global_perf_counter_ns())
+    else:
+        return Int(perf_counter_ns())
 
 
 @always_inline

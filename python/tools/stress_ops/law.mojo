@@ -27,6 +27,8 @@ comptime MAX_TOKENS = 7
 """Tmax."""
 comptime ALIGNMENT = 8
 """Of the groups' first rows; 0 with layout "expert_padded"."""
+comptime GATHERED = 9
+"""Whether every token goes to every rank, whatever it has chosen: layout "gathered"."""
 comptime LAW_WORDS = 16
 """Length."""
 
@@ -86,6 +88,8 @@ struct Law(TrivialRegisterPassable):
     """Tmax."""
     var alignment: Int
     """Of the groups' first rows; 0 with layout "expert_padded"."""
+    var gathered: Bool
+    """Whether every token goes to every rank."""
     var base: UInt64
     """Hash of seed and round."""
     var common: UInt64
@@ -106,6 +110,7 @@ struct Law(TrivialRegisterPassable):
         self.top_k = Int(words.unsafe_load[invariant=False](TOP_K))
         self.max_tokens = Int(words.unsafe_load[invariant=False](MAX_TOKENS))
         self.alignment = Int(words.unsafe_load[invariant=False](ALIGNMENT))
+        self.gathered = words.unsafe_load[invariant=False](GATHERED) != 0
         var seed = UInt64(words.unsafe_load[invariant=False](SEED))
         self.base = mix(seed, self.round)
         self.common = mix(self.base, FOR_ALL)
@@ -208,6 +213,24 @@ struct Law(TrivialRegisterPassable):
             mix(mix(self.base, FOR_WEIGHTS), rank), token * self.top_k + k
         )
         return Int((h >> 8) % 3)
+
+    def share(self, rank: Int, token: Int, by: Int) -> Int:
+        """What a rank multiplies a gathered token by: what its experts would, with the weights, and the rank's own.
+
+        Args:
+            rank: The token's source.
+            token: The token.
+            by: The rank.
+
+        Returns:
+            The number; with K <= 6 and R <= 8 sums over all ranks are up to 36, so that sums are exact.
+        """
+        var n = factor(by)
+        for k in range(self.top_k):
+            var e = self.expert(rank, token, k)
+            if self.is_expert(e) and e // self.n_local() == by:
+                n += self.weight(rank, token, k) * factor(e)
+        return n
 
     @always_inline
     def block(self, rank: Int, token: Int, block: Int) -> UInt64:

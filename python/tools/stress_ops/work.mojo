@@ -6,10 +6,8 @@ contract's order. All bytes of these rows are compared with the law; padding mus
 """
 
 from std.memory import bitcast
-from std.sys import is_gpu
-from std.time import global_perf_counter_ns, perf_counter_ns
 
-from .jobs import COMBINES, FAULT, TOKENS, Job, Worker, count, report
+from .jobs import COMBINES, FAULT, TOKENS, Job, Worker, count, now_ns, report
 from .law import LAW_WORDS, ROUND, Law, Words, channel, factor
 
 # Kinds of mismatches; `stress_law.KINDS` has their names in this order.
@@ -37,6 +35,12 @@ comptime WRONG_SCALE = 11
 """A scale of a row."""
 comptime WRONG_SUM = 12
 """A channel of a sum."""
+comptime WRONG_COUNT = 13
+"""A group's number of rows."""
+comptime WRONG_CHOICE = 14
+"""What the token of a gathered row has chosen."""
+comptime WRONG_ROW_WEIGHT = 15
+"""With which weight."""
 
 comptime SCALE_BITS = 0x3C800000
 """7 / 448 as float32."""
@@ -276,19 +280,6 @@ struct Delay(Job):
                 pass
 
 
-@always_inline
-def now_ns() -> Int:
-    """A clock.
-
-    Returns:
-        Nanoseconds.
-    """
-    comptime if is_gpu():
-        return Int(global_perf_counter_ns())
-    else:
-        return Int(perf_counter_ns())
-
-
 struct Fault(Job):
     """Spoil a byte, if the findings ask for it in this round and place."""
 
@@ -377,6 +368,8 @@ struct Sums(Job):
                 var e = law.expert(law.me, t, k)
                 if law.is_expert(e):
                     n += law.weight(law.me, t, k) * factor(e)
+            for r in range(law.n_ranks if law.gathered and t < T else 0):
+                n += factor(r)
             for b in range(w.lane, H // 8, w.lanes):
                 var word = law.block(law.me, t, b)
                 for c in range(8 * b, 8 * b + 8):

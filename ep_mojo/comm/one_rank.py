@@ -87,6 +87,9 @@ class OneRankCommunicator(Communicator):
         """Look at the rank's memory, as far as that costs no waiting."""
         self._own.check_head()
 
+    def _join_queues(self) -> None:
+        """Let what is executed next run after all earlier launches, on whatever queue they are."""
+
     def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
         """An op raised: peers must not wait for this rank until their deadline."""
         self._settle()
@@ -126,6 +129,7 @@ class OneRankCommunicator(Communicator):
             own, memories = self._own, self.memories  # a destroy() meanwhile takes no memory from the ops
             self._before_launch()
             loaded, buffers = self.load(model), [*make_buffers(specs, values), *self.inputs()]
+            self._join_queues()
             try:
                 outputs = run_model(loaded, buffers)
             except Exception:

@@ -24,6 +24,7 @@ from .group import ProcessGroup
 from .models import compile_modules, export, load_artefact, load_compiled, load_graphs
 from .one_rank import OneRankCommunicator
 from .provider import MemoryProvider, host_id, provider_for
+from .queues import rejoin
 from .symmetric_memory import FailureNote
 from .watch import LEFT, PeerWatch
 
@@ -149,6 +150,10 @@ class ProcessGroupCommunicator(OneRankCommunicator):
                     remedy="end the capture, call check() for the error, then reset() on all ranks",
                 )
             self._raise_recorded()
+
+    def _join_queues(self) -> None:
+        if not self._provider.on_host:
+            rejoin(self._provider.device_ref().id)
 
     def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
         try:

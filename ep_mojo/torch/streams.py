@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm.group import backends_of
+from ..comm.queues import launches_elsewhere
 from ..errors import ConfigError, DTypeError, OrderError, UnsupportedError
 
 DEFAULT_STREAM = 1
@@ -181,6 +182,7 @@ class GPUQueue(Queue):
         self._mark, self._marking = torch.cuda.Event(), threading.Lock()
         self._last = self._stream
         self._turn = threading.Lock()
+        launches_elsewhere(device.index, self._rejoin)
 
     @property
     def stream(self) -> torch.cuda.Stream:
@@ -192,6 +194,10 @@ class GPUQueue(Queue):
         if previous_event is None and not async_finish:
             return _HERE
         return _Aside(self, None if previous_event is None else previous_event.event, async_finish)
+
+    def _rejoin(self) -> None:
+        with torch.cuda.stream(self._stream), self.launching():
+            pass
 
     def launching(self) -> AbstractContextManager[int]:
         """See `Queue.launching`. One thread at a time; the launch runs after all before."""

@@ -93,6 +93,10 @@ def test_compile_library_gradients(ready):
     ready.run(api_calls.check_gradients_of_each, N)
 
 
+def test_graphs_between_rounds_of_tensors(ready):
+    ready.run(api_calls.check_execute_between, N, timeout_s=300)
+
+
 def test_bad_input_is_named_and_hangs_nobody(ready):
     assert ready.run(buffer_calls.check_bad_input, N)[0] > 60
     ready.run(buffer_calls.check_bad_buffers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +17,7 @@ from ep_mojo.handle import HANDLE_TENSORS
 from ep_mojo.reference.compare import handle_differences
 from tests.torch import buffers, plain
 from tests.torch.buffer_calls import raises
-from tests.torch.buffers import HIDDEN, TMAX
+from tests.torch.buffers import HIDDEN, TMAX, TOP_K
 from tests.torch.launch import kept
 
 
@@ -184,3 +185,33 @@ def check_gradients_of_each(n: int) -> None:
     y = ys[me].clone().requires_grad_()
     ept.autograd.combine(b, y, handle).backward(s.x[me])
     plain.same("combine's backward", y.grad, plain.received(s, me))
+
+
+def check_execute_between(n: int) -> None:
+    """Graphs of `execute`, which have a queue of their own on GPUs, between rounds of tensors, on whatever queues."""
+    from max.dtype import DType
+    from max.graph import Graph, TensorType
+
+    if dist.get_rank() >= n:
+        return
+    comm, me = communicator(n, "expert"), dist.get_rank()
+    ref, s = comm.device_refs()[0], buffers.step(n, 5)
+    kinds = (DType.bfloat16, HIDDEN), (DType.int64, TOP_K), (DType.float32, TOP_K)
+    types = [*(TensorType(dtype, ["T", size], ref) for dtype, size in kinds), *comm.input_types()]
+    with Graph("between", input_types=types, custom_extensions=[ep.kernel_library()]) as graph:
+        ranks = comm.bind(graph.inputs[-comm.num_inputs :])
+        x, ids, weights = (v.tensor for v in graph.inputs[:3])
+        handles = ep.dispatch(ranks, [x], [ids], [weights])
+        graph.output(*ep.combine(ranks, [handles[0].tokens], handles))
+    model = comm.compile(graph)
+    given = [bits(s.x[me]), s.ids[me].cpu().numpy(), s.weights[me].cpu().numpy()]
+    on_host = ref.is_cpu()
+    for i in range(4):
+        with nullcontext() if on_host or i == 2 else torch.cuda.stream(torch.cuda.Stream()):
+            if not on_host:
+                torch.ones(4096, 4096).matmul(torch.ones(4096, 4096))
+            for _ in range(3):
+                h = ept.dispatch(comm, s.x[me], s.ids[me], s.weights[me])
+                y = ept.combine(comm, h.tokens, h)
+            out = comm.execute(model, *given)[0]
+            assert out.tobytes() == bits(y).tobytes(), f"turn {i}"

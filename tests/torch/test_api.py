@@ -57,6 +57,10 @@ def test_gradients(ready, n):
     ready.run(calls.check_gradients_of_each, n)
 
 
+def test_graphs_between_rounds_of_tensors(ready):
+    ready.run(calls.check_execute_between, 2, timeout_s=300)
+
+
 def test_graphs_are_built_in_any_thread():
     """As the threads of backward passes do that make a first round."""
     importlib.import_module("max.graph")  # it serves the thread that imports it

@@ -4,7 +4,8 @@
 
 1. normal mode      layout, dispatch and combine of --large tokens a rank for each budget of --sms, and along a handle
 2. NCCL             all-to-all of the same rows, there and back, which neither sorts nor sums them
-3. low latency      dispatch and combine of --small tokens a rank: by graph replay, and the host's time of eager calls
+3. low latency      dispatch and combine of --small tokens a rank: by graph replay, and the host's time of eager calls: one
+                    after the other, and by themselves
 
 Results are checked first: with identity experts a token comes back as the sum over its ranks (normal mode) or of its
 weights times itself (low latency). Medians over calls, the slowest rank's. Prints a table last; exit status 1 where a
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +59,10 @@ class Measures:
         """Note a result that is wrong."""
         self.me.check(name, got, want, ERROR_LIMIT)
 
+    def note_host(self, name: str, call: Callable[[], Any]) -> None:
+        """Note the host's time of a call, in a row of calls and by itself."""
+        self.me.note(f"{name}: the host", host_us=self.me.host_time(call), idle_us=self.me.host_time(call, 1))
+
     def normal(self) -> None:
         """Normal mode, and NCCL with the same rows."""
         o = self.opts
@@ -93,10 +100,8 @@ class Measures:
                 combine_us=self.me.time(lambda h=handle, r=recv_x, c=config: buffer.combine(r, h, config=c)),
             )
         config = ept.Config(o.sms[0])
-        host = self.me.host_time(lambda: buffer.dispatch(x, handle=handle, config=config))
-        self.me.note("normal, host time of dispatch along a handle", host_us=host)
-        host = self.me.host_time(lambda: buffer.combine(recv_x, handle, config=config))
-        self.me.note("normal, host time of combine", host_us=host)
+        self.note_host("normal, dispatch along a handle", lambda: buffer.dispatch(x, handle=handle, config=config))
+        self.note_host("normal, combine", lambda: buffer.combine(recv_x, handle, config=config))
         self.nccl(x, in_rank)
         buffer.destroy()
 
@@ -148,11 +153,10 @@ class Measures:
                 f"low latency T={o.small} {'fp8' if fp8 else 'bf16'}",
                 round_us=self.me.time(graph.replay),
                 eager_us=self.me.time(round_),
-                host_us=self.me.host_time(dispatch),
                 replay_host_us=self.me.host_time(graph.replay),
             )
-        host = self.me.host_time(lambda: buffer.low_latency_combine(rows, ids, weights, handle))
-        self.me.note("low latency, host time of combine", host_us=host)
+            self.note_host(f"low latency, dispatch {'fp8' if fp8 else 'bf16'}", dispatch)
+        self.note_host("low latency, combine", lambda: buffer.low_latency_combine(rows, ids, weights, handle))
         buffer.check()
         window = buffer._session.made()[0].comm.memories[self.me.rank].block.numel()
         self.me.note(f"low latency, window of a rank, T={o.small}", megabytes=window / 1e6)

@@ -4,8 +4,8 @@
 
 1. normal mode      layout, dispatch and combine of --large tokens a rank for each budget of --sms, and along a handle
 2. NCCL             all-to-all of the same rows, there and back, which neither sorts nor sums them
-3. low latency      dispatch and combine of --small tokens a rank: by graph replay, and the host's time of eager calls: one
-                    after the other, and by themselves
+3. low latency      dispatch and combine of --small tokens a rank: by graph replay, and the host's time of eager calls,
+                    one after the other and by themselves
 
 Results are checked first: with identity experts a token comes back as the sum over its ranks (normal mode) or of its
 weights times itself (low latency). Medians over calls, the slowest rank's. Prints a table last; exit status 1 where a

@@ -76,7 +76,7 @@ class Rank:
         """Median µs until a call returns, of `row` calls one after the other; then the GPUs catch up. With 1 every call
         comes to an idle host and GPU."""
         found = []
-        for i in range(self.opts.repeats // row * row):
+        for i in range(max(1, self.opts.repeats // row) * row):
             if i % row == 0:
                 torch.cuda.synchronize()
                 dist.barrier()
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What all of them take."""
     parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all)")
     parser.add_argument("--hidden", type=int, default=7168, help="channels (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=32, help="calls timed, 8 or more (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=32, help="calls timed (default: %(default)s)")
     parser.add_argument(
         "--busy-wait",
         type=int,

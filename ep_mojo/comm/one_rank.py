@@ -171,7 +171,7 @@ class OneRankCommunicator(Communicator):
     def shrink(self, masks: int) -> None:
         """Let launches mask a peer that does not come, and go on without it.
 
-        For layouts by expert with reduce "source" and slots by rank. No launch of this rank may be under way.
+        For output_layout="expert_padded" with reduce="source" and slots="rank". No launch may be under way here.
 
         Args:
             masks: Address of int32 [R] where the rank is: 1 for a peer to which nothing is sent, and of which nothing

@@ -145,6 +145,7 @@ struct Head(TrivialRegisterPassable):
         var at = self.u64(HEAD_MASKS)
         return Int(at) if at == ~self.u64(HEAD_MASKS_CHECK) else 0
 
+    @no_inline
     def masked(self, peer: Int) -> Bool:
         """Whether a peer is masked. For ranks that have masks.
 

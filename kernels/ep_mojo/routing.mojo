@@ -75,6 +75,19 @@ def by_source[layout: StaticString]() -> Bool:
 
 
 @always_inline
+def may_shrink[layout: StaticString]() -> Bool:
+    """Whether kernels of a layout can leave masked ranks out: that of low-latency mode.
+
+    Parameters:
+        layout: Output layout.
+
+    Returns:
+        True with "expert_padded".
+    """
+    return layout == "expert_padded"
+
+
+@always_inline
 def destinations(
     ids: View[DType.int16], token: Int, top_k: Int, n_local: Int
 ) -> UInt32:

@@ -67,7 +67,7 @@ struct Settings(TrivialRegisterPassable):
     var virtual: Bool
     """Ranks share one queue: a wait that finds its signal missing fails at once."""
     var shrinks: Bool
-    """Peers may be masked, and one that does not come is: layouts by expert with reduce "source" in slots by rank."""
+    """Peers may be masked, and one that does not come is: with layout "expert_padded" and reduce "source"."""
     var expert_slots: Bool
     """Slot policy ExpertSlots."""
     var everywhere: Bool

@@ -73,11 +73,38 @@ def test_low_latency_rounds(ready, fmt, hook):
         ready.run(low_latency_calls.check_round, N, seed, fmt, None, "mixed", hook, how)
 
 
-def test_hooks_modes_masks(ready):
+def test_hooks_and_modes(ready):
     ready.run(low_latency_calls.check_two_under_way, N, 1)
     ready.run(low_latency_calls.check_hooks_given_up, N, 1)
     ready.run(low_latency_calls.check_both_modes_in_turn, N, 1)
-    ready.run(low_latency_calls.check_masks, N)
+
+
+def test_masks(ready):
+    assert max(ready.run(low_latency_calls.check_masked_by_hand, N)) < buffers.PATIENCE_S
+    for clean in (False, True):
+        ready.run(low_latency_calls.check_masked_for_a_while, N, clean)
+    ready.run(low_latency_calls.check_bad_masks, N)
+    ready.run(gpu_calls.check_capture_with_masks, N)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["whole", "hook"])
+def test_ranks_that_do_not_come_or_fail_are_left_out(ready, hook):
+    for lost in ([0], [N - 1], list(range(1, N, 2))):
+        first, later = map(max, zip(*ready.run(low_latency_calls.check_late, N, lost, hook), strict=True))
+        assert buffers.PATIENCE_S <= first < (len(lost) + 1) * buffers.PATIENCE_S
+        assert later < buffers.PATIENCE_S
+    assert max(ready.run(low_latency_calls.check_failed_peer, N)) < buffers.PATIENCE_S
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["whole", "hook"])
+def test_a_rank_that_dies_is_left_out(hook):
+    with Pool(N, backend="nccl") as pool:
+        pool.run(buffers.prepare, timeout_s=900)
+        found = pool.run(low_latency_calls.die_and_leave_the_others, 1, hook, raise_errors=False)
+    assert isinstance(found[1], Died)
+    for first, later in found[:1] + found[2:]:
+        assert first < 2 * buffers.PATIENCE_S
+        assert later < buffers.PATIENCE_S
 
 
 @pytest.mark.parametrize("name", buffers.CONFIGS)

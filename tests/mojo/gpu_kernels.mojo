@@ -147,6 +147,42 @@ def main():
             target=TARGET,
         ]().asm
     )
+    print("//// dispatch fused padded")
+    print(
+        compile_info[
+            dispatch_stage[Column, DType.int64, False, "expert_padded"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine fused padded")
+    print(
+        compile_info[
+            combine_stage[
+                BF, BF, BF, DType.int64, 7168, "expert_padded", "source"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine_async padded")
+    print(
+        compile_info[
+            combine_async_stage[BF, 7168, "expert_padded", "source"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// combine_wait padded")
+    print(
+        compile_info[
+            combine_wait_stage[
+                BF, BF, BF, DType.int64, 7168, "expert_padded", "source"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
     print("//// gathered dispatch_wait")
     print(
         compile_info[

@@ -153,9 +153,7 @@ def bad_arguments_of_low_latency_mode(b, s, handle, other) -> dict:
         "zero copy": (errors.OrderError, "zero_copy", combine(zero_copy=True)),
         "tuple": (errors.DTypeError, "handle", combine(h=tuple(handle))),
         "other": (errors.OrderError, "another Buffer", combine(h=other)),
-        "mask status": (errors.DTypeError, "mask_status", lambda:
-        b.low_latency_query_mask_buffer(torch.zeros(b.group_size))), "clean": (errors.CapacityError, "num_rdma_bytes",
-        lambda: b.clean_low_latency_buffer(1 << 16, HIDDEN, E)),
+        "clean": (errors.CapacityError, "num_rdma_bytes", lambda: b.clean_low_latency_buffer(1 << 16, HIDDEN, E)),
     }  # fmt: skip
 
 

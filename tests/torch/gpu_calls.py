@@ -196,6 +196,51 @@ def check_capture(n: int, kind: str) -> None:
     dist.barrier()
 
 
+def check_capture_with_masks(n: int) -> None:
+    """A captured round sees masks that were changed after the capture: by hand, by a replay that has missed a rank, and
+    by a reset."""
+    from tests.torch.low_latency_calls import masks
+
+    if (b := buffers.shrinking(n)) is None:
+        return
+    lost, group = n - 1, b.group
+    s = plain.draw(5, [TMAX - 3] * n, HIDDEN, TOP_K, LOCAL * n)
+    given = s.x[b.rank], s.ids[b.rank], s.weights[b.rank]
+    low_latency_round(b, *given, "bf16")  # windows and graphs are made before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = low_latency_round(b, *given, "bf16")
+
+    def replayed() -> list[torch.Tensor]:
+        graph.replay()
+        return [t.clone() for t in out]
+
+    def same(which: str, got, want) -> None:
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            plain.same(f"{which} {i}", g, w)
+
+    whole = low_latency_round(b, *given, "bf16")
+    same("whole", replayed(), whole)
+    for by_hand in (True, False):
+        dist.barrier(group=group)
+        if b.rank != lost:
+            if by_hand:
+                b.low_latency_update_mask_buffer(lost, True)
+            first = replayed()  # waits for the last rank, unless it is masked
+            assert masks(b) == [int(r == lost) for r in range(n)]
+            without = low_latency_round(b, *given, "bf16")
+            same("without", first, without)
+            assert (without[0] < whole[0]).any()
+            same("again", replayed(), without)
+        dist.barrier(group=group)
+        b.reset()
+        same("after reset", replayed(), whole)
+    torch.cuda.synchronize()
+    b.check()
+    dist.barrier(group=group)
+
+
 def check_leaks(n: int, cycles: int) -> int:
     """Bytes that the GPU has less after so many Buffers."""
     import ep_mojo.torch as ept

@@ -25,7 +25,7 @@ from ..layout import (
     partial_offset,
     row_offset,
 )
-from ..routing import NO_ROW, by_source
+from ..routing import NO_ROW, by_source, may_shrink
 from ..signal import publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
 from .gathered_rows import rows_before
@@ -305,7 +305,9 @@ def combine_async_stage[
     """
     if not peers.value.valid():
         return
-    var ep = peers.value.endpoint[False]()
+    var ep = peers.value.endpoint[
+        False, may_shrink[layout]() and reduce == "source"
+    ]()
     var epoch = ep.last_sent() + 1
     var x = input.value
     var opening = Opening()

@@ -16,6 +16,7 @@ from ..combine_tensors import (
     travels_by_row,
 )
 from ..launch import Endpoint
+from ..routing import may_shrink
 from ..signal import MASKED, NO_SIGNAL
 from ..team import WarpTeam, zero_bytes
 from ..tokens import given_tokens, tokens_fit
@@ -174,7 +175,9 @@ def combine_wait_stage[
     if not peers.value.valid():
         zero_output[out_bytes](output.value)
         return
-    var ep = peers.value.endpoint[False]()
+    var ep = peers.value.endpoint[
+        False, may_shrink[layout]() and reduce == "source"
+    ]()
     var epoch = ep.next_wait()
     if thread_idx.x == 0:
         open_receive_back(ep, output.value, ep.last_sent(), stage)

@@ -313,7 +313,7 @@ def dispatch_async_stage[
     """
     if not peers.value.valid():
         return
-    var ep = peers.value.endpoint[True]()
+    var ep = peers.value.endpoint[True, may_shrink=True]()
     var epoch = ep.last_sent() + 1
     var opening = Opening()
     if opening.opens():

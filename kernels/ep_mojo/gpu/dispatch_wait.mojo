@@ -20,7 +20,7 @@ from ..dispatch_tensors import DispatchOutput, Rows, localise, table_weights
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import WORK_MAPPED, align_up, message_offset
-from ..routing import NO_ROW
+from ..routing import NO_ROW, may_shrink
 from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam, fill
 from .launch import (
@@ -262,7 +262,7 @@ def dispatch_wait_stage[
     if not peers.value.valid():
         give_nothing(output.value)
         return
-    var ep = peers.value.endpoint[True]()
+    var ep = peers.value.endpoint[True, may_shrink[layout]()]()
     var epoch = ep.next_wait()
     var waiter = ep.waiter(stage)
     var rows = Rows[F, layout](output.value)

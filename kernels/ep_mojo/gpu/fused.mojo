@@ -13,6 +13,7 @@ from ..combine_tensors import CombineInput, CombineOutput, row_bytes
 from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..layout import STAGE_COMBINE, STAGE_DISPATCH
+from ..routing import may_shrink
 from ..team import WarpTeam
 from .combine_async import (
     give_shared,
@@ -77,7 +78,7 @@ def dispatch_stage[
     if not peers.value.valid():
         give_nothing(output.value)
         return
-    var ep = peers.value.endpoint[True]()
+    var ep = peers.value.endpoint[True, may_shrink[layout]()]()
     var x = input.value
     var out_ = output.value
     var sent = ep.last_sent() + 1
@@ -214,7 +215,9 @@ def combine_stage[
     if not peers.value.valid():
         zero_output[out_bytes](output.value)
         return
-    var ep = peers.value.endpoint[False]()
+    var ep = peers.value.endpoint[
+        False, may_shrink[layout]() and reduce == "source"
+    ]()
     var x = input.value
     var y = output.value
     var sent = ep.last_sent() + 1

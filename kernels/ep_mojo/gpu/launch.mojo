@@ -141,16 +141,22 @@ struct Peers(TrivialRegisterPassable):
         )
 
     @always_inline
-    def endpoint[has_table: Bool](self) -> Endpoint[has_table]:
+    def endpoint[
+        has_table: Bool, may_shrink: Bool = False
+    ](self) -> Endpoint[has_table]:
         """The rank's side, on the device.
 
         Parameters:
             has_table: True for dispatch, False for combine.
+            may_shrink: Whether peers can be masked; other kernels hold nothing for that.
 
         Returns:
             The endpoint.
         """
-        return Endpoint[has_table](self.counters, self.s, self.recv, self.count)
+        var s = self.s
+        comptime if not may_shrink:
+            s.shrinks = False
+        return Endpoint[has_table](self.counters, s, self.recv, self.count)
 
 
 @always_inline

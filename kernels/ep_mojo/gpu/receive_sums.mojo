@@ -14,8 +14,7 @@ from ..combine_tensors import (
 )
 from ..launch import Endpoint
 from ..layout import partial_offset, row_offset
-from ..numeric import accumulate, store_f32
-from ..peers import Bytes
+from ..numeric import store_f32
 from ..routing import destination, everyone, normal_id
 from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam
@@ -26,7 +25,7 @@ from .share import Share
 from .shared_memory import moves_in_bulk
 from .shared_rows import order_for_bulk
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
-from .sums import Batch, Sums, sum_all
+from .sums import Batch, Sums, add_row, sum_all
 from .timeline import (
     MARK_COMBINE_SIGNALS_SEEN,
     MARK_COMBINE_TOKEN_WRITTEN,
@@ -184,7 +183,10 @@ struct TokenSums[
         var id = normal_id(
             self.x.ids[choice].cast[DType.int64](), self.ep.s.n_experts
         )
-        return destination(id, self.ep.s.n_local_experts()) & ~self.masked
+        var rank = destination(id, self.ep.s.n_local_experts())
+        comptime if Self.by_row:
+            rank &= ~self.masked
+        return rank
 
     @always_inline
     def admit(mut self, mut batch: Batch) -> Bool:
@@ -203,19 +205,24 @@ struct TokenSums[
         if Int(batch.chunk) != self.awaited:
             self.awaited = Int(batch.chunk)
             self.arrived = 0
-        missing &= ~(self.arrived | self.masked)
+        missing &= ~self.arrived
+        comptime if Self.by_row:
+            missing &= ~self.masked
         self.arrived |= missing
+        var waiter = self.waiter
+        comptime if not Self.by_row:
+            waiter.shrinks = False
         var signal = 0
         var lane = Int(lane_id())
         if lane < self.ep.s.n_ranks and (missing >> UInt32(lane)) & 1 == 1:
             signal = self.ep.chunk_of(
-                self.waiter, self.epoch, lane, Int(batch.chunk)
+                waiter, self.epoch, lane, Int(batch.chunk)
             )
         comptime if moves_in_bulk():
             order_for_bulk()  # the rows may be brought in then
         if ballot(signal == NO_SIGNAL) != 0:
             return False
-        if self.ep.s.shrinks:
+        comptime if Self.by_row:
             self.masked |= UInt32(ballot(signal == MASKED))
             batch.mask &= ~ballot(batch.peers & self.masked != 0)
         syncwarp()
@@ -244,15 +251,15 @@ struct TokenSums[
         comptime bias_bytes = row_bytes[Self.bias_dtype, Self.hidden]()
         comptime shared_bytes = row_bytes[Self.wire, Self.hidden]()
         if self.x.bias0.present():
-            _add[Self.bias_dtype, units](
+            add_row[Self.bias_dtype, units](
                 sum, self.x.bias0.bytes(token * bias_bytes), span
             )
         if self.x.bias1.present():
-            _add[Self.bias_dtype, units](
+            add_row[Self.bias_dtype, units](
                 sum, self.x.bias1.bytes(token * bias_bytes), span
             )
         if self.x.shared_rows.present():
-            _add[Self.wire, units](
+            add_row[Self.wire, units](
                 sum, self.x.shared_rows.bytes(token * shared_bytes), span
             )
 
@@ -314,22 +321,6 @@ struct TokenSums[
             True.
         """
         return True
-
-
-@always_inline
-def _add[
-    dtype: DType, units: Int
-](
-    mut sum: Array[SIMD[DType.float32, WarpTeam.sum_width], units],
-    row: Bytes,
-    span: Span,
-):
-    comptime for u in range(units):
-        var c = u * UNIT + Int(lane_id()) * WarpTeam.sum_width
-        if c < Int(span.size):
-            sum[u] = accumulate[dtype, WarpTeam.sum_width](
-                sum[u], row, Int(span.begin) + c, 1
-            )
 
 
 @always_inline

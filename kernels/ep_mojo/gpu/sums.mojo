@@ -297,3 +297,30 @@ def _feed[
         else:
             break
     return True
+
+
+@always_inline
+def add_row[
+    dtype: DType, units: Int
+](
+    mut sum: Array[SIMD[DType.float32, WarpTeam.sum_width], units],
+    row: Bytes,
+    span: Span,
+):
+    """Add a slice of a row that lies in global memory.
+
+    Parameters:
+        dtype: Type of the row.
+        units: Units of a slice.
+
+    Args:
+        sum: The lane's channels.
+        row: The row.
+        span: The slice.
+    """
+    comptime for u in range(units):
+        var c = u * UNIT + Int(lane_id()) * WarpTeam.sum_width
+        if c < Int(span.size):
+            sum[u] = accumulate[dtype, WarpTeam.sum_width](
+                sum[u], row, Int(span.begin) + c, 1
+            )

@@ -11,7 +11,8 @@ thread saw while rounds ran, all their outputs being kept. Allowed is `before` +
 
 MAX keeps a pool of device memory that may be most of a GPU, so that the driver sees no more of it than its size. Here
 the pool is as large as the formula says, and 32 MiB, and MAX may take no other memory: where that is too little, its
-error says so, and the result is "over". With torch, buffers are torch's; MAX's pool is 16 MiB, and may be passed.
+error says so, and the result is "over"; where MAX takes its pool at once, "peak" is no less than that. With torch,
+buffers are torch's; MAX's pool is 16 MiB, and may be passed.
 Rounds are eager: a captured graph keeps what its capture took. Exit status 1 where more was used, 2 without GPUs.
 """
 
@@ -23,12 +24,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from driver_memory import Gpus
 
 from ep_mojo.errors import DeviceError
@@ -38,6 +39,8 @@ from ep_mojo.programs.gpu_round import Round, add_round, draw, gpus_to_use, on_d
 MIB = 1 << 20
 SLACK = 64 * MIB
 POOL_SLACK, TORCH_POOL = 32 * MIB, 16 * MIB
+LOOK_S = 0.01
+"""How long outputs stay for the thread to see them."""
 POOL = "MODULAR_DEVICE_CONTEXT_MEMORY_MANAGER_"
 
 
@@ -68,7 +71,7 @@ def measure_round(case: Round, rounds: int) -> list[dict[str, Any]]:
                 for _ in range(rounds):
                     outputs = model.execute(*args)
                     comm.check()
-                    most[0] = np.maximum(most[0], gpus.used())
+                    time.sleep(LOOK_S)
                     del outputs
             return rows_of("round", 0, formula, before, made, most[0])
     except (ep.EPError, ValueError, RuntimeError) as error:  # MAX's own for memory are of these kinds
@@ -110,6 +113,7 @@ def measure_gather(rank: int, ranks: int, tokens: int, hidden: int, top_k: int, 
 
 def in_processes(measure: Callable[..., list[dict]], calls: Sequence[tuple], pool: dict[str, str]) -> list[dict]:
     """What a function finds in new processes, one for each call, all at the same time, with MAX's pool as told."""
+    os.environ.pop(POOL + "SIZE_PERCENT", None)
     os.environ.update({POOL + name: value for name, value in pool.items()})
     with ProcessPoolExecutor(len(calls), mp_context=multiprocessing.get_context("spawn")) as processes:
         return [row for found in [processes.submit(measure, *call) for call in calls] for row in found.result()]

@@ -67,7 +67,7 @@ def send_tokens[
                 peers, input, STAGE_DISPATCH_ASYNC, ctx
             )
     else:
-        var ep = peers.endpoint[True]()
+        var ep = peers.endpoint[True, may_shrink=True]()
         comptime if slots == "expert":
             expert_slots_dispatch.dispatch_async[F, ids_dtype, encoded](
                 ep, input, STAGE_DISPATCH_ASYNC
@@ -133,7 +133,7 @@ def exchange[
             ctx,
         )
     else:
-        var ep = peers.endpoint[True]()
+        var ep = peers.endpoint[True, may_shrink=True]()
         dispatch[F, ids_dtype, encoded, layout](ep, input, output)
 
 
@@ -200,7 +200,7 @@ def exchange_sums[
             ctx,
         )
     else:
-        var ep = peers.endpoint[False]()
+        var ep = peers.endpoint[False, may_shrink=True]()
         combine[
             wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
         ](ep, input, output)
@@ -248,7 +248,7 @@ def send_rows[
                 peers, input, STAGE_COMBINE_ASYNC, ctx
             )
     else:
-        var ep = peers.endpoint[False]()
+        var ep = peers.endpoint[False, may_shrink=True]()
         comptime if slots == "expert":
             expert_slots_combine.combine_async[dtype, hidden](
                 ep, input.rows, input.row_map, STAGE_COMBINE_ASYNC

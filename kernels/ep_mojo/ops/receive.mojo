@@ -52,7 +52,7 @@ def receive[
                 peers, output, STAGE_DISPATCH_WAIT, ctx
             )
     else:
-        var ep = peers.endpoint[True]()
+        var ep = peers.endpoint[True, may_shrink=True]()
         comptime if slots == "expert":
             expert_slots_dispatch.dispatch_wait[F, layout](
                 ep, output, STAGE_DISPATCH_WAIT
@@ -118,7 +118,7 @@ def receive_sums[
                 reduce,
             ](peers, output, STAGE_COMBINE_WAIT, ctx)
     else:
-        var ep = peers.endpoint[False]()
+        var ep = peers.endpoint[False, may_shrink=True]()
         comptime if slots == "expert":
             expert_slots_combine.combine_wait[
                 wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden

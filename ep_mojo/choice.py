@@ -7,7 +7,7 @@ combine, of which d and c go and come for each token:
 
 Gathered, d = c = R. Routed, with K different experts drawn evenly, d = c = h = R * (1 - binomial(E - L, K) /
 binomial(E, K)), but d = K with slots="expert" and c = K with reduce="source". Without choices nothing can be routed.
-Constants are of 2 x H200 (docs/performance.md); for more GPUs the estimate is an extrapolation.
+Constants are of 2 x H200, and hold on 4 (docs/performance.md); for more GPUs the estimate is an extrapolation.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import layout
@@ -87,8 +88,9 @@ class OneRankCommunicator(Communicator):
         """Look at the rank's memory, as far as that costs no waiting."""
         self._own.check_head()
 
-    def _join_queues(self) -> None:
-        """Let what is executed next run after all earlier launches, on whatever queue they are."""
+    def _turn(self) -> AbstractContextManager[None]:
+        """Around what is executed: it runs after all earlier launches of the device, on whatever queue they are."""
+        return nullcontext()
 
     def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
         """An op raised: peers must not wait for this rank until their deadline."""
@@ -129,9 +131,9 @@ class OneRankCommunicator(Communicator):
             own, memories = self._own, self.memories  # a destroy() meanwhile takes no memory from the ops
             self._before_launch()
             loaded, buffers = self.load(model), [*make_buffers(specs, values), *self.inputs()]
-            self._join_queues()
             try:
-                outputs = run_model(loaded, buffers)
+                with self._turn():
+                    outputs = run_model(loaded, buffers)
             except Exception:
                 self._abort(own, memories)
                 raise
@@ -176,7 +178,19 @@ class OneRankCommunicator(Communicator):
         Args:
             masks: Address of int32 [R] where the rank is: 1 for a peer to which nothing is sent, and of which nothing
                 is awaited. Launches set them, the caller may do both on the rank's queue; kept by the caller.
+
+        Raises:
+            UnsupportedError: The config is another.
         """
+        for name, allowed in (("output_layout", "expert_padded"), ("reduce", "source"), ("slots", "rank")):
+            if getattr(self.cfg, name) != allowed:
+                raise UnsupportedError(
+                    "ranks cannot be masked in rounds of this kind",
+                    field=f"cfg.{name}",
+                    value=getattr(self.cfg, name),
+                    allowed=repr(allowed),
+                    remedy="make the communicator with a config of low-latency rounds",
+                )
         self._settle()
         self._own.name_masks(masks)
         to_numpy(self.inputs()[0])[layout.SETTING_WAITS] |= layout.WAITS_SHRINK

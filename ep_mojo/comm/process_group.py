@@ -12,6 +12,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from .group import ProcessGroup
 from .models import compile_modules, export, load_artefact, load_compiled, load_graphs
 from .one_rank import OneRankCommunicator
 from .provider import MemoryProvider, host_id, provider_for
-from .queues import rejoin
+from .queues import turn_of_max
 from .symmetric_memory import FailureNote
 from .watch import LEFT, PeerWatch
 
@@ -151,9 +152,8 @@ class ProcessGroupCommunicator(OneRankCommunicator):
                 )
             self._raise_recorded()
 
-    def _join_queues(self) -> None:
-        if not self._provider.on_host:
-            rejoin(self._provider.device_ref().id)
+    def _turn(self) -> AbstractContextManager[None]:
+        return super()._turn() if self._provider.on_host else turn_of_max(self._provider.device_ref().id)
 
     def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
         try:

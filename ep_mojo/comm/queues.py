@@ -1,19 +1,20 @@
-"""Launches on other queues of a GPU than MAX's: who makes them says here how MAX's waits for them, for `execute`."""
+"""Launches on other queues of a GPU than MAX's: who makes them says here how MAX's gets its turn, for `execute`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
-_rejoin: dict[int, Callable[[], None]] = {}
+_turns: dict[int, Callable[[], AbstractContextManager[None]]] = {}
 """By number of the GPU."""
 
 
-def launches_elsewhere(gpu: int, rejoin: Callable[[], None]) -> None:
-    """Launches of this process on `gpu` may be on any queue; after `rejoin()` MAX's waits for all so far."""
-    _rejoin[gpu] = rejoin
+def launches_elsewhere(gpu: int, turn: Callable[[], AbstractContextManager[None]]) -> None:
+    """Launches of this process on `gpu` may be on any queue; within `turn()` nobody else launches, and what MAX's queue
+    gets runs after all launches so far."""
+    _turns[gpu] = turn
 
 
-def rejoin(gpu: int) -> None:
-    """Let what MAX's queue of `gpu` gets next run after all launches so far."""
-    if gpu in _rejoin:
-        _rejoin[gpu]()
+def turn_of_max(gpu: int) -> AbstractContextManager[None]:
+    """Around launches on MAX's queue of `gpu`: they have their place among those on other queues."""
+    return _turns[gpu]() if gpu in _turns else nullcontext()

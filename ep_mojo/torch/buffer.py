@@ -111,7 +111,8 @@ class Buffer(LowLatencyCalls):
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
         session = Session(group, device, self.timeout_s, self.make_timeout_s)
         given = {
-            name: getattr(self, name) for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "timeout_s")
+            name: getattr(self, name)
+            for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "enable_shrink", "timeout_s")
         }
         session.board.agree_on("Buffer", given, self.make_timeout_s)
         self._session = session
@@ -196,7 +197,7 @@ class Buffer(LowLatencyCalls):
     get_combine_config = get_dispatch_config
 
     def get_comm_stream(self) -> Any:
-        """The queue that rounds run on."""
+        """The queue of calls with previous_event or async_finish."""
         return self._live().queue.stream
 
     def get_local_buffer_tensor(
@@ -291,8 +292,8 @@ class Buffer(LowLatencyCalls):
             config: How many SMs a launch may use; None: `get_dispatch_config`.
             previous_event: Begin after it, and not after all that the current queue was given.
             async_finish: Return an event, and do not let the current queue wait.
-            allocate_on_comm_stream: Outputs belong to the communication queue; with the two above. They do in any case,
-                and the allocator knows that the current queue uses them.
+            allocate_on_comm_stream: Outputs belong to the communication queue; with the two above. Those of such calls
+                always do, and the allocator knows that the current queue uses them.
 
         Returns:
             recv_x: Like x, N rows.

@@ -40,6 +40,14 @@ def check_tensor(
         )
     if value.layout != torch.strided:
         raise DTypeError(field=name, value=str(value.layout), allowed="a dense tensor", remedy=f"use {name}.to_dense()")
+    if value.data_ptr() == 0 and value.numel():
+        raise DTypeError(
+            "the tensor has no memory of its own",
+            field=name,
+            value=type(value).__name__,
+            allowed="a tensor with memory on this device",
+            remedy="pass the tensor that it wraps",
+        )
     return value
 
 

@@ -125,6 +125,8 @@ class Gathering:
             check_tensor("weights", weights, [torch.float32], shape, self._device)
         else:
             ids = weights = None
+        if count is not None:
+            check_tensor("count", count, [torch.int32], [1], self._device)
         self._choices = torch.empty(shape, dtype=torch.int64, device=self._device) if ids is None else dense(ids)
         given = dense(x), None, self._choices, None if weights is None else dense(weights), count
         self._rounds.run(self._dispatch, "dispatch", *self._received, *given)

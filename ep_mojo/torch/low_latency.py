@@ -1,8 +1,7 @@
 """Low-latency mode: rows by local expert in room for the worst case, sums with the router's weights at the source.
 
 The engine's layout "expert_padded" with reduce "source". L local experts, M = R*Tmax rows for each of them. Dispatch
-and
-combine are one launch each, or with a hook two: the call sends, the hook receives into the tensors that the call
+and combine are one launch each, or with a hook two: the call sends, the hook receives into the tensors that the call
 returned. Rounds are received in the order in which they were sent.
 """
 
@@ -243,6 +242,7 @@ class LowLatencyMode:
             raise _hook_first("handle")
         rounds, back = handle.plan.rounds, handle.plan.sets[1]
         self._check_room(rounds, "combine", later)
+        self.session.queue.use_here(handle.memory)
         rows = self._filled(shape) if zero_copy else dense(x)
         ids, weights = dense(topk_idx), dense(topk_weights)
         if later:  # the hook reads them, when the caller may have changed its own
@@ -340,7 +340,7 @@ class LowLatencyMode:
     def make_masks(self) -> None:
         """Let ranks be masked: once, before the first round."""
         session = self.session
-        with torch.inference_mode(False), session.queue.working():  # as in `next_buffer`
+        with torch.inference_mode(False), session.queue.launching():  # as in `next_buffer`
             session.masks = torch.zeros(session.size, dtype=torch.int32, device=session.device)
 
     def query_mask(self, mask_status: torch.Tensor) -> None:

@@ -90,6 +90,7 @@ class LowLatencyCalls:
                 all ranks to go on.
             OrderError: After `destroy`, or hooks that have not been called.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With a hook, from it.
+                With enable_shrink that rank is masked, and it is no error.
         """
         queue = self._low_latency_session().queue
         _check_one_way(async_finish, return_recv_hook)
@@ -141,6 +142,7 @@ class LowLatencyCalls:
             OrderError: After `destroy`; a handle of another Buffer, or whose hook has not been called; zero_copy
                 without a buffer.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone. With a hook, from it.
+                With enable_shrink that rank is masked, and it is no error.
         """
         queue = self._low_latency_session().queue
         _check_one_way(async_finish, return_recv_hook)

@@ -184,6 +184,7 @@ class NormalMode:
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
+        self.session.queue.use_here(handle.topk_idx)
         with self.session.announcing(rounds, handle.num_tokens, self._too_many):
             found = Received.empty(cfg, self.session.device, handle.num_recv_tokens)
             rounds.run(sets[0], "dispatch", *found, *tokens, handle.topk_idx, n_sms=num_sms)
@@ -256,6 +257,7 @@ class NormalMode:
         sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
+        self.session.queue.use_here(handle.memory, handle.topk_idx)
         sent = dense(x), handle.memory, handle.topk_idx, None, *map(dense, biases)
         combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
         with self.session.explaining(rounds):

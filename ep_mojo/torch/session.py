@@ -168,8 +168,9 @@ class Session:
         failed = isinstance(raised, ShapeError) or getattr(raised, "peer_failed", False)
         if not failed or rounds.too_many is None:
             return {}
+        masked = [] if self.masks is None else self.masks.tolist()
         with suppress(PeerLostError):  # then nobody can say why
-            return self.board.notes(rounds.name)
+            return {r: note for r, note in self.board.notes(rounds.name).items() if not (masked and masked[r])}
         return {}
 
     def check(self) -> None:
@@ -211,7 +212,7 @@ class Session:
             rounds.reset()
             self.board.take_back(rounds.name)  # all ranks are past the failure: their resets began
         if self.masks is not None:
-            with self.queue.working():
+            with self.queue.launching():
                 self.masks.zero_()  # all ranks are here
 
     def destroy(self) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -180,9 +180,9 @@ class GPUQueue(Queue):
         handle = self._accelerator.default_queue.native_stream_handle
         self._stream = torch.cuda.ExternalStream(handle, device=device)
         self._mark, self._marking = torch.cuda.Event(), threading.Lock()
-        self._last = self._stream
+        self._last: dict[bool, torch.cuda.Stream | None] = {False: self._stream, True: None}
         self._turn = threading.Lock()
-        launches_elsewhere(device.index, self._rejoin)
+        launches_elsewhere(device.index, self._rejoined)
 
     @property
     def stream(self) -> torch.cuda.Stream:
@@ -195,9 +195,10 @@ class GPUQueue(Queue):
             return _HERE
         return _Aside(self, None if previous_event is None else previous_event.event, async_finish)
 
-    def _rejoin(self) -> None:
+    @contextmanager
+    def _rejoined(self) -> Iterator[None]:
         with torch.cuda.stream(self._stream), self.launching():
-            pass
+            yield
 
     def launching(self) -> AbstractContextManager[int]:
         """See `Queue.launching`. One thread at a time; the launch runs after all before."""
@@ -208,6 +209,13 @@ class GPUQueue(Queue):
         with self._marking:  # who waits for the event takes what was recorded last
             self._mark.record(first)
             then.wait_event(self._mark)
+
+    def is_capturing(self, stream: torch.cuda.Stream) -> bool:
+        """Whether what `stream` gets is captured."""
+        if torch.cuda.current_device() == self.device.index and stream == torch.cuda.current_stream():
+            return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.stream(stream):
+            return torch.cuda.is_current_stream_capturing()
 
     def use_here(self, *tensors: Any) -> None:
         """See `Queue.use_here`."""
@@ -229,11 +237,13 @@ class _Turn:
         queue = self._queue
         queue._turn.acquire()
         try:
-            here, last = torch.cuda.current_stream(queue.device.index), queue._last
-            if here.cuda_stream != last.cuda_stream:
-                if _is_capturing(here) == _is_capturing(last):  # what is not captured is no part of a capture
+            here = torch.cuda.current_stream(queue.device.index)
+            captured = queue.is_capturing(here)
+            last = queue._last[captured]  # what is not captured is no part of a capture
+            if last is None or here.cuda_stream != last.cuda_stream:
+                if last is not None and queue.is_capturing(last) == captured:
                     queue.follow(last, here)
-                queue._last = here
+                queue._last[captured] = here
             return here.cuda_stream or DEFAULT_STREAM
         except BaseException:
             queue._turn.release()
@@ -280,11 +290,6 @@ class _Aside(Work):
             return EventOverlap()
         _record(given, queue.stream)
         return EventOverlap(EventHandle(queue.stream))
-
-
-def _is_capturing(stream: torch.cuda.Stream) -> bool:
-    with torch.cuda.stream(stream):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _record(values: Any, stream: torch.cuda.Stream) -> None:

@@ -73,6 +73,8 @@ comptime HEAD_MASKS = 48
 """(u64) Where the masks of this rank's peers are, Int32 [R] in memory of its device; 0 = nowhere. See `head.mojo`."""
 comptime HEAD_MASKS_CHECK = 50
 """(u64) The complement of `HEAD_MASKS`, without which it counts as 0."""
+comptime HEAD_COMBINE_BEGUN = 52
+"""(u64) Epoch of the last combine on a GPU of which headers have left, where peers can be masked."""
 
 comptime KIND_TIMEOUT: Int32 = 1
 """A peer's signal did not come within the deadline."""

@@ -15,7 +15,16 @@ from .head import Head
 from .layout import *
 from .peers import Bytes, PeerTable, View
 from .settings import Settings
-from .signal import FAILED, MASKED, NO_SIGNAL, Waiter, publish, word
+from .signal import (
+    FAILED,
+    MASKED,
+    NO_SIGNAL,
+    Waiter,
+    epoch_of,
+    poll,
+    publish,
+    word,
+)
 from .team import Team
 
 
@@ -207,24 +216,41 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
                 KIND_ORDER, stage, expected=waited + buffers, seen=epoch
             )
             return epoch
-        if epoch <= buffers:
+        if epoch <= buffers and not self.s.shrinks:
             return epoch
         var waiter = self.waiter(stage)
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
             var peer = (self.me + i) % self.s.n_ranks
             if self.is_masked(peer):
                 continue
-            var got = waiter.reach[at_least=True](
-                self.own_count(),
-                self.window.credit(peer),
-                epoch - buffers,
-                peer=peer,
-                chunk=CHUNK_CREDIT,
-                header=self.window.header(self.buffer(epoch), peer),
-            )
-            if got == NO_SIGNAL:
-                break
+            if epoch > buffers:
+                var got = waiter.reach[at_least=True](
+                    self.own_count(),
+                    self.window.credit(peer),
+                    epoch - buffers,
+                    peer=peer,
+                    chunk=CHUNK_CREDIT,
+                    header=self.window.header(self.buffer(epoch), peer),
+                )
+                if got == NO_SIGNAL:
+                    break
+            self._notice_going_on(peer, epoch)
         return epoch
+
+    @always_inline
+    def _notice_going_on(self, peer: Int, epoch: UInt64):
+        """Mask a peer that has closed this combine before it was sent: it has gone on without this rank.
+
+        Its slots may belong to others by now: those of a combine are a choice's, not a sender's. Where other CTAs of
+        this launch have sent already, it may have closed it rightly; they have noted that before.
+        """
+        comptime if not Self.has_table:
+            if self.s.shrinks:
+                var credit = poll(self.own_count(), self.window.credit(peer))
+                if epoch_of(credit) >= epoch:
+                    var begun = poll(self.head.base, 4 * HEAD_COMBINE_BEGUN)
+                    if begun != epoch:
+                        _ = self.head.mask(peer)
 
     def announce[T: Team](self, epoch: UInt64, value: Int, masked: UInt32 = 0):
         """Publish the launch's header to every peer, oneself included.

@@ -94,6 +94,7 @@ def test_ranks_that_do_not_come_or_fail_are_left_out(ready, hook):
         assert buffers.PATIENCE_S <= first < (len(lost) + 1) * buffers.PATIENCE_S
         assert later < buffers.PATIENCE_S
     assert max(ready.run(low_latency_calls.check_failed_peer, N)) < buffers.PATIENCE_S
+    assert max(ready.run(low_latency_calls.check_back_too_late, N)) < buffers.PATIENCE_S
 
 
 @pytest.mark.parametrize("hook", [False, True], ids=["whole", "hook"])

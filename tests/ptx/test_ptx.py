@@ -35,6 +35,8 @@ NOTES = {
     "dispatch_async": 1,  # tables sent
     "dispatch_wait": 2,  # counted, mapped
     "dispatch fused": 3,
+    "combine_async padded": 1,  # headers are about to leave
+    "combine fused padded": 1,
     "gathered dispatch fused": 1,  # nothing is mapped
     "expert slots dispatch_wait": 1,  # rows of a block
 }

@@ -15,7 +15,7 @@ HIDDEN, TOP_K, LOCAL, TMAX = 256, 3, 4, 40
 """H, K, L and (in both modes) Tmax."""
 SIZES = {2: [(5, 12), (40, 1), (0, 7), (0, 0), (40, 40)], 4: [(3, 0, 40, 11), (0, 0, 0, 5), (40, 40, 40, 40), (0,) * 4]}
 """T of each rank, some of them none."""
-PATIENCE_S = 3.0
+PATIENCE_S = 4.0
 """The deadline of Buffers that go on without who is late."""
 FP8 = [ep.BlockwiseFP8("float32"), ep.BlockwiseFP8("ue8m0")]
 PADDED = [ep.BF16(), *(ep.BlockwiseFP8(scale, "column") for scale in ep.BlockwiseFP8.SCALES)]

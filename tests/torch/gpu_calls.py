@@ -99,6 +99,19 @@ def check_memory(n: int, seed: int) -> None:
         plain.same("recv_x", got[: len(want)], want)
         token = [torch.arange(len(v), dtype=torch.int32)[:, None] for v in s.x]
         plain.same("recv_src_idx", rows[: len(want), None], plain.received(s, me, token))
+        # A handle of the current queue, which MAX's has yet to read.
+        rows, _, _, _, handle, _ = b.dispatch(s.x[me], **layout, **more)
+        y, size = rows.clone(), handle.memory.shape
+        want = b.combine(y, handle)[0]
+        with torch.cuda.stream(b.get_comm_stream()):
+            burden()
+        combined, _, event = b.combine(y, handle, async_finish=True)
+        del handle
+        for _ in range(4):
+            torch.full(size, 1 << 30, dtype=torch.int32)
+        with event:
+            pass
+        plain.same("combined", combined, want)
 
 
 def check_inference_mode(n: int) -> None:

@@ -304,6 +304,43 @@ def check_late(n: int, lost: list[int], hook: bool) -> tuple[float, float]:
     return first, later
 
 
+def check_back_too_late(n: int) -> float:
+    """The last rank sends nothing back until the others have gone on without it. Then it leaves them out, and nothing
+    of it comes to slots that belong to others by then. Seconds that it takes."""
+    if (b := buffers.shrinking(n)) is None:
+        return 0.0
+    all_kinds(b)
+    s, me, ys = buffers.step(n, 4), b.rank, expert_rows(n, 4)
+    found = b.low_latency_dispatch(s.x[me], s.ids[me], TMAX, s.n_experts, use_fp8=False)
+    check_received(b, s, "bf16", *found[:3])
+    took, lost, back = 0.0, n - 1, (ys[me], s.ids[me], s.weights[me], found[2])
+    if me == lost:
+        dist.barrier(group=b.group)
+        began = time.monotonic()
+        combined = b.low_latency_combine(*back)[0]
+        assert masks(b) == [1] * lost + [0]
+        took = time.monotonic() - began
+        plain.same("combined", combined, summed(s, me, ys, list(range(lost))))
+        dist.barrier(group=b.group)
+    else:
+        plain.same("combined", b.low_latency_combine(*back)[0], summed(s, me, ys, [lost]))
+        several_rounds(b, [lost])
+        before = [memory.copy() for memory in slots(b)]
+        dist.barrier(group=b.group)
+        dist.barrier(group=b.group)
+        for was, now in zip(before, slots(b), strict=True):
+            assert (was == now).all(), "a row that nobody waits for"
+    b.reset()
+    round_without(b, 2, [])
+    return took
+
+
+def slots(b) -> list[np.ndarray]:
+    """The combine windows of this rank."""
+    own = [rounds.comm.memories[b.rank] for rounds in b._session.made()]
+    return [m.window("combine_recv") if hasattr(m, "window") else m.combine_recv for m in own]
+
+
 def check_failed_peer(n: int) -> float:
     """Too many tokens on one rank are an error there; the others leave it out at once. Until `reset` on all."""
     if (b := buffers.shrinking(n)) is None:

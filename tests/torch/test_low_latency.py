@@ -68,6 +68,11 @@ def test_ranks_that_do_not_come_are_left_out(ready, n, lost, hook):
 
 
 @pytest.mark.parametrize("n", RANKS)
+def test_a_rank_that_comes_back_too_late(ready, n):
+    assert max(ready.run(calls.check_back_too_late, n)) < PATIENCE_S
+
+
+@pytest.mark.parametrize("n", RANKS)
 def test_a_rank_that_fails_is_left_out(ready, n):
     assert max(ready.run(calls.check_failed_peer, n)) < PATIENCE_S
 

@@ -11,6 +11,7 @@ import torch
 import ep_mojo as ep
 from ep_mojo.dtypes import to_numpy
 from ep_mojo.torch import call
+from ep_mojo.torch.checks import check_tensor
 from ep_mojo.torch.tensors import dense
 
 CFG = ep.EPConfig(hidden_size=8, top_k=1, n_experts=2, max_tokens_per_rank=4, n_ranks=2)
@@ -58,3 +59,22 @@ def test_gradients_do_not_matter():
         assert taken.tolist() == tensor.tolist()
     assert dense(leaf) is leaf
     assert not dense(leaf[:, ::2]).requires_grad
+
+
+class Wrapper(torch.Tensor):
+    """Has a shape and no memory, as tensors that are spread over devices."""
+
+    @staticmethod
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(cls, (4, 8), dtype=torch.bfloat16)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_tensors_without_memory_are_refused():
+    with pytest.raises(ep.errors.DTypeError, match="no memory of its own"):
+        check_tensor("x", Wrapper(), [torch.bfloat16], [None, 8], torch.device("cpu"))
+    empty = torch.empty(0, 8, dtype=torch.bfloat16)
+    assert check_tensor("x", empty, [torch.bfloat16], [None, 8], torch.device("cpu")) is empty

@@ -20,13 +20,14 @@ from ..launch import Endpoint
 from ..layout import (
     FIELD_RECV_NUM_TOKENS,
     FIELD_ROW_MAP,
+    HEAD_COMBINE_BEGUN,
     KIND_SHAPE,
     combine_header,
     partial_offset,
     row_offset,
 )
 from ..routing import NO_ROW, by_source, may_shrink
-from ..signal import publish, word
+from ..signal import note, publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
 from .gathered_rows import rows_before
 from .launch import (
@@ -93,6 +94,10 @@ def send_headers[
     """
     comptime by_row = travels_by_row[layout, reduce]()
     var peer = Int(lane_id())
+    if ep.s.shrinks and block_idx.x == 0:  # see `Endpoint.begin_send`
+        if peer == 0:
+            note(ep.head.base, 4 * HEAD_COMBINE_BEGUN, epoch)
+        syncwarp()
     if block_idx.x == 0 and peer < ep.s.n_ranks and opening.serves(peer):
         publish(
             ep.count[peer],

@@ -14,6 +14,7 @@ from max.gpu.sync import barrier, syncwarp
 from ..launch import Endpoint
 from ..peers import View
 from .launch import warp_index, warps
+from .routing import ballot
 from .share import begin_crews
 from .shared_memory import (
     OPENING_BARRIER,
@@ -76,10 +77,13 @@ struct Opening(Copyable, Movable):
             ep: The rank.
         """
         syncwarp()
+        var masked: UInt64 = 0
+        if ep.s.shrinks:
+            var peer = Int(lane_id())
+            masked = ballot(peer < ep.s.n_ranks and ep.is_masked(peer))
         if lane_id() == 0:
-            Self._word()[0] = Int32(not ep.head.failed()) + 2 * Int32(
-                ep.masked()
-            )
+            var open = Int32(not ep.head.failed())
+            Self._word()[0] = open + 2 * masked.cast[DType.int32]()
             comptime if moves_in_bulk():
                 Self._barrier().arrive(1)
         syncwarp()

@@ -150,10 +150,8 @@ class LowLatencyMode:
         device = self.session.device
         check_tensor("x", x, [torch.bfloat16], [None, None], device)
         check_tensor("topk_idx", topk_idx, [torch.int64], [x.shape[0], None], device)
-        plan = self._plan(num_max_tokens, x.shape[1], topk_idx.shape[1], num_experts, fmt)
-        cfg, rounds, sets = plan.cfg, plan.rounds, plan.sets
-        if stats is not None:
-            check_tensor("cumulative_local_expert_recv_stats", stats, [torch.int32], [cfg.n_local_experts], device)
+        plan = self._plan(num_max_tokens, x.shape[1], topk_idx.shape[1], num_experts, fmt, stats)
+        cfg, sets, rounds = plan
         self._check_room(rounds, "dispatch", later)
         given = dense(x), None, dense(topk_idx)
         found = Received.empty(cfg, device)
@@ -175,26 +173,40 @@ class LowLatencyMode:
         hook = self._later(rounds, "dispatch", receive)
         return self._rows(cfg, found), handle.counts, handle, hook
 
-    def _plan(self, num_tokens: Any, hidden: int, top_k: int, num_experts: Any, fmt: TokenFormat) -> Plan:
-        """What such a round needs, if its sizes fit the Buffer. All ranks make the first of a kind together.
+    def _plan(
+        self,
+        num_tokens: Any,
+        hidden: int,
+        top_k: int,
+        num_experts: Any,
+        fmt: TokenFormat,
+        stats: torch.Tensor | None,
+    ) -> Plan:
+        """What such a round needs, if its sizes fit the Buffer, and `stats` them: all ranks make the first of a kind
+        together, so nothing may be wrong then.
 
         Raises:
             ConfigError, CapacityError: See `check_sizes`.
+            DTypeError, ShapeError, DeviceError: `stats` is not int32 [L].
             ConfigMismatchError, PeerTimeoutError, EPError: See `Session.rounds`.
         """
         key = num_tokens, hidden, top_k, num_experts, fmt
         plain = type(num_tokens) is int and type(num_experts) is int  # as a key 4.0 would pass for 4
-        if plain and key in self._plans:
-            return self._plans[key]
-        self.check_sizes(num_tokens, hidden, num_experts)
-        n_ranks, timeout_s = self.session.size, self.session.timeout_s
-        cfg = sizes.low_latency_config(
-            num_tokens, hidden, top_k, num_experts, n_ranks, dispatch_format=fmt, timeout_s=timeout_s
-        )
-        sets = graphs.low_latency(cfg)
-        plan = Plan(cfg, sets, self.session.rounds(cfg, sets, shrink=True))
-        if plain:
-            self._plans[key] = plan
+        plan = self._plans.get(key) if plain else None
+        if plan is None:
+            self.check_sizes(num_tokens, hidden, num_experts)
+            n_ranks, timeout_s = self.session.size, self.session.timeout_s
+            cfg = sizes.low_latency_config(
+                num_tokens, hidden, top_k, num_experts, n_ranks, dispatch_format=fmt, timeout_s=timeout_s
+            )
+        else:
+            cfg = plan.cfg
+        if stats is not None:
+            n_local, name = cfg.n_local_experts, "cumulative_local_expert_recv_stats"
+            check_tensor(name, stats, [torch.int32], [n_local], self.session.device)
+        if plan is None:
+            sets = graphs.low_latency(cfg)
+            plan = self._plans[key] = Plan(cfg, sets, self.session.rounds(cfg, sets, shrink=True))
         return plan
 
     def _arrived(self, handle: LowLatencyHandle, stats: torch.Tensor | None) -> None:

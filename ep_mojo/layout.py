@@ -117,7 +117,8 @@ STAGE_NAMES = {
     STAGE_COMBINE: "combine",
 }
 
-# Settings: the word that says how waits end, and its bits; they stand in settings.mojo.
+# Settings: the words of the SM budget and of how waits end, and the bits of that; they stand in settings.mojo.
+SETTING_N_SMS = 11
 SETTING_WAITS = 12
 WAITS_VIRTUAL = 1
 WAITS_SHRINK = 2
@@ -315,10 +316,10 @@ def write_head(counters: np.ndarray, cfg: EPConfig, rank: int, epoch: int = 0) -
 
 
 def put_address(counters: np.ndarray, index: int, address: int) -> None:
-    """Store an address (`HEAD_MASKS`, `HEAD_NOTE`) and its complement, without which it counts as 0."""
-    check = {HEAD_MASKS: HEAD_MASKS_CHECK, HEAD_NOTE: HEAD_NOTE_CHECK}[index]
+    """Store an address (of masks, note or time line: `HEAD_*`) and its complement, without which it counts as 0."""
+    checks = {HEAD_MASKS: HEAD_MASKS_CHECK, HEAD_NOTE: HEAD_NOTE_CHECK, HEAD_TIMELINE: HEAD_TIMELINE_CHECK}
     put_u64(counters, index, address)
-    put_u64(counters, check, address ^ 0xFFFFFFFFFFFFFFFF)
+    put_u64(counters, checks[index], address ^ 0xFFFFFFFFFFFFFFFF)
 
 
 def put_epochs(counters: np.ndarray, epoch: int) -> None:

@@ -95,11 +95,7 @@ class Timeline:
         with comm._exclusive():  # no launch may move an epoch meanwhile
             comm.synchronize()
             for memory, address in zip(comm.memories, addresses, strict=True):
-                counters = memory.counters
-                layout.put_u64(counters, layout.HEAD_TIMELINE, address)
-                layout.put_u64(counters, layout.HEAD_TIMELINE_CHECK, address ^ (2**64 - 1) if address else 0)
-                memory.write("counters", counters)  # type: ignore[attr-defined]
-            comm.synchronize()
+                memory.put_address(layout.HEAD_TIMELINE, address)
 
     def times(self) -> list[np.ndarray]:
         """Wait for the devices, and read the last round's times.

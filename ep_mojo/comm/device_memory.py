@@ -67,10 +67,10 @@ class DeviceMemory(RankMemory):
                 self.write(name, credits)
         self.synchronize()
 
-    def name_masks(self, address: int) -> None:
-        """See `RankMemory.name_masks`."""
+    def put_address(self, index: int, address: int) -> None:
+        """See `RankMemory.put_address`."""
         counters = self.counters
-        layout.put_address(counters, layout.HEAD_MASKS, address)
+        layout.put_address(counters, index, address)
         self.write("counters", counters)
         self.synchronize()
 

@@ -192,7 +192,7 @@ class OneRankCommunicator(Communicator):
                     remedy="make the communicator with a config of low-latency rounds",
                 )
         self._settle()
-        self._own.name_masks(masks)
+        self._own.put_address(layout.HEAD_MASKS, masks)
         to_numpy(self.inputs()[0])[layout.SETTING_WAITS] |= layout.WAITS_SHRINK
 
     def execute_local(

@@ -132,10 +132,7 @@ class FailureNote:
 
         self._word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._seen = self._word.numpy()
-        counters = own.counters
-        layout.put_address(counters, layout.HEAD_NOTE, self._word.data_ptr())
-        own.write("counters", counters)
-        own.synchronize()
+        own.put_address(layout.HEAD_NOTE, self._word.data_ptr())
 
     def set(self) -> None:
         """Note what the host itself has put on record."""

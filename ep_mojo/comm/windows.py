@@ -135,9 +135,9 @@ class RankMemory:
         """Let all of the rank's own epochs be this one. It must not be inside an op."""
         layout.put_epochs(self.counters, epoch)
 
-    def name_masks(self, address: int) -> None:
-        """Tell the rank's launches where its masks are: int32 [R] on its device. It must not be inside an op."""
-        layout.put_address(self.counters, layout.HEAD_MASKS, address)
+    def put_address(self, index: int, address: int) -> None:
+        """Tell the rank's launches where something is, see `layout.put_address`. It must not be inside an op."""
+        layout.put_address(self.counters, index, address)
 
     def record_abort(self) -> None:
         """Put on record that an op raised in the middle of a run, unless an earlier failure is there already.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..comm import Communicator
+from ..comm.gpu import synchronize
 from ..config import EPConfig
 from ..dtypes import (
     bfloat16_bits_to_float32,
@@ -241,31 +242,27 @@ def replay_times(model: Any, args: Sequence[Any], hold: Hold, replays: int = REP
 
     devices = hold.devices
 
-    def settle() -> None:
-        for d in devices:
-            d.synchronize()
-
     def wall(call: Callable[[], Any], n: int) -> float:
         for _ in range(WARM_UP):
             call()
-        settle()
+        synchronize(devices)
         start = time.perf_counter()
         for _ in range(n):
             call()
-        settle()
+        synchronize(devices)
         return (time.perf_counter() - start) / n * 1e6
 
     eager = wall(lambda: model.execute(*args), 20)
     model.capture(1, *args)
     wall_us = min(wall(lambda: model.replay(1, *args), replays) for _ in range(3))
     marks = [[DeviceEvent(d, enable_timing=True) for _ in range(replays + 1)] for d in devices]
-    settle()
+    synchronize(devices)
     for i in range(replays + 1):
         for d, events in zip(devices, marks, strict=True):
             d.default_queue.record_event(events[i])
         if i < replays:
             model.replay(1, *args)
-    settle()
+    synchronize(devices)
     paced = np.array([[a.elapsed_time(b) * 1e3 for a, b in zip(e, e[1:], strict=False)] for e in marks])
     times = held_times(model, args, hold, replays)
     return {

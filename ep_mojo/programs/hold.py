@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..comm.gpu import synchronize
 from ..kernels import kernel_library
 
 STEP_US = 4000
@@ -101,13 +102,9 @@ def held_times(model: Any, args: Sequence[Any], hold: Hold, replays: int) -> np.
         for d, events in zip(devices, marks, strict=True):
             d.default_queue.record_event(events[i])
 
-    def settle() -> None:
-        for d in devices:
-            d.synchronize()
-
     hold.begin(1)  # the driver loads a kernel when it is launched first
     while len(found) * BATCH < replays:
-        settle()
+        synchronize(devices)
         start = time.perf_counter()
         mark(0)
         hold.begin(steps)
@@ -118,7 +115,7 @@ def held_times(model: Any, args: Sequence[Any], hold: Hold, replays: int) -> np.
             model.replay(1, *args)
         mark(BATCH + 2)
         host_ms = (time.perf_counter() - start) * 1e3
-        settle()
+        synchronize(devices)
         if host_ms < min(events[0].elapsed_time(events[1]) for events in marks):
             found.append([[a.elapsed_time(b) * 1e3 for a, b in zip(e[2:], e[3:], strict=False)] for e in marks])
         elif steps >= MAX_STEPS:

@@ -13,15 +13,13 @@ import numpy as np
 
 from ..config import MAX_RANKS
 from ..dtypes import to_buffer, to_numpy
-from ..layout import SETTINGS_WORDS
+from ..layout import SETTING_N_SMS, SETTINGS_WORDS
 
 if TYPE_CHECKING:
     import torch
 
     from ..comm import Communicator
 
-N_SMS = 11
-"""Word of the settings that says how many SMs a launch may use."""
 QUEUE = SETTINGS_WORDS
 COUNTERS = QUEUE + 1
 RECV = COUNTERS + 2
@@ -71,7 +69,7 @@ class Call:
             tensors: As the op has them, up to `N_TENSORS`.
         """
         memory = self._memory
-        _WORD.pack_into(memory, 8 * N_SMS, n_sms)
+        _WORD.pack_into(memory, 8 * SETTING_N_SMS, n_sms)
         _WORD.pack_into(memory, 8 * QUEUE, queue)
         pairs: list[int] = []
         for tensor in tensors:

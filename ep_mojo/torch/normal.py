@@ -132,7 +132,7 @@ class NormalMode:
         if topk_idx is None:
             ranks = torch.arange(n_ranks, device=device)
             ids, n_experts = torch.where(is_token_in_rank, ranks, -1).contiguous(), n_ranks
-            weights = torch.zeros(ids.shape, dtype=torch.float32, device=device)
+            weights = None
         else:
             check_tensor("topk_idx", topk_idx, [torch.int64], [n_tokens, None], device)
             check_tensor("topk_weights", topk_weights, [torch.float32], topk_idx.shape, device)

@@ -322,14 +322,9 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether calls of tensors there are being captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def check_not_capturing(device: torch.device, what: str, remedy: str) -> None:
     """Raise `OrderError` inside the capture of a CUDA graph, where `what` cannot be."""
-    if is_capturing(device):
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy=remedy)
 
 

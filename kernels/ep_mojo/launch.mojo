@@ -58,28 +58,11 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
     def __init__(
         out self,
         counters: View[DType.int32],
-        settings: View[DType.int64],
-        recv_ptrs: View[DType.uint64],
-        recv_count_ptrs: View[DType.uint64],
-    ):
-        """Put the parts together. `check_head` comes first, where the head is in host memory.
-
-        Args:
-            counters: `atomic_counters`.
-            settings: The settings tensor.
-            recv_ptrs: Addresses of the recv windows.
-            recv_count_ptrs: Addresses of the count windows.
-        """
-        self = Self(counters, Settings(settings), recv_ptrs, recv_count_ptrs)
-
-    def __init__(
-        out self,
-        counters: View[DType.int32],
         settings: Settings,
         recv_ptrs: View[DType.uint64],
         recv_count_ptrs: View[DType.uint64],
     ):
-        """Put the parts together, from settings that are not in a tensor.
+        """Put the parts together. `check_head` comes first, where the head is in host memory.
 
         Args:
             counters: `atomic_counters`.

@@ -28,7 +28,7 @@ def test_the_block_says_what_a_launch_is_to_do(side):
         settings, *tables = [to_numpy(b).tolist() for b in comm.inputs()[:7]]
         windows = tables[1:3] if side == "dispatch" else tables[4:6]
         counters = comm.inputs()[8]
-        assert words[: call.QUEUE] == [*settings[: call.N_SMS], 5, *settings[call.N_SMS + 1 :]]
+        assert words[: call.QUEUE] == [*settings[: call.SETTING_N_SMS], 5, *settings[call.SETTING_N_SMS + 1 :]]
         assert words[call.QUEUE] == 77
         assert words[call.COUNTERS : call.RECV] == [counters._data_ptr(), counters.num_elements]
         assert words[call.RECV : call.RECV + 2] == windows[0]

@@ -190,9 +190,11 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             The launch's epoch.
         """
         var epoch = self.last_sent() + 1
+        # Loaded before, since an acquire ends what a GPU holds in its caches.
+        var waited = self.head.u64(Self.waited_index)
+        var waiter = self.waiter(stage)
         if self.head.failed():
             return epoch
-        var waited = self.head.u64(Self.waited_index)
         var buffers = UInt64(self.s.num_buffers)
         if epoch - waited > buffers:
             self.head.fail(
@@ -201,7 +203,6 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             return epoch
         if epoch <= buffers and not self.s.shrinks:
             return epoch
-        var waiter = self.waiter(stage)
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
             var peer = (self.me + i) % self.s.n_ranks
             if self.is_masked(peer):
@@ -252,7 +253,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             if (masked >> UInt32(peer)) & 1 == 0:
                 publish(self.count[peer], offset, word(epoch, value))
 
-    def end_send[T: Team](self, epoch: UInt64):
+    def end_send[T: Team](self, epoch: UInt64, failed: Bool):
         """Close a sending launch.
 
         Parameters:
@@ -260,8 +261,9 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
 
         Args:
             epoch: The launch's epoch.
+            failed: `head.failed()`, asked once for both halves.
         """
-        if self.head.failed():
+        if failed:
             self.announce[T](epoch, FAILED)
         self.head.set_u64(Self.sent_index, epoch)
 
@@ -341,7 +343,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
             header=self.window.header(buffer, peer),
         )
 
-    def end_wait[T: Team](self, epoch: UInt64):
+    def end_wait[T: Team](self, epoch: UInt64, failed: Bool):
         """Close a receiving launch: all reads of its buffer are done.
 
         Parameters:
@@ -349,8 +351,9 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
 
         Args:
             epoch: The launch's epoch.
+            failed: As for `end_send`.
         """
-        var value = FAILED if self.head.failed() else 0
+        var value = FAILED if failed else 0
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
             publish(
                 self.count[(self.me + i) % self.s.n_ranks],

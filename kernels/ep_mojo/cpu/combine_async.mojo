@@ -54,7 +54,7 @@ def combine_async[
         _check_handle[layout](ep, x, x.rows.size // size, stage)
     if ep.head.failed():
         zero_bytes[HostTeam](x.shared_out.bytes(), x.shared_out.size)
-        ep.end_send[HostTeam](epoch)
+        ep.end_send[HostTeam](epoch, ep.head.failed())
         return
     var buffer = ep.buffer(epoch)
     var masked = ep.masked()
@@ -121,7 +121,7 @@ def combine_async[
 
     share(work, items, workers)
     _ = starts^
-    ep.end_send[HostTeam](epoch)
+    ep.end_send[HostTeam](epoch, ep.head.failed())
 
 
 def _check_handle[

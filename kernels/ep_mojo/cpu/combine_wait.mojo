@@ -126,4 +126,4 @@ def combine_wait[
         share(work, n_chunks, workers)
     var done = 0 if ep.head.failed() else T * out_bytes
     zero_bytes[HostTeam](x.y.bytes(done), x.y.size - done)
-    ep.end_wait[HostTeam](epoch)
+    ep.end_wait[HostTeam](epoch, ep.head.failed())

@@ -43,7 +43,7 @@ def dispatch_async[
     var epoch = ep.begin_send[HostTeam](stage)
     var T = token_count(ep, stage, x.rows, x.num_tokens)
     if ep.head.failed():
-        ep.end_send[HostTeam](epoch)
+        ep.end_send[HostTeam](epoch, ep.head.failed())
         return
     var s = ep.s
     var buffer = ep.buffer(epoch)
@@ -93,7 +93,7 @@ def dispatch_async[
                 )
 
     share(work, n_chunks, workers)
-    ep.end_send[HostTeam](epoch)
+    ep.end_send[HostTeam](epoch, ep.head.failed())
 
 
 def _send_table[

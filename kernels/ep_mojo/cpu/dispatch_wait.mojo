@@ -55,7 +55,7 @@ def dispatch_wait[
         _receive[F, layout](ep, epoch, waiter, Rows[F, layout](out_), stage)
     if ep.head.failed():
         out_.clear[HostTeam]()
-    ep.end_wait[HostTeam](epoch)
+    ep.end_wait[HostTeam](epoch, ep.head.failed())
 
 
 def _receive[

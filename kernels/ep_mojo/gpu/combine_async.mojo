@@ -327,7 +327,7 @@ def combine_async_stage[
     )
     give_shared[dtype, hidden](ep, x, opening)
     if is_last_cta(ep, sending=True) and warp_index() == 0:
-        ep.end_send[WarpTeam](epoch)
+        ep.end_send[WarpTeam](epoch, ep.head.failed())
 
 
 def combine_async[

@@ -111,7 +111,7 @@ def receive_back[
 @always_inline
 def close_receive_back[
     out_bytes: Int
-](ep: Endpoint[False], x: CombineOutput, epoch: UInt64):
+](ep: Endpoint[False], x: CombineOutput, epoch: UInt64, failed: Bool):
     """Close the receiving half; the last CTA calls this.
 
     Parameters:
@@ -121,11 +121,12 @@ def close_receive_back[
         ep: The rank.
         x: Its tokens.
         epoch: The launch's epoch.
+        failed: `head.failed()`, the same for all threads.
     """
-    if ep.head.failed():
+    if failed:
         zero_output[out_bytes](x)
     if warp_index() == 0:
-        ep.end_wait[WarpTeam](epoch)
+        ep.end_wait[WarpTeam](epoch, failed)
 
 
 @always_inline
@@ -186,7 +187,7 @@ def combine_wait_stage[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
         ](ep, output.value, epoch, stage, Share())
     if is_last_cta(ep, sending=False):
-        close_receive_back[out_bytes](ep, output.value, epoch)
+        close_receive_back[out_bytes](ep, output.value, epoch, ep.head.failed())
 
 
 def combine_wait[

@@ -2,10 +2,10 @@
 
     CTA b < R      writes the routing table into rank b's count window, then its header (value T); then messages too
     every crew     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
-                   message to every destination rank at once (lane r serves rank r), and when the whole chunk has
-                   arrived publishes its signal, lane r to rank r. A crew is one warp; where the format can be
-                   encoded in parts and crews of several would have a chunk each at most, it is several, of which the
-                   first loads and stores
+                   message to every destination rank at once (a lane serves a rank, `rank_of_lane`), and when the
+                   whole chunk has arrived publishes its signal, each lane to its rank. A crew is one warp; where the
+                   format can be encoded in parts and crews of several would have a chunk each at most, it is several,
+                   of which the first loads and stores
 
 The last warp of each CTA awaits the buffer's credits, while the others load and encode their first token (`Opening`).
 Then the tables go, and the messages when these have left: a header is released at system scope, which would wait for
@@ -23,6 +23,7 @@ from ..launch import Endpoint
 from ..layout import WORK_TABLED, align_up, message_offset
 from ..peers import typed
 from ..routing import NO_EXPERT, everyone, normal_id
+from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..team import WarpTeam
 from ..tokens import given_tokens, readable_tokens, tokens_fit
@@ -189,6 +190,23 @@ def _tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
 
 
 @always_inline
+def rank_of_lane(s: Settings, me: Int, lane: Int) -> Int:
+    """The rank that a lane of the calling warp serves. Stores of a warp leave in order of its lanes, so each CTA and
+    warp begins with another rank: all of them would send to rank 0 first, and its links alone would be in use.
+
+    Args:
+        s: The settings.
+        me: The own rank.
+        lane: The lane; those below R serve a rank each.
+
+    Returns:
+        0 to R-1.
+    """
+    var turn = UInt32(me + Int(block_idx.x) + warp_index() + lane)
+    return Int(turn % UInt32(s.n_ranks))
+
+
+@always_inline
 def send_messages[
     F: TokenFormat, ids_dtype: DType, encoded: Bool
 ](
@@ -225,7 +243,7 @@ def send_messages[
     var T = readable_tokens(x.rows, x.num_tokens)
     var buffer = ep.buffer(epoch)
     var lane = Int(lane_id())
-    var peer = min(lane, s.n_ranks - 1)
+    var peer = rank_of_lane(s, ep.me, lane)
     var recv = ep.recv[peer]
     var count = ep.count[peer]
     var crew = Crew(share, s.n_signals(T), min(parts, MAX_CREW))
@@ -274,17 +292,19 @@ def send_messages[
                 asked = True
                 stores = _tables_have_left(ep, epoch, stage)
                 mark[MARK_TABLES_HAVE_LEFT](ep)
+            targets &= ~opening.masked
+            # The crew goes on meeting.
+            var mine = stores and lane < s.n_ranks
             store_row[F.message_bytes](
                 message,
-                # The crew goes on meeting.
-                targets & ~opening.masked if stores else UInt32(0),
+                UInt32(ballot(mine and (targets >> UInt32(peer)) & 1 == 1)),
                 recv.unsafe_offset(message_offset(s, buffer, ep.me, t)),
             )
         finish_stores()
         mark[MARK_MESSAGES_ARRIVED](ep)
         if not opening.passed():
             return
-        if lane < s.n_ranks and stores and opening.serves(lane):
+        if lane < s.n_ranks and stores and opening.serves(peer):
             publish(
                 count,
                 ep.window.signal(buffer, ep.me, chunk),
@@ -325,7 +345,7 @@ def dispatch_async_stage[
         ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), opening
     )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
-        ep.end_send[WarpTeam](epoch)
+        ep.end_send[WarpTeam](epoch, ep.head.failed())
 
 
 def dispatch_async[

@@ -288,7 +288,7 @@ def dispatch_wait_stage[
             )
             mark_rest[F, layout](ep, epoch, waiter, share, rows)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
-        close_wait(ep, epoch, output.value)
+        close_wait(ep, epoch, output.value, ep.head.failed())
 
 
 @always_inline
@@ -304,17 +304,20 @@ def give_nothing(out_: DispatchOutput):
 
 
 @always_inline
-def close_wait(ep: Endpoint[True], epoch: UInt64, out_: DispatchOutput):
+def close_wait(
+    ep: Endpoint[True], epoch: UInt64, out_: DispatchOutput, failed: Bool
+):
     """Close the receiving half; the first warp of the last CTA calls this.
 
     Args:
         ep: The rank.
         epoch: The launch's epoch.
         out_: The outputs, cleared after a failure.
+        failed: `head.failed()`.
     """
-    if ep.head.failed():
+    if failed:
         out_.clear[WarpTeam]()
-    ep.end_wait[WarpTeam](epoch)
+    ep.end_wait[WarpTeam](epoch, failed)
 
 
 def dispatch_wait[

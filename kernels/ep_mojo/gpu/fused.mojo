@@ -41,7 +41,7 @@ from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .mapping import cta_bytes, map_sources, name_groups
 from .opening import Opening
 from .precedence import precedence, queue
-from .roles import CombineRoles, DispatchRoles
+from .roles import LEAST_CTAS, CombineRoles, DispatchRoles
 from .share import Share
 from .slices import combine_bytes
 from .timeline import (
@@ -131,8 +131,9 @@ def dispatch_stage[
                     mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
     mark[MARK_ENDED](ep)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
-        ep.end_send[WarpTeam](sent)
-        close_wait(ep, epoch, out_)
+        var failed = ep.head.failed()
+        ep.end_send[WarpTeam](sent, failed)
+        close_wait(ep, epoch, out_, failed)
 
 
 def dispatch[
@@ -164,7 +165,7 @@ def dispatch[
     var shape = Shape(
         ctx,
         s,
-        items=s.n_ranks * s.n_signals(s.max_tokens),
+        items=s.n_ranks * max(LEAST_CTAS, s.n_signals(s.max_tokens)),
         warp_bytes=2 * token_slot_bytes[F](),
         cta_bytes=cta_bytes[layout](peers),
     )
@@ -247,9 +248,10 @@ def combine_stage[
         ](ep, y, epoch, STAGE_COMBINE, roles.summing)
     mark[MARK_COMBINE_ENDED](ep)
     if is_last_cta(ep, sending=False):
+        var failed = ep.head.failed()
         if warp_index() == 0:
-            ep.end_send[WarpTeam](sent)
-        close_receive_back[out_bytes](ep, y, epoch)
+            ep.end_send[WarpTeam](sent, failed)
+        close_receive_back[out_bytes](ep, y, epoch, failed)
 
 
 def combine[

@@ -16,6 +16,10 @@ comptime MANY_TURNS = 2
 """Chunks for each warp that are not many yet."""
 
 
+comptime LEAST_CTAS = 4
+"""CTAs for each rank that a fused dispatch has, however few tokens there are: so that none has two roles."""
+
+
 struct DispatchRoles(TrivialRegisterPassable):
     """Who does what in a fused dispatch.
 
@@ -73,8 +77,12 @@ struct DispatchRoles(TrivialRegisterPassable):
 
 
 struct CombineRoles(TrivialRegisterPassable):
-    """Who does what in a fused combine: every warp sends, then sums; where the R * ceil(Tmax / G) chunks are more than
-    `MANY_TURNS` for each warp, the last warps of each CTA only sum."""
+    """Who does what in a fused combine.
+
+    Every warp sends, then sums; the first ones send most and the last ones sum most, so that with few tokens those who
+    sum have nothing to send, and wait for signals by the time that these come. Where the R * ceil(Tmax / G) chunks are
+    more than `MANY_TURNS` for each warp, the last warps of each CTA only sum.
+    """
 
     var sends: Bool
     """Whether the warp sends."""
@@ -100,7 +108,9 @@ struct CombineRoles(TrivialRegisterPassable):
         self.sends = True
         self.sums = True
         self.sending = Share()
-        self.summing = Share()
+        self.summing = Share(
+            (warps() - 1 - w) * ctas + cta, warps() * ctas, ctas
+        )
         if (
             summers > 0
             and s.n_ranks * s.n_signals(s.max_tokens)

@@ -36,7 +36,9 @@ class Variant:
         """A config of it; `fields` are of run time."""
         fmt = FORMATS[self.fmt]
         types = COMBINE_TYPES[hidden_of(fmt)]
-        sizes = {"top_k": 4, "n_experts": 3 * n_ranks, "max_tokens_per_rank": 13, "timeout_s": 10}
+        # Few tokens, which each CTA maps by itself, or so many that CTAs share the work (gpu/few_tokens.mojo).
+        tokens = 13 if self.reduce == "expert" else 150
+        sizes = {"top_k": 4, "n_experts": 3 * n_ranks, "max_tokens_per_rank": tokens, "timeout_s": 10}
         if self.layout == "expert" and self.slots == "rank":
             sizes |= {"alignment": 8, "shared_expert": True}
         return ep.EPConfig(

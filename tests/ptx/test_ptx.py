@@ -33,8 +33,8 @@ SIGNALS = {
 """Words that a kernel publishes to ranks, by the beginning of its name."""
 NOTES = {
     "dispatch_async": 1,  # tables sent
-    "dispatch_wait": 2,  # counted, mapped
-    "dispatch fused": 3,
+    "dispatch_wait": 3,  # counted, mapped; mapped where there are few tokens
+    "dispatch fused": 4,
     "combine_async padded": 1,  # headers are about to leave
     "combine fused padded": 1,
     "gathered dispatch fused": 1,  # nothing is mapped

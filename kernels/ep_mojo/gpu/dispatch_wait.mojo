@@ -7,7 +7,7 @@
                    copies it to its rows from there, or zeroes these where the peer is lost meanwhile; then it marks
                    its part of what no row fills
 
-The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
+Where there are few tokens, each CTA maps all sources by itself, and awaits no other (`few_tokens.mojo`). The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
 many come before it (see `routing.mojo` and `starts.mojo`).
 """
 
@@ -33,6 +33,7 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
+from .few_tokens import alone_bytes, map_alone, maps_alone
 from .gathered_rows import gather_rows, mark_behind
 from .mapping import cta_bytes, map_sources, name_groups
 from .notes import await_note
@@ -63,7 +64,7 @@ def keep_weights(
     share: Share,
     out_: DispatchOutput,
 ):
-    """Copy the sources' weights out of the window, while their rows are being mapped.
+    """Copy the sources' weights out of the window, while others map their rows, or when the rows are copied.
 
     Args:
         ep: The rank.
@@ -99,6 +100,7 @@ def copy_rows[
     pieces: Pieces,
     share: Share,
     rows: Rows[F, layout],
+    known: Int32 = -1,
 ):
     """Copy messages to their rows as they arrive.
 
@@ -114,6 +116,7 @@ def copy_rows[
         pieces: What CTAs map.
         share: The calling warp's chunks, of all sources in turn.
         rows: The outputs.
+        known: Lane v: T of the source of piece v, where that is mapped already; -1 where it may not be.
     """
     comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
     var s = ep.s
@@ -124,9 +127,7 @@ def copy_rows[
     var block = s.max_tokens * s.top_k
     var items = s.n_ranks * s.n_signals(s.max_tokens)
     var window = ep.recv[ep.me]
-    var mapped: Int32 = (
-        -1
-    )  # lane v: T of the source of piece v, once that is mapped
+    var mapped = known
     for i in range(share.first, items, share.stride):
         var r = (ep.me + i) % s.n_ranks
         var chunk = i // s.n_ranks
@@ -277,15 +278,24 @@ def dispatch_wait_stage[
             mark_behind[F, layout](ep, epoch, waiter, Share(), rows)
         else:
             var pieces = Pieces(ep.s, Int(grid_dim.x))
-            if Int(block_idx.x) < pieces.n:
+            var share = Share(skip=pieces.n)
+            var known: Int32 = -1
+            var alone = maps_alone(ep.s)
+            if alone:
+                known = map_alone[F, layout](
+                    ep, epoch, waiter, share, output.value, stage
+                )
+            elif Int(block_idx.x) < pieces.n:
                 map_sources[F, layout](
                     ep, epoch, waiter, pieces, output.value, stage
                 )
-            var share = Share(skip=pieces.n)
-            keep_weights(ep, epoch, waiter, share, output.value)
+            if not alone:
+                keep_weights(ep, epoch, waiter, share, output.value)
             copy_rows[F, layout, slot_bytes[F]()](
-                ep, epoch, waiter, pieces, share, rows
+                ep, epoch, waiter, pieces, share, rows, known
             )
+            if alone:
+                keep_weights(ep, epoch, waiter, share, output.value)
             mark_rest[F, layout](ep, epoch, waiter, share, rows)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         close_wait(ep, epoch, output.value, ep.head.failed())
@@ -345,7 +355,7 @@ def dispatch_wait[
         peers.s,
         items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
         warp_bytes=slot_bytes[F](),
-        cta_bytes=cta_bytes[layout](peers),
+        cta_bytes=max(cta_bytes[layout](peers), alone_bytes[layout](peers.s)),
     )
     queue(ctx, peers.s).enqueue_function(
         ctx.compile_function[dispatch_wait_stage[F, layout]](

@@ -36,6 +36,7 @@ from .dispatch_wait import (
     keep_weights,
     mark_rest,
 )
+from .few_tokens import alone_bytes, map_alone
 from .gathered_rows import gather_rows, mark_behind
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .mapping import cta_bytes, map_sources, name_groups
@@ -116,19 +117,25 @@ def dispatch_stage[
             if roles.sends or not roles.apart:
                 mark_behind[F, layout](ep, epoch, waiter, roles.share, rows)
         else:
-            if roles.maps:
+            var known: Int32 = -1
+            if roles.maps and roles.alone:
+                known = map_alone[F, layout](
+                    ep, epoch, waiter, roles.share, out_, STAGE_DISPATCH
+                )
+            elif roles.maps:
                 map_sources[F, layout](
                     ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
                 )
-            if roles.sends:
-                mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
-            else:
-                keep_weights(ep, epoch, waiter, roles.share, out_)
+            if not roles.sends:
+                if not roles.alone:
+                    keep_weights(ep, epoch, waiter, roles.share, out_)
                 copy_rows[F, layout, 2 * token_slot_bytes[F]()](
-                    ep, epoch, waiter, roles.pieces, roles.share, rows
+                    ep, epoch, waiter, roles.pieces, roles.share, rows, known
                 )
-                if not roles.apart:
-                    mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
+            if roles.sends or not roles.apart:
+                if roles.alone:
+                    keep_weights(ep, epoch, waiter, roles.share, out_)
+                mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
     mark[MARK_ENDED](ep)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         var failed = ep.head.failed()
@@ -167,7 +174,7 @@ def dispatch[
         s,
         items=s.n_ranks * max(LEAST_CTAS, s.n_signals(s.max_tokens)),
         warp_bytes=2 * token_slot_bytes[F](),
-        cta_bytes=cta_bytes[layout](peers),
+        cta_bytes=max(cta_bytes[layout](peers), alone_bytes[layout](s)),
     )
     queue(ctx, peers.s).enqueue_function(
         ctx.compile_function[dispatch_stage[F, ids_dtype, encoded, layout]](

@@ -9,7 +9,7 @@ from max.gpu import block_dim, block_idx, grid_dim, lane_id, thread_idx
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier
 
-from ..dispatch_tensors import DispatchOutput, table_ids
+from ..dispatch_tensors import DispatchOutput
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import (
@@ -21,10 +21,11 @@ from ..layout import (
 from ..peers import View, window_view
 from ..routing import group_name
 from ..signal import NO_SIGNAL, Waiter, note, word
+from .choices import Choices
 from .launch import Peers, told, warp_index
 from .notes import await_note
 from .pieces import Pieces
-from .routing import Histogram, ballot, count_piece, map_piece
+from .routing import Histogram, ballot, count_rows, map_rows
 from .shared_memory import MAX_WARPS
 from .starts import start_rows
 from .timeline import (
@@ -83,12 +84,8 @@ def map_sources[
         if T == NO_SIGNAL:
             return
         mark[MARK_HEADER_SEEN](ep)
-        count_piece[layout](
-            s,
-            table_ids(ep, buffer, piece.source),
-            piece,
-            T,
-            ep.me,
+        count_rows[layout](
+            Choices(ep, buffer, piece, T),
             hist,
             counts.part(v * groups, groups),
         )
@@ -103,38 +100,18 @@ def map_sources[
         if T == NO_SIGNAL:
             return
         mark[MARK_ALL_COUNTED](ep)
+        var choices = Choices(ep, buffer, piece, T)
         if several:
-            count_piece[layout](
-                s,
-                table_ids(ep, buffer, piece.source),
-                piece,
-                T,
-                ep.me,
-                hist,
-                counts.part(v * groups, groups),
-            )
+            count_rows[layout](choices, hist, counts.part(v * groups, groups))
         var offsets = out_.row_offsets if v == 0 else View[DType.uint32]()
         var needed = start_rows[layout](
             s, counts, pieces, v, hist, offsets, out_.counts
         )
-        var fits = 0
-        if thread_idx.x == 0:
-            var room = (
-                s.n_ranks * s.max_tokens if layout
-                == "expert_padded" else out_.tokens.size // F.token_bytes
-            )
-            fits = Int(needed <= room)
-            if fits == 0:
-                ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
-        if told(fits) == 0:
+        if not rows_fit[F, layout](ep, out_, needed, stage):
             return
         var block = s.max_tokens * s.top_k
-        map_piece[layout](
-            s,
-            table_ids(ep, buffer, piece.source),
-            piece,
-            T,
-            ep.me,
+        map_rows[layout](
+            choices,
             hist,
             out_.row_map.part(piece.source * block, block),
             out_.src_info,
@@ -143,6 +120,37 @@ def map_sources[
         mark[MARK_ROWS_MAPPED](ep)
         if thread_idx.x == 0:
             note(own, 4 * WORK_MAPPED + 8 * v, word(epoch, T))
+
+
+@always_inline
+def rows_fit[
+    F: TokenFormat, layout: StaticString
+](ep: Endpoint[True], out_: DispatchOutput, needed: Int, stage: Int32) -> Bool:
+    """Whether the outputs hold all rows; a failure is recorded where not. The whole CTA calls this.
+
+    Parameters:
+        F: The format.
+        layout: Output layout.
+
+    Args:
+        ep: The rank.
+        out_: The outputs.
+        needed: Of thread 0: what `start_rows` has returned.
+        stage: `STAGE_*`, for the failure record.
+
+    Returns:
+        The same for all threads.
+    """
+    var fits = 0
+    if thread_idx.x == 0:
+        var room = (
+            ep.s.n_ranks * ep.s.max_tokens if layout
+            == "expert_padded" else out_.tokens.size // F.token_bytes
+        )
+        fits = Int(needed <= room)
+        if fits == 0:
+            ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
+    return told(fits) != 0
 
 
 @always_inline

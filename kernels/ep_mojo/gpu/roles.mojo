@@ -3,6 +3,7 @@
 from max.gpu import block_idx, grid_dim
 
 from ..settings import Settings
+from .few_tokens import maps_alone
 from .launch import warp_index, warps
 from .pieces import Pieces
 from .share import Share
@@ -27,6 +28,9 @@ struct DispatchRoles(TrivialRegisterPassable):
     some warps send, then mark what no row fills, while the rest copies. Half of them send where each CTA has one chunk
     of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the links are no faster,
     and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first and copies then.
+
+    Where each CTA maps all sources by itself (`few_tokens.mojo`), half of the CTAs do, these among them that send the
+    tables, and the others send messages.
     """
 
     var apart: Bool
@@ -34,7 +38,9 @@ struct DispatchRoles(TrivialRegisterPassable):
     var pieces: Pieces
     """What CTAs map."""
     var maps: Bool
-    """Whether the CTA maps pieces."""
+    """Whether the CTA maps pieces, or all sources."""
+    var alone: Bool
+    """Whether each CTA that maps maps all sources."""
     var sends: Bool
     """Whether the warp sends, and does not copy."""
     var share: Share
@@ -51,15 +57,19 @@ struct DispatchRoles(TrivialRegisterPassable):
         var cta = Int(block_idx.x)
         var w = warp_index()
         self.pieces = Pieces(s, ctas)
-        var mappers = self.pieces.n
+        var half = max(s.n_ranks, ctas // 2)
+        self.alone = maps_alone(s)
+        var mappers = half if self.alone else self.pieces.n
         var others = ctas - mappers
         var few = s.n_signals(s.max_tokens) <= others
-        var senders = warps() // 2
-        if not few:
+        var senders = warps() if self.alone else warps() // 2
+        if not few and not self.alone:
             senders = max(
                 1, min(senders, AT_ONCE // (max(1, others) * s.message_bytes))
             )
         self.apart = others >= mappers and warps() > 1
+        if self.alone:
+            self.apart = others > 0
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders
         if not self.apart:

@@ -13,10 +13,10 @@ from std.bit import pop_count
 from std.sys import inlined_assembly, is_amd_gpu, is_nvidia_gpu
 
 from ..peers import View, window_view
-from ..routing import NO_ROW, destination, local_group
+from ..routing import NO_ROW, destination
 from ..settings import Settings
+from .choices import Choices
 from .launch import warp_index, warps
-from .pieces import Piece
 from .shared_memory import SLOTS, shared_memory
 
 
@@ -68,52 +68,18 @@ struct Histogram(Movable):
 
 
 @always_inline
-def group_of[
-    layout: StaticString
-](s: Settings, ids: View[DType.int16], i: Int, rank: Int) -> Int:
-    """The group that a choice adds a row to.
-
-    Parameters:
-        layout: Output layout; with "rank" only a token's first local choice has a row, in group 0.
-
-    Args:
-        s: The settings.
-        ids: The source's table.
-        i: Token * K + k.
-        rank: The rank whose output it is.
-
-    Returns:
-        The group, or -1.
-    """
-    var group = local_group(s, ids[i], rank)
-    comptime if layout == "rank":
-        if group < 0:
-            return -1
-        for j in range(i // s.top_k * s.top_k, i):
-            if local_group(s, ids[j], rank) >= 0:
-                return -1
-        return 0
-    else:
-        return group
-
-
-@always_inline
 def groups_ahead[
     layout: StaticString
-](s: Settings, ids: View[DType.int16], base: Int, end: Int, rank: Int) -> Array[
-    Int32, AHEAD
-]:
-    """`group_of` for the calling lane's choices of the next batches, so that their loads overlap.
+](choices: Choices, base: Int, end: Int) -> Array[Int32, AHEAD]:
+    """The groups of the calling lane's choices of the next batches, so that their loads overlap.
 
     Parameters:
         layout: Output layout.
 
     Args:
-        s: The settings.
-        ids: The source's table.
+        choices: The choices.
         base: First choice of the first batch; a batch has one for each lane.
         end: The choice behind the warp's last one.
-        rank: The rank whose output it is.
 
     Returns:
         The groups; -1 where there is none.
@@ -122,7 +88,7 @@ def groups_ahead[
     comptime for u in range(AHEAD):
         var i = base + u * WARP_SIZE + Int(lane_id())
         if i < end:
-            group[u] = Int32(group_of[layout](s, ids, i, rank))
+            group[u] = Int32(choices.group[layout](i))
     return group^
 
 
@@ -142,42 +108,31 @@ def run_of(tokens: Int, begin: Int = 0) -> Tuple[Int, Int]:
     return begin + first, begin + min(tokens, first + each)
 
 
-def count_piece[
+def count_rows[
     layout: StaticString
-](
-    s: Settings,
-    ids: View[DType.int16],
-    piece: Piece,
-    tokens: Int,
-    rank: Int,
-    hist: Histogram,
-    counts: View[DType.int32],
-):
-    """Count a piece's rows; the whole CTA calls this.
+](choices: Choices, hist: Histogram, counts: View[DType.int32]):
+    """Count the rows of some choices; the whole CTA calls this.
 
     Parameters:
         layout: Output layout.
 
     Args:
-        s: The settings.
-        ids: The source's table.
-        piece: The piece.
-        tokens: The source's T.
-        rank: The rank whose output it is.
-        hist: Out: rows of the group before each warp's run, within the piece.
-        counts: Int32 [groups], out, in global memory: rows of each group.
+        choices: The choices.
+        hist: Out: rows of the group before each warp's run, within the choices.
+        counts: Int32 [groups], out: rows of each group.
     """
     comptime scope = "workgroup" if is_amd_gpu() else "block"
+    var s = choices.s
     var me = Int(thread_idx.x)
     var threads = Int(block_dim.x)
     for i in range(me, hist.cells.size, threads):
         hist.cells[i] = 0
     barrier()
-    var run = run_of(piece.end(tokens) - piece.begin, piece.begin)
+    var run = run_of(choices.end - choices.begin, choices.begin)
     var mine = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var end = run[1] * s.top_k
     for base in range(run[0] * s.top_k, end, AHEAD * WARP_SIZE):
-        var group = groups_ahead[layout](s, ids, base, end, rank)
+        var group = groups_ahead[layout](choices, base, end)
         comptime for u in range(AHEAD):
             if group[u] >= 0:
                 _ = Atomic[Int32, scope=scope].fetch_add[
@@ -192,47 +147,38 @@ def count_piece[
             sum += n
         comptime if layout != "rank":
             if s.shared_expert and g == 0:
-                var own = piece.end(tokens) - piece.begin
-                sum = Int32(own) if piece.source == rank else Int32(0)
+                sum = Int32(choices.own)
         counts[g] = sum
     barrier()
 
 
-def map_piece[
+def map_rows[
     layout: StaticString
 ](
-    s: Settings,
-    ids: View[DType.int16],
-    piece: Piece,
-    tokens: Int,
-    rank: Int,
+    choices: Choices,
     hist: Histogram,
     row_map: View[DType.int32],
     src_info: View[DType.int32],
 ):
-    """Give every choice of a piece its row; the whole CTA calls this, after `start_rows`.
+    """Give every choice its row; the whole CTA calls this, after `start_rows`.
 
     Parameters:
         layout: Output layout.
 
     Args:
-        s: The settings.
-        ids: The source's table.
-        piece: The piece.
-        tokens: The source's T.
-        rank: The rank whose output it is.
-        hist: From `count_piece` and `start_rows`; used up.
-        row_map: Int32 [Tm, K] of the source, out at the piece's tokens; `NO_ROW` where there is none.
-        src_info: Int32 [rows, 2], out at the rows given.
+        choices: The choices.
+        hist: From `count_rows` and `start_rows`; used up.
+        row_map: Int32 [tokens, K], out at the choices; `NO_ROW` where there is none.
+        src_info: Int32 [rows, 2], out at the rows given; absent: not wanted.
     """
-    var K = s.top_k
+    var K = choices.s.top_k
     var lane = Int(lane_id())
-    var run = run_of(piece.end(tokens) - piece.begin, piece.begin)
+    var run = run_of(choices.end - choices.begin, choices.begin)
     var next_row = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var below = (UInt64(1) << UInt64(lane)) - 1
     var end = run[1] * K
     for first in range(run[0] * K, end, AHEAD * WARP_SIZE):
-        var groups = groups_ahead[layout](s, ids, first, end, rank)
+        var groups = groups_ahead[layout](choices, first, end)
         comptime for u in range(AHEAD):
             var i = first + u * WARP_SIZE + lane
             var group = Int(groups[u])
@@ -250,16 +196,14 @@ def map_piece[
             syncwarp()
             if i < end:
                 row_map[i] = row
-                if row >= 0:
+                if row >= 0 and src_info.present():
                     var t = i // K
                     var k = -1 if layout == "rank" else i - t * K
-                    src_info[2 * Int(row)] = Int32(
-                        piece.source * s.max_tokens + t
-                    )
+                    src_info[2 * Int(row)] = Int32(choices.first_token + t)
                     src_info[2 * Int(row) + 1] = Int32(k)
     for i in range(
-        piece.end(tokens) * K + Int(thread_idx.x),
-        piece.limit * K,
+        choices.end * K + Int(thread_idx.x),
+        choices.limit * K,
         Int(block_dim.x),
     ):
         row_map[i] = NO_ROW

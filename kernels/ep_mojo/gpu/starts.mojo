@@ -18,7 +18,7 @@ comptime COUNTS_AHEAD = 8
 
 
 def start_rows[
-    layout: StaticString
+    layout: StaticString, of_all: Bool = False
 ](
     s: Settings,
     counts: View[DType.int32],
@@ -32,10 +32,11 @@ def start_rows[
 
     Parameters:
         layout: Output layout.
+        of_all: Whether there is one piece, `Choices` of all sources.
 
     Args:
         s: The settings.
-        counts: Int32 [pieces, groups], in global memory.
+        counts: Int32 [pieces, groups].
         pieces: All pieces.
         piece: The piece.
         hist: `firsts` is written, by the first warp at last.
@@ -45,7 +46,7 @@ def start_rows[
     Returns:
         To the first warp, rows that the output must hold; with "expert_padded" the largest group.
     """
-    comptime if layout == "rank":
+    comptime if layout == "rank" and not of_all:
         if warp_index() != 0:
             return 0
         return _start_sources(
@@ -53,7 +54,7 @@ def start_rows[
         )
     else:
         for g in range(Int(thread_idx.x), hist.groups, Int(block_dim.x)):
-            _add_pieces(counts, pieces.n, piece, hist, g)
+            _add_pieces(counts, 1 if of_all else pieces.n, piece, hist, g)
         barrier()
         if warp_index() != 0:
             return 0

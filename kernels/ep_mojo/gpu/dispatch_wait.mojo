@@ -7,7 +7,8 @@
                    copies it to its rows from there, or zeroes these where the peer is lost meanwhile; then it marks
                    its part of what no row fills
 
-Where there are few tokens, each CTA maps all sources by itself, and awaits no other (`few_tokens.mojo`). The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
+Where there are few tokens, each CTA maps all sources by itself, and awaits no other (`few_tokens.mojo`). The last CTA
+gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
 many come before it (see `routing.mojo` and `starts.mojo`).
 """
 

@@ -59,19 +59,24 @@ class Received(NamedTuple):
 
     Attributes:
         tokens: Rows, in the shape of the layout.
-        scales: Their scales, or of size 0.
+        scales: Their scales; None where there are none.
         memory: int32, flat: all else, see `places`.
     """
 
     tokens: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor | None
     memory: torch.Tensor
 
     @classmethod
     def empty(cls, cfg: EPConfig, device: torch.device, rows: int | None = None) -> Received:
         """Room for a dispatch, of so many rows (None: those of the config)."""
         # Sizes one by one: torch takes half as long again for a list of them.
-        return cls(*[torch.empty(*shape, dtype=dtype, device=device) for dtype, shape in received_types(cfg, rows)])
+        (dtype, shape), (scale_dtype, scales), (words_dtype, words) = received_types(cfg, rows)
+        return cls(
+            torch.empty(*shape, dtype=dtype, device=device),
+            torch.empty(*scales, dtype=scale_dtype, device=device) if scales[0] else None,
+            torch.empty(*words, dtype=words_dtype, device=device),
+        )
 
 
 def part(memory: torch.Tensor, name: str, cfg: EPConfig, rows: int | None = None) -> torch.Tensor:

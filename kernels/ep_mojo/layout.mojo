@@ -154,6 +154,15 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         return self.ids + (buffer * self.n_ranks + source) * self.ids_block
 
     @always_inline
+    def ids_stride(self) -> Int:
+        """From a source's table to the next one's in the same buffer.
+
+        Returns:
+            Ids.
+        """
+        return self.ids_block // 2
+
+    @always_inline
     def table_weights(self, buffer: Int, source: Int) -> Int:
         """The source's weights, f32 [T, K], 1 where none were given.
 

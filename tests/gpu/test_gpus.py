@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from gpu.whole_graphs import VARIANTS, Machine, Variant, add_graph, arguments, differences
+from gpu.whole_graphs import MANY, VARIANTS, Machine, Variant, add_graph, arguments, differences
 from graph.virtual import Round, random_round
 from unit.cases import make_case
 
@@ -16,7 +16,13 @@ FUSED = Variant("bf16", "expert", "expert", "fused")
 SPLIT = Variant("bf16", "expert", "expert", "split")
 BESIDE = Variant("bf16", "expert", "expert", "beside")
 EXPERT_SLOTS = Variant("bf16", "expert", "source", "split", "expert")
-MODES = pytest.mark.parametrize("variant", [FUSED, SPLIT, BESIDE], ids=["fused", "split", "beside"])
+FUSED_MANY = Variant("bf16", "expert", "expert", "fused", tokens=MANY)
+SPLIT_MANY = Variant("bf16", "expert", "expert", "split", tokens=MANY)
+MODES = pytest.mark.parametrize(
+    "variant",
+    [FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY],
+    ids=["fused", "split", "beside", "fused_many", "split_many"],
+)
 
 
 def gpu_count():
@@ -38,7 +44,7 @@ def machine(request):
         pytest.skip(f"needs {R} GPUs, here are {gpu_count()}")
     chosen = VARIANTS if R in (2, 8) else [v for v in VARIANTS if v.fmt == "bf16" or v.layout == "expert"][::3]
     chosen = [*chosen, *(v for v in VARIANTS if v.slots == "expert" and v.fmt == "bf16")]
-    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, EXPERT_SLOTS, *chosen])]
+    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY, EXPERT_SLOTS, *chosen])]
     module, made = Module(), Machine(R)
     graphs = {}
     for v in chosen:
@@ -98,6 +104,17 @@ def test_many_rounds(machine, variant):
         comm.check()
         for rnd, outputs in zip(order, runs, strict=True):
             assert not differences(comm.cfg, rnd, [to_numpy(o) for o in outputs])
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1], ids=["one", "as_many_as_ranks", "one_more"])
+def test_few_tokens_on_few_sms(machine, more):
+    """With R CTAs or fewer each sends, maps and copies in turn; with one more that one sends for all."""
+    cfg = FUSED.config(machine.R, n_sms=machine.R + more if more >= 0 else 1)
+    with ep.Communicator.gpus(cfg) as comm:
+        for seed in range(4):
+            rnd = draw(FUSED, cfg, seed)
+            outputs = comm.execute(machine.graphs[FUSED.name], *arguments(rnd))
+            assert not differences(cfg, rnd, outputs)
 
 
 @MODES

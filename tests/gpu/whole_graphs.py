@@ -15,6 +15,8 @@ FORMAT_NAMES = ("bf16", "fp8-float32-row", "fp8-ue8m0-column")
 # A third mode, "beside", is not in the matrix: split, each op with a budget of its own, while another queue of the
 # device doubles the tokens; that goes into combine as bias0.
 MODES = ("split", "fused")
+FEW, MANY = 13, 150
+"""Tokens that each CTA maps by itself, and so many that CTAs share the work (`gpu/few_tokens.mojo`)."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,18 @@ class Variant:
     reduce: str
     mode: str
     slots: str = "rank"
+    tokens: int = FEW
 
     @property
     def name(self) -> str:
         """Name of its graph."""
-        return "_".join((self.fmt, self.layout, self.reduce, self.mode, self.slots)).replace("-", "_")
+        return "_".join((self.fmt, self.layout, self.reduce, self.mode, self.slots, str(self.tokens))).replace("-", "_")
 
     def config(self, n_ranks: int, **fields) -> ep.EPConfig:
         """A config of it; `fields` are of run time."""
         fmt = FORMATS[self.fmt]
         types = COMBINE_TYPES[hidden_of(fmt)]
-        # Few tokens, which each CTA maps by itself, or so many that CTAs share the work (gpu/few_tokens.mojo).
-        tokens = 13 if self.reduce == "expert" else 150
-        sizes = {"top_k": 4, "n_experts": 3 * n_ranks, "max_tokens_per_rank": tokens, "timeout_s": 10}
+        sizes = {"top_k": 4, "n_experts": 3 * n_ranks, "max_tokens_per_rank": self.tokens, "timeout_s": 10}
         if self.layout == "expert" and self.slots == "rank":
             sizes |= {"alignment": 8, "shared_expert": True}
         return ep.EPConfig(
@@ -54,7 +55,13 @@ class Variant:
         )
 
 
-VARIANTS = [Variant(f, y, r, m) for f in FORMAT_NAMES for y in LAYOUTS for r in REDUCE_MODES for m in MODES]
+VARIANTS = [
+    Variant(f, y, r, m, tokens=FEW if r == "expert" else MANY)
+    for f in FORMAT_NAMES
+    for y in LAYOUTS
+    for r in REDUCE_MODES
+    for m in MODES
+]
 VARIANTS += [Variant(f, y, "source", "split", "expert") for f in ("bf16", "fp8-ue8m0-row") for y in LAYOUTS[:2]]
 
 

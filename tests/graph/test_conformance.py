@@ -73,9 +73,11 @@ def test_so_many_tokens_that_several_ctas_map_a_source(stages, layout, n_sms):
     play(stages, cfg, rounds)
 
 
+@pytest.mark.parametrize("tokens", [40, 120], ids=["few", "many"])
 @pytest.mark.parametrize("n_sms", [1, 2])
-def test_budget_of_workers(stages, n_sms):
-    cfg = config(FP8_HIDDEN, "expert", ep.BlockwiseFP8(), max_tokens_per_rank=40, n_sms=n_sms, tokens_per_signal=3)
+def test_budget_of_workers(stages, n_sms, tokens):
+    """On a GPU many tokens are mapped by CTAs together, here fewer than there are sources."""
+    cfg = config(FP8_HIDDEN, "expert", ep.BlockwiseFP8(), max_tokens_per_rank=tokens, n_sms=n_sms, tokens_per_signal=3)
     play(stages, cfg, [random_round(cfg, 5, ragged=False)])
 
 

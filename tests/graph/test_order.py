@@ -83,7 +83,7 @@ def test_the_number_of_workers_changes_nothing(stages, layout):
             hidden_size=FP8_HIDDEN,
             dispatch_format=ep.BlockwiseFP8(),
             output_layout=layout,
-            max_tokens_per_rank=60,
+            max_tokens_per_rank=120,
             combine_dtype=types[0],
             output_dtype=types[1],
             n_sms=n_sms,

@@ -54,9 +54,9 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
     var rank: Int
     """The rank whose output it is."""
     var ids: View[DType.int16]
-    """Of a piece: its source's table. Of all: that of source 0."""
+    """Of a piece: its source's table. Of all: those of all sources."""
     var stride: Int
-    """From a source's table to the next one's."""
+    """Ids from a source's table to the next one's."""
     var tokens: View[DType.int32]
     """Of all: T of each source, in shared memory."""
     var first_token: Int
@@ -113,8 +113,10 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
         """
         self.s = ep.s
         self.rank = ep.me
-        self.ids = table_ids(ep, buffer, 0)
-        self.stride = ep.window.ids_block // 2
+        self.stride = ep.window.ids_stride()
+        self.ids = View[DType.int16](
+            Int(table_ids(ep, buffer, 0).ptr), ep.s.n_ranks * self.stride
+        )
         self.tokens = tokens
         self.first_token = 0
         self.begin = 0

@@ -34,9 +34,9 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
-from .few_tokens import alone_bytes, map_alone, maps_alone
+from .few_tokens import map_alone, mapping_bytes, maps_alone
 from .gathered_rows import gather_rows, mark_behind
-from .mapping import cta_bytes, map_sources, name_groups
+from .mapping import map_sources, name_groups
 from .notes import await_note
 from .pieces import Pieces
 from .precedence import precedence, queue
@@ -65,7 +65,8 @@ def keep_weights(
     share: Share,
     out_: DispatchOutput,
 ):
-    """Copy the sources' weights out of the window, while others map their rows, or when the rows are copied.
+    """Copy the sources' weights out of the window: while others map the rows, or, with few tokens, when all else is
+    done.
 
     Args:
         ep: The rank.
@@ -356,7 +357,7 @@ def dispatch_wait[
         peers.s,
         items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
         warp_bytes=slot_bytes[F](),
-        cta_bytes=max(cta_bytes[layout](peers), alone_bytes[layout](peers.s)),
+        cta_bytes=mapping_bytes[layout](peers),
     )
     queue(ctx, peers.s).enqueue_function(
         ctx.compile_function[dispatch_wait_stage[F, layout]](

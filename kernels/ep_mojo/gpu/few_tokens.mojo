@@ -17,13 +17,12 @@ from ..peers import View, window_view
 from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter, note, word
 from .choices import Choices
-from .launch import told, warp_index, warps
-from .mapping import rows_fit
-from .pieces import Pieces
+from .launch import Peers, told, warp_index, warps
+from .mapping import cta_bytes, rows_fit
 from .routing import Histogram, ballot, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 from .share import Share
-from .starts import start_rows
+from .starts import start_all
 from .timeline import (
     MARK_ALL_COUNTED,
     MARK_HEADER_SEEN,
@@ -33,7 +32,7 @@ from .timeline import (
 )
 
 comptime FEW_CHOICES = 1024
-"""R * Tmax * K, at most: with 8 warps one batch of loads for each."""
+"""R * Tmax * K, at most: with 8 warps each loads its part at once."""
 
 
 @always_inline
@@ -60,21 +59,22 @@ def _groups[layout: StaticString](s: Settings) -> Int:
     return s.n_ranks if layout == "rank" else s.n_groups()
 
 
-def alone_bytes[layout: StaticString](s: Settings) -> Int:
-    """Shared memory that a CTA needs, at the place of the slots.
+def mapping_bytes[layout: StaticString](peers: Peers) -> Int:
+    """Shared memory that a CTA needs to map, at the place of the slots, whoever maps.
 
     Parameters:
         layout: Output layout.
 
     Args:
-        s: The settings.
+        peers: The rank's side.
 
     Returns:
-        Bytes of histogram, T of each source, and rows of all choices; 0 where there are too many of these.
+        Bytes: of a histogram; where there are few tokens of that of all sources, T of each, and rows of all choices.
     """
+    var s = peers.s
     var choices = s.n_ranks * s.max_tokens * s.top_k
-    if layout == "gathered" or choices > FEW_CHOICES:
-        return 0
+    if layout == "gathered" or not maps_alone(s):
+        return cta_bytes[layout](peers)
     return Histogram.bytes(_groups[layout](s), MAX_WARPS) + 4 * (
         s.n_ranks + choices
     )
@@ -106,7 +106,8 @@ def map_alone[
         stage: `STAGE_*`, for the failure record.
 
     Returns:
-        Lane r: T of source r; -1 after a failure.
+        Lane r: T of source r; 0 after a failure, so that nothing is copied: what the first CTA has noted says nothing
+        of the row map of this one.
     """
     var s = ep.s
     var lane = Int(lane_id())
@@ -121,23 +122,20 @@ def map_alone[
         s.n_ranks * s.max_tokens * s.top_k,
     )
     if not _await_tokens(ep, epoch, waiter, tokens):
-        return -1
+        return 0
     mark[MARK_HEADER_SEEN](ep)
     var first = block_idx.x == 0
     var choices = Choices(ep, ep.buffer(epoch), tokens)
     count_rows[layout](choices, hist, hist.totals)
     mark[MARK_ROWS_COUNTED](ep)
-    var needed = start_rows[layout, of_all=True](
+    var needed = start_all[layout](
         s,
-        hist.totals,
-        Pieces(s, 1),
-        0,
         hist,
         out_.row_offsets if first else View[DType.uint32](),
         out_.counts,
     )
     if not rows_fit[F, layout](ep, out_, needed, stage):
-        return -1
+        return 0
     mark[MARK_ALL_COUNTED](ep)
     map_rows[layout](choices, hist, rows, View[DType.int32]())
     var known: Int32 = -1

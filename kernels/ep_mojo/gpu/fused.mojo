@@ -36,10 +36,10 @@ from .dispatch_wait import (
     keep_weights,
     mark_rest,
 )
-from .few_tokens import alone_bytes, map_alone
+from .few_tokens import map_alone, mapping_bytes
 from .gathered_rows import gather_rows, mark_behind
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
-from .mapping import cta_bytes, map_sources, name_groups
+from .mapping import map_sources, name_groups
 from .opening import Opening
 from .precedence import precedence, queue
 from .roles import LEAST_CTAS, CombineRoles, DispatchRoles
@@ -174,7 +174,7 @@ def dispatch[
         s,
         items=s.n_ranks * max(LEAST_CTAS, s.n_signals(s.max_tokens)),
         warp_bytes=2 * token_slot_bytes[F](),
-        cta_bytes=max(cta_bytes[layout](peers), alone_bytes[layout](s)),
+        cta_bytes=mapping_bytes[layout](peers),
     )
     queue(ctx, peers.s).enqueue_function(
         ctx.compile_function[dispatch_stage[F, ids_dtype, encoded, layout]](

@@ -18,7 +18,8 @@ comptime MANY_TURNS = 2
 
 
 comptime LEAST_CTAS = 4
-"""CTAs for each rank that a fused dispatch has, however few tokens there are: so that none has two roles."""
+"""CTAs for each rank that a fused dispatch has, however few tokens there are, where the budget allows it: so that none
+has two roles."""
 
 
 struct DispatchRoles(TrivialRegisterPassable):
@@ -29,8 +30,8 @@ struct DispatchRoles(TrivialRegisterPassable):
     of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the links are no faster,
     and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first and copies then.
 
-    Where each CTA maps all sources by itself (`few_tokens.mojo`), half of the CTAs do, these among them that send the
-    tables, and the others send messages.
+    Where each CTA maps all sources by itself (`few_tokens.mojo`), half of the CTAs do, and R at least, these among them
+    that send the tables; the others send messages. With R CTAs or fewer each does all in turn.
     """
 
     var apart: Bool
@@ -118,9 +119,7 @@ struct CombineRoles(TrivialRegisterPassable):
         self.sends = True
         self.sums = True
         self.sending = Share()
-        self.summing = Share(
-            (warps() - 1 - w) * ctas + cta, warps() * ctas, ctas
-        )
+        self.summing = Share((warps() - 1 - w) * ctas + cta, warps() * ctas)
         if (
             summers > 0
             and s.n_ranks * s.n_signals(s.max_tokens)
@@ -129,6 +128,4 @@ struct CombineRoles(TrivialRegisterPassable):
             self.sends = w < senders
             self.sums = not self.sends
             self.sending = Share(w * ctas + cta, senders * ctas, ctas)
-            self.summing = Share(
-                (w - senders) * ctas + cta, summers * ctas, ctas
-            )
+            self.summing = Share((w - senders) * ctas + cta, summers * ctas)

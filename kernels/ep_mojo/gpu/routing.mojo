@@ -25,16 +25,16 @@ comptime AHEAD = 4
 
 
 struct Histogram(Movable):
-    """Rows before each (warp, group) of a piece, in shared memory: first counts, then starts."""
+    """Rows before each (warp, group) of some choices, in shared memory: first counts, then starts."""
 
     var cells: View[DType.int32]
     """[warps, groups]."""
     var firsts: View[DType.int32]
-    """[groups]: rows of the group before the piece, then its first row."""
+    """[groups]: rows of the group before the choices, then its first row."""
     var totals: View[DType.int32]
     """[groups]: all rows of the group."""
     var groups: Int
-    """Groups of rows; 1 with layout "rank"."""
+    """Groups of rows; with layout "rank" 1, or R for `Choices` of all sources."""
 
     def __init__(out self, groups: Int):
         """Take shared memory where the row slots will be.

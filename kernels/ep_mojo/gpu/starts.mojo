@@ -18,7 +18,7 @@ comptime COUNTS_AHEAD = 8
 
 
 def start_rows[
-    layout: StaticString, of_all: Bool = False
+    layout: StaticString
 ](
     s: Settings,
     counts: View[DType.int32],
@@ -32,11 +32,10 @@ def start_rows[
 
     Parameters:
         layout: Output layout.
-        of_all: Whether there is one piece, `Choices` of all sources.
 
     Args:
         s: The settings.
-        counts: Int32 [pieces, groups].
+        counts: Int32 [pieces, groups], in global memory.
         pieces: All pieces.
         piece: The piece.
         hist: `firsts` is written, by the first warp at last.
@@ -46,7 +45,7 @@ def start_rows[
     Returns:
         To the first warp, rows that the output must hold; with "expert_padded" the largest group.
     """
-    comptime if layout == "rank" and not of_all:
+    comptime if layout == "rank":
         if warp_index() != 0:
             return 0
         return _start_sources(
@@ -54,11 +53,42 @@ def start_rows[
         )
     else:
         for g in range(Int(thread_idx.x), hist.groups, Int(block_dim.x)):
-            _add_pieces(counts, 1 if of_all else pieces.n, piece, hist, g)
+            _add_pieces(counts, pieces.n, piece, hist, g)
         barrier()
         if warp_index() != 0:
             return 0
         return _start_groups[layout](s, hist, row_offsets, totals)
+
+
+@always_inline
+def start_all[
+    layout: StaticString
+](
+    s: Settings,
+    hist: Histogram,
+    row_offsets: View[DType.uint32],
+    totals: View[DType.int32],
+) -> Int:
+    """Where each group begins, from the counts of all sources' choices; the whole CTA calls this.
+
+    Parameters:
+        layout: Output layout; with "rank" the groups are the sources.
+
+    Args:
+        s: The settings.
+        hist: All rows of each group in `totals`; `firsts` is written, by the first warp at last.
+        row_offsets: As for `start_rows`.
+        totals: As there.
+
+    Returns:
+        As there.
+    """
+    for g in range(Int(thread_idx.x), hist.groups, Int(block_dim.x)):
+        hist.firsts[g] = 0
+    barrier()
+    if warp_index() != 0:
+        return 0
+    return _start_groups[layout](s, hist, row_offsets, totals)
 
 
 @always_inline

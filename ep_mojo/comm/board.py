@@ -1,7 +1,8 @@
 """What the ranks of a group tell one another outside of rounds, through the group's key-value store.
 
 Unlike a collective of the group, every wait here ends at the deadline, so that a rank which never comes is named and
-hangs nobody; and a rank may leave a note that others look for without waiting.
+hangs nobody, and at once where its process is known to be gone; and a rank may leave a note that others look for
+without waiting.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ..errors import ConfigMismatchError, PeerLostError, PeerTimeoutError
+from .watch import KNOWN_PIDS, PeerWatch
 
 GRACE_S = 0.2
 POLL_S = 0.001
 """How often who waits asks the store."""
+LOOK_S = 0.1
+"""How often who waits looks at the processes of the others."""
 
 _boards: weakref.WeakKeyDictionary[Any, Board] = weakref.WeakKeyDictionary()
 
@@ -42,6 +46,8 @@ class Board:
             life = store.add(f"lives/{self.rank}", 1)
         self._store = dist.PrefixStore(f"life {life}", store)
         self._agreements, self._turn = 0, threading.Lock()
+        self._group = weakref.ref(group)
+        self._watch: PeerWatch | None = None
 
     def agree(self, what: str, value: Any, timeout_s: float, given_up: threading.Event | None = None) -> list[Any]:
         """All ranks' values, in order of rank. Every rank calls this with its own, in the same order of calls.
@@ -54,7 +60,8 @@ class Board:
 
         Raises:
             PeerTimeoutError: A rank did not come, or this call was given up.
-            PeerLostError: The process that has the group's store is gone.
+            PeerLostError: The process that has the group's store is gone; or that of a rank which did not come, where
+                the group has had a communicator.
             ConfigMismatchError: A rank came with something else in mind.
         """
         with self._turn, _named():
@@ -73,10 +80,15 @@ class Board:
         self._store.set(mine, pickle.dumps((what, value)))
         keys = [f"{number}/{r}" for r in range(self.size)]
         end = time.monotonic() + (timeout_s or float("inf"))
+        look = time.monotonic() + LOOK_S
         while not self._store.check(keys):  # not `wait`: another thread of this process may want the store meanwhile
-            if time.monotonic() < end and not given_up.wait(POLL_S):
+            now = time.monotonic()
+            if now < end and not given_up.wait(POLL_S):
+                if now > look:
+                    look = now + LOOK_S
+                    self._look(what, keys)
                 continue
-            missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+            missing = self._missing(keys)
             if not given_up.is_set():
                 time.sleep(GRACE_S)  # who gives up at the same time is to see who came, too
                 if self._store.check(keys):  # and who comes in it has come
@@ -93,6 +105,28 @@ class Board:
             self._store.delete_key(f"{number - 1}/{self.rank}")
         self._agreements += 1
         return found
+
+    def _missing(self, keys: list[str]) -> list[int]:
+        return [r for r, key in enumerate(keys) if not self._store.check([key])]
+
+    def _look(self, what: str, keys: list[str]) -> None:
+        """Raise where the process of a rank is gone that has not come."""
+        if self._watch is None:
+            group = self._group()
+            if group is None or group not in KNOWN_PIDS:
+                return
+            self._watch = PeerWatch(KNOWN_PIDS[group], self.rank)
+            weakref.finalize(self, self._watch.stop)
+        gone = self._watch.gone()
+        lost = (
+            sorted(gone.intersection(self._missing(keys))) if gone else []
+        )  # what one has said before it went is good
+        if lost:
+            self._store.delete_key(keys[self.rank])
+            raise PeerLostError(
+                f"rank {self.rank}: {what}: the process of rank {', '.join(map(str, lost))} is gone",
+                remedy="make a new process group, of the ranks that are left",
+            )
 
     def agree_on(self, what: str, value: dict[str, Any], timeout_s: float) -> str:
         """`agree` on equal values. Returns a name for what was agreed: the same on all ranks, and never used again.

@@ -27,7 +27,7 @@ from .one_rank import OneRankCommunicator
 from .provider import MemoryProvider, host_id, provider_for
 from .queues import turn_of_max
 from .symmetric_memory import FailureNote
-from .watch import LEFT, PeerWatch
+from .watch import KNOWN_PIDS, LEFT, PeerWatch
 
 if TYPE_CHECKING:
     from max.driver import Buffer, Device
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 OWN_CHOICE = ("n_sms", "timeout_s")
 """Fields of the config that ranks may choose for themselves."""
-
-KNOWN_PIDS: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
-"""Processes by rank, of groups that had a communicator: the next one need not wait for one that is gone."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import contextlib
 import os
 import select
 import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from .. import layout
 from . import shm
@@ -25,6 +27,9 @@ DIED, LEFT = 1, 2
 LOOK_MS = 1000
 RETRY_MS = 20
 """How often to look at the flags, and at rounds that are still to be received."""
+
+KNOWN_PIDS: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+"""Processes by rank, of `torch.distributed` groups that had a communicator: nobody need wait for one that is gone."""
 
 
 class PeerWatch:

@@ -347,6 +347,10 @@ def die_in_the_middle(rank: int) -> tuple[str, float]:
     except (errors.PeerLostError, errors.PeerTimeoutError) as e:
         took, name = time.monotonic() - began, type(e).__name__
         b.destroy()
+        began = time.monotonic()
+        with pytest.raises(errors.PeerLostError, match=f"rank {rank} is gone"):  # and not after `make_timeout_s`
+            ept.Buffer(dist.group.WORLD, **buffers.bytes_of(dist.get_world_size()))
+        assert time.monotonic() - began < buffers.PATIENCE_S
         return name, took
     raise AssertionError("no error")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..comm.base import TABLE_NAMES
 from ..config import MAX_RANKS
 from ..dtypes import to_buffer, to_numpy
 from ..layout import SETTING_N_SMS, SETTINGS_WORDS
@@ -28,8 +29,6 @@ TENSORS = COUNT + MAX_RANKS
 N_TENSORS = 8
 """Tensors of a call; those that it does not have are absent."""
 WORDS = TENSORS + 2 * N_TENSORS
-SIDES = {"dispatch": 1, "combine": 4}
-"""Which of a communicator's inputs is the first table of each side: send, recv and count windows."""
 
 _PAIRS = struct.Struct(f"={2 * N_TENSORS}q")
 _WORD = struct.Struct("=q")
@@ -48,13 +47,14 @@ class Call:
     """
 
     def __init__(self, comm: Communicator, side: str):
-        inputs, first = comm.inputs(), SIDES[side]
-        order, counters = inputs[7], inputs[8]
+        settings, *others = comm.inputs()
+        by_name = dict(zip(TABLE_NAMES, others, strict=False))
+        order, counters = others[len(TABLE_NAMES) :][:2]
         words = np.zeros(WORDS, np.int64)
-        words[:SETTINGS_WORDS] = to_numpy(inputs[0])
+        words[:SETTINGS_WORDS] = to_numpy(settings)
         words[COUNTERS : COUNTERS + 2] = counters._data_ptr(), counters.num_elements
-        for at, table in ((RECV, inputs[first + 1]), (COUNT, inputs[first + 2])):
-            addresses = to_numpy(table).view(np.int64)
+        for at, window in ((RECV, "recv"), (COUNT, "count")):
+            addresses = to_numpy(by_name[f"{side}_{window}_ptrs"]).view(np.int64)
             words[at : at + addresses.size] = addresses
         block = to_buffer(words)
         self.buffers = [order, block]

@@ -52,7 +52,7 @@ class Builder:
         from max.dtype import DType
         from max.graph import DeviceRef, Graph, TensorType, ops
 
-        order = self.comm.input_types()[7]
+        *_, order, _ = self.comm.input_types()
         types = [order, TensorType(DType.int64, [WORDS], DeviceRef.CPU())]
         with Graph(name, input_types=types, custom_extensions=[kernel_library()], module=self.module) as graph:
             given = [graph.inputs[0].buffer, graph.inputs[1].tensor]

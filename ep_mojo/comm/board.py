@@ -118,10 +118,8 @@ class Board:
             self._watch = PeerWatch(KNOWN_PIDS[group], self.rank)
             weakref.finalize(self, self._watch.stop)
         gone = self._watch.gone()
-        lost = (
-            sorted(gone.intersection(self._missing(keys))) if gone else []
-        )  # what one has said before it went is good
-        if lost:
+        # What one has said before it went is good; the store is asked only where one is gone.
+        if gone and (lost := sorted(gone.intersection(self._missing(keys)))):
             self._store.delete_key(keys[self.rank])
             raise PeerLostError(
                 f"rank {self.rank}: {what}: the process of rank {', '.join(map(str, lost))} is gone",

@@ -15,11 +15,12 @@ from ..launch import Endpoint
 from ..layout import WORK_MAPPED
 from ..peers import View, window_view
 from ..settings import Settings
-from ..signal import NO_SIGNAL, Waiter, note, word
+from ..signal import Waiter, note, word
 from .choices import Choices
+from .headers import await_tokens
 from .launch import Peers, told, warp_index, warps
 from .mapping import cta_bytes, rows_fit
-from .routing import Histogram, ballot, count_rows, map_rows
+from .routing import Histogram, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 from .share import Share
 from .starts import start_all
@@ -73,7 +74,7 @@ def mapping_bytes[layout: StaticString](peers: Peers) -> Int:
     """
     var s = peers.s
     var choices = s.n_ranks * s.max_tokens * s.top_k
-    if layout == "gathered" or not maps_alone(s):
+    if not maps_alone(s):
         return cta_bytes[layout](peers)
     return Histogram.bytes(_groups[layout](s), MAX_WARPS) + 4 * (
         s.n_ranks + choices
@@ -121,7 +122,13 @@ def map_alone[
         behind + 4 * s.n_ranks,
         s.n_ranks * s.max_tokens * s.top_k,
     )
-    if not _await_tokens(ep, epoch, waiter, tokens):
+    var came = 1
+    if warp_index() == 0:
+        var awaited = await_tokens(ep, epoch, waiter)
+        if lane < s.n_ranks:
+            tokens[lane] = awaited[0]
+        came = Int(awaited[1])
+    if told(came) == 0:
         return 0
     mark[MARK_HEADER_SEEN](ep)
     var first = block_idx.x == 0
@@ -182,21 +189,3 @@ def _keep_rows[
                 var k = -1 if layout == "rank" else at % K
                 out_.src_info[2 * row] = Int32(at // K)
                 out_.src_info[2 * row + 1] = Int32(k)
-
-
-@always_inline
-def _await_tokens(
-    ep: Endpoint[True],
-    epoch: UInt64,
-    waiter: Waiter,
-    tokens: View[DType.int32],
-) -> Bool:
-    """Leave T of each source in shared memory; the whole CTA calls this. False where a header is missing."""
-    var came = 1
-    if warp_index() == 0:
-        var T = 0
-        if Int(lane_id()) < ep.s.n_ranks:
-            T = ep.tokens_of(waiter, epoch, Int(lane_id()))
-            tokens[Int(lane_id())] = Int32(T)
-        came = Int(ballot(T == NO_SIGNAL) == 0)
-    return told(came) != 0

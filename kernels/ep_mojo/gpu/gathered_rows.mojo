@@ -7,14 +7,14 @@ it to its row, and writes what the row's token has chosen, from the table that t
 
 from max.gpu import lane_id
 from max.gpu.primitives import warp
-from max.gpu.sync import syncwarp
 
 from ..dispatch_tensors import DispatchOutput, Rows, localise
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset
-from ..signal import NO_SIGNAL, Waiter
+from ..signal import Waiter
 from ..team import WarpTeam
+from .headers import await_tokens
 from .launch import warp_memory, warp_slot
 from .routing import ballot
 from .share import Share
@@ -41,22 +41,6 @@ def rows_before(tokens: Int32, source: Int) -> Int:
     """
     var mine = tokens if Int(lane_id()) < source else Int32(0)
     return Int(warp.sum(mine))
-
-
-@always_inline
-def _await_tokens(
-    ep: Endpoint[True], epoch: UInt64, waiter: Waiter
-) -> Tuple[Int32, Bool]:
-    """T of source r to lane r, and whether all headers have come; a warp calls this."""
-    var tokens: Int32 = 0
-    var came = True
-    if Int(lane_id()) < ep.s.n_ranks:
-        var T = ep.header_of(waiter, epoch, Int(lane_id()))
-        came = T != NO_SIGNAL
-        tokens = Int32(T) if came else Int32(0)
-    var all_came = ballot(not came) == 0
-    syncwarp()
-    return (tokens, all_came)
 
 
 @always_inline
@@ -88,7 +72,7 @@ def gather_rows[
     var s = ep.s
     var out_ = rows.out
     var lane = Int(lane_id())
-    var awaited = _await_tokens(ep, epoch, waiter)
+    var awaited = await_tokens(ep, epoch, waiter)
     if not awaited[1]:
         return
     mark[MARK_HEADER_SEEN](ep)
@@ -160,7 +144,7 @@ def mark_behind[
         share: The calling warp's part.
         rows: The outputs.
     """
-    var awaited = _await_tokens(ep, epoch, waiter)
+    var awaited = await_tokens(ep, epoch, waiter)
     if not awaited[1]:
         return
     var out_ = rows.out

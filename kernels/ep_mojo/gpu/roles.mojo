@@ -15,8 +15,6 @@ comptime SUMMERS = 4
 """One warp in so many only sums, where there are many chunks."""
 comptime MANY_TURNS = 2
 """Chunks for each warp that are not many yet."""
-
-
 comptime LEAST_CTAS = 4
 """CTAs for each rank that a fused dispatch has, however few tokens there are, where the budget allows it: so that none
 has two roles."""
@@ -62,15 +60,17 @@ struct DispatchRoles(TrivialRegisterPassable):
         self.alone = maps_alone(s)
         var mappers = half if self.alone else self.pieces.n
         var others = ctas - mappers
-        var few = s.n_signals(s.max_tokens) <= others
-        var senders = warps() if self.alone else warps() // 2
-        if not few and not self.alone:
-            senders = max(
-                1, min(senders, AT_ONCE // (max(1, others) * s.message_bytes))
-            )
-        self.apart = others >= mappers and warps() > 1
+        var senders = warps() // 2
         if self.alone:
+            senders = warps()
             self.apart = others > 0
+        else:
+            self.apart = others >= mappers and warps() > 1
+            if s.n_signals(s.max_tokens) > others:
+                senders = max(
+                    1,
+                    min(senders, AT_ONCE // (max(1, others) * s.message_bytes)),
+                )
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders
         if not self.apart:

@@ -274,9 +274,11 @@ class SymmetricMemoryProvider:
         from max.driver import Buffer
 
         tables = [windows.settings_array(cfg, False), *windows.pointer_tables(memories)]
-        order = to_buffer(np.zeros(windows.ORDER_WORDS, np.int32)).to(self.accelerator())
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), torch.inference_mode(False):  # they outlive the mode they are made in
+            # Of torch's memory: for a word of its own MAX would take 256 MiB of the GPU.
+            order = Buffer.from_dlpack(torch.zeros(windows.ORDER_WORDS, dtype=torch.int32, device=self.device))
             counters = Buffer.from_dlpack(memories[rank].part("counters").view(torch.int32))
+        self.synchronize()
         return [*map(to_buffer, tables), order, counters]
 
     def synchronize(self) -> None:

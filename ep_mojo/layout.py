@@ -5,6 +5,7 @@ A rank owns four windows that its peers write. `DispatchWindow(cfg)` and `Combin
 
     RankSlots        dispatch recv    [B][R][Tmax] messages
                      dispatch count   credits u64[R] | headers u64[B][R] | signals u64[B][R][C] | ids i16 | weights f32
+                                      [| cells [B][R][Tmax * K], with few tokens]
                      combine recv     [B][Tmax * S] rows, S = cfg.combine_slots
                      combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
     ExpertSlots      dispatch recv    [L][R][Tmax] messages          dispatch count   u64 [L][R]
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .config import EPConfig
 
 MAGIC = 0x45504D4A
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 ALIGNMENT = 128
 HEAD_WORDS = 64
 SETTINGS_WORDS = 17
@@ -42,6 +43,13 @@ MAX_TOP_K = 32
 MAX_TOKENS = 4194304
 MAX_PIECES = 32
 MAX_SOURCE_PIECES = 8
+CELL_BYTES = 16
+CELL_PAYLOAD = 8
+"""Bytes of a cell's payload; a signal word follows."""
+FEW_CHOICES = 1024
+"""R * Tmax * K, at most, where there are few tokens."""
+GATHERED_CHOICES = 8
+"""Choices that a token counts as which goes to all ranks."""
 EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
 EXPERT_SLOTS_TOKEN = 0
@@ -186,7 +194,9 @@ class _Window:
         self.ids_block = align_up(2 * table_pairs)
         self.weights = self.ids + blocks * self.ids_block
         self.weights_block = align_up(4 * table_pairs)
-        self.count_bytes = self.weights + blocks * self.weights_block
+        self.cells = self.weights + blocks * self.weights_block
+        self.cells_block = align_up(CELL_BYTES * table_pairs) if cfg.few_tokens else 0
+        self.count_bytes = self.cells + blocks * self.cells_block
 
     @property
     def total_bytes(self) -> int:
@@ -224,7 +234,7 @@ class DispatchWindow(_Window):
             self.recv_bytes = cfg.n_local_experts * tokens * cfg.dispatch_message_bytes
             self.count_bytes = 8 * cfg.n_local_experts * cfg.n_ranks
         else:
-            self.recv_bytes = cfg.num_buffers * tokens * cfg.dispatch_message_bytes
+            self.recv_bytes = cfg.num_buffers * tokens * cfg.dispatch_message_stride
 
     def table_ids(self, buffer: int, source: int) -> int:
         """i16 [T, K]: the expert ids of `source`, -1 = no expert. RankSlots only."""
@@ -236,7 +246,11 @@ class DispatchWindow(_Window):
 
     def message(self, buffer: int, source: int, token: int) -> int:
         """The message of `token` of rank `source` in the recv window. RankSlots."""
-        return (self._block(buffer, source) * self.cfg.max_tokens_per_rank + token) * self.cfg.dispatch_message_bytes
+        return (self._block(buffer, source) * self.cfg.max_tokens_per_rank + token) * self.cfg.dispatch_message_stride
+
+    def table_cell(self, buffer: int, source: int, choice: int) -> int:
+        """A choice of `source` as a cell: id (i16) and weight (f32), T as the word's value. With few tokens alone."""
+        return self.cells + self._block(buffer, source) * self.cells_block + CELL_BYTES * choice
 
     def expert_slot(self, expert: int, source: int, slot: int) -> int:
         """Message number `slot` from `source` to local expert `expert` in the recv window. ExpertSlots."""
@@ -258,7 +272,7 @@ class CombineWindow(_Window):
 
     def __init__(self, cfg: EPConfig):
         super().__init__(cfg, 0)
-        self.recv_bytes = cfg.num_buffers * cfg.max_tokens_per_rank * cfg.combine_slots * cfg.combine_row_bytes
+        self.recv_bytes = cfg.num_buffers * cfg.max_tokens_per_rank * cfg.combine_slots * cfg.combine_row_stride
         if cfg.slots == "expert":
             self.count_bytes = 8 * cfg.n_experts
 
@@ -267,11 +281,11 @@ class CombineWindow(_Window):
 
     def partial(self, buffer: int, rank: int, token: int) -> int:
         """The sum that `rank` sends for `token`, in the recv window. reduce="expert"."""
-        return (self._buffer(buffer) + rank * self.cfg.max_tokens_per_rank + token) * self.cfg.combine_row_bytes
+        return (self._buffer(buffer) + rank * self.cfg.max_tokens_per_rank + token) * self.cfg.combine_row_stride
 
     def row(self, buffer: int, token: int, k: int) -> int:
         """The row of expert choice `k` of `token`, in the recv window. reduce="source", and ExpertSlots."""
-        return (self._buffer(buffer) + token * self.cfg.top_k + k) * self.cfg.combine_row_bytes
+        return (self._buffer(buffer) + token * self.cfg.top_k + k) * self.cfg.combine_row_stride
 
     def expert_signal(self, expert: int) -> int:
         """u64 in the count window: the rows of global expert `expert` have arrived. ExpertSlots."""
@@ -379,7 +393,7 @@ class Record:
         stage: One of `STAGE_*`.
         rank: The rank that failed.
         peer: The rank it waited for, -1 = none.
-        chunk: Index of the signal, `CHUNK_HEADER`, `CHUNK_CREDIT`, or `FIELD_*` for `KIND_SHAPE`.
+        chunk: Token / G, the index of its signal, `CHUNK_HEADER`, `CHUNK_CREDIT`, or `FIELD_*` for `KIND_SHAPE`.
         expected: The epoch waited for.
         seen: The epoch seen.
         value: Rows needed, or the size given.

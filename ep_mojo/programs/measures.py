@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import EPConfig
 from ..handle import handle_shapes
-from ..layout import align_up
+from ..layout import CELL_BYTES, FEW_CHOICES, GATHERED_CHOICES, align_up
 from .baselines import available_cores
 from .report import pairs
 
@@ -27,7 +27,8 @@ keeps for itself is not counted as a message.
 
 WINDOW_FORMULA = """\
 Payload of dispatch: slots rank B R Tmax M, slots expert L R Tmax (M + 16). Payload of combine: rank B Tmax S Y with
-S = R (reduce="expert"), expert Tmax K Y. The rest are signals and routing tables (docs/protocol.md)."""
+S = R (reduce="expert"), expert Tmax K Y; rank with R Tmax K up to 1024 twice that. The rest are signals and routing
+tables (docs/protocol.md)."""
 
 
 def round_bytes(cfg: EPConfig, topk_ids: list[np.ndarray]) -> dict[str, int]:
@@ -50,9 +51,11 @@ def window_bytes(cfg: EPConfig) -> dict[str, int]:
         dispatch, combine = cfg.n_local_experts * ranks * tmax * (message + 16), tmax * k * y
         counts = 8 * cfg.n_local_experts * ranks + 8 * cfg.n_experts
     else:
-        dispatch, combine = buffers * ranks * tmax * message, buffers * tmax * cfg.combine_slots * y
+        room = 2 if cfg.few_tokens else 1  # for cells
+        dispatch, combine = buffers * ranks * tmax * room * message, buffers * tmax * cfg.combine_slots * room * y
         signals = align_up(8 * ranks) + align_up(8 * buffers * ranks) + buffers * ranks * align_up(8 * cfg.n_signals)
         tables = buffers * ranks * (align_up(2 * tmax * k) + align_up(4 * tmax * k))
+        tables += buffers * ranks * align_up(16 * tmax * k) * (room - 1)
         counts = 2 * signals + tables
     return {"dispatch_payload": dispatch, "combine_payload": combine, "total": dispatch + combine + counts}
 
@@ -71,8 +74,10 @@ def round_memory(cfg: EPConfig) -> dict[str, int]:
 def gather_memory(ranks: int, tokens: int, hidden: int, top_k: int) -> dict[str, int]:
     """Bytes of a rank that `AllGatherVDispatcher` takes with bfloat16 sums: "windows", "buffers", "step"."""
     n = ranks * tokens
+    few = n * GATHERED_CHOICES <= FEW_CHOICES  # room for cells
+    row, choice = (2 * 2 * hidden, 6 + CELL_BYTES) if few else (2 * hidden, 6)
     return {
-        "windows": 2 * n * (2 * hidden + 2 * hidden + 6 * top_k + 16),
+        "windows": 2 * n * (row + row + choice * top_k + 16),
         "buffers": n * (2 * hidden + (4 + 4) * top_k + 8 + 2 * hidden),  # rows, routes, sources; rows to be reduced
         "step": tokens * (2 * hidden + (8 + 4) * top_k) + 8 * n * top_k + 2 * tokens * hidden,  # in, int64 routes, out
     }

@@ -2,7 +2,8 @@
 
 Normal mode, bytes a token of a rank: every rank has room for each token of every other (dispatch) and for one row from
 each (combine), beside the routing table and a signal for every few tokens. The table is counted with `MAX_TOP_K`
-choices, so that the largest T follows from `num_nvl_bytes`, the row and R alone.
+choices, so that the largest T follows from `num_nvl_bytes`, the row and R alone. Where there are few tokens
+(`EPConfig.few_tokens`), windows have room for cells, and take up to twice as much.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from ..comm.windows import block_bytes
 from ..config import MAX_RANKS, MAX_SMS, EPConfig
 from ..errors import CapacityError
 from ..formats import BF16, TokenFormat, align_up, check_int
-from ..layout import MAX_TOKENS, MAX_TOP_K
+from ..layout import FEW_CHOICES, MAX_TOKENS, MAX_TOP_K
 
 HINT_TOKENS = 8192
 """Tokens of a rank for which `get_nvl_buffer_size_hint` answers."""
 HINT_TOP_K = 8
-"""Choices a token for which `get_low_latency_rdma_size_hint` answers. More take more, and are not refused."""
+"""Choices a token for which `get_low_latency_rdma_size_hint` answers. More take more, fewer may (where that makes few
+tokens of them), and neither are refused."""
 NORMAL_BUFFERS = 1
 """Rounds of normal mode in flight: dispatch and combine alternate, so that the one buffer is free when it is needed."""
 TOKENS_PER_SIGNAL = 8
@@ -83,7 +85,7 @@ def low_latency_config(tokens: int, hidden: int, top_k: int, n_experts: int, n_r
 
 
 def low_latency_bytes(tokens: int, hidden: int, n_ranks: int, n_experts: int) -> int:
-    """Bytes of a rank's windows in low-latency mode, bfloat16, `HINT_TOP_K` choices a token.
+    """Bytes of a rank's windows in low-latency mode, bfloat16, `HINT_TOP_K` choices a token; also of those for fewer.
 
     Raises:
         ConfigError: A size is out of range.
@@ -95,7 +97,9 @@ def low_latency_bytes(tokens: int, hidden: int, n_ranks: int, n_experts: int) ->
 
 @functools.lru_cache(KEPT)
 def _bytes_of(tokens: int, hidden: int, n_ranks: int, n_experts: int) -> int:
-    return block_bytes(low_latency_config(tokens, hidden, HINT_TOP_K, n_experts, n_ranks))
+    few = FEW_CHOICES // (n_ranks * HINT_TOP_K)  # more tokens, which travel without cells, may take less
+    sizes = {tokens, max(1, min(tokens, few))}
+    return max(block_bytes(low_latency_config(n, hidden, HINT_TOP_K, n_experts, n_ranks)) for n in sizes)
 
 
 @functools.lru_cache(KEPT)

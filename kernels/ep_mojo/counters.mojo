@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 5
+comptime LAYOUT_VERSION: Int32 = 6
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -58,7 +58,8 @@ comptime REC_RANK = 35
 comptime REC_PEER = 36
 """The peer it waited for, -1 = none."""
 comptime REC_CHUNK = 37
-"""Index of the signal, or `CHUNK_HEADER`, `CHUNK_CREDIT`, or a `FIELD_*` for `KIND_SHAPE`."""
+"""Token / G: the index of its signal, where there are any; or `CHUNK_HEADER`, `CHUNK_CREDIT`, or a `FIELD_*` for
+`KIND_SHAPE`."""
 comptime REC_EXPECTED = 38
 """(u64) the epoch waited for."""
 comptime REC_SEEN = 40

@@ -349,11 +349,36 @@ def localise[
     var weights = table_weights(ep, buffer, source)
     var K = ep.s.top_k
     for k in range(T.lane(), K, T.lanes):
-        var id = Int(ids[token * K + k])
-        var weight = weights[token * K + k]
-        comptime if layout == "rank":
-            id = local_group(ep.s, ids[token * K + k], ep.me)
-            if id < 0:
-                weight = 0
-        out_.local_ids[row * K + k] = Int32(id)
-        out_.local_weights[row * K + k] = weight
+        var i = token * K + k
+        put_choice[layout](ep, row * K + k, ids[i], weights[i], out_)
+
+
+@always_inline
+def put_choice[
+    layout: StaticString
+](
+    ep: Endpoint[True],
+    at: Int,
+    id: Int16,
+    weight: Float32,
+    out_: DispatchOutput,
+):
+    """Write one of a row's choices, as `localise` does.
+
+    Parameters:
+        layout: Output layout.
+
+    Args:
+        ep: The rank.
+        at: Row * K + k.
+        id: The expert.
+        weight: Its weight.
+        out_: The outputs.
+    """
+    comptime if layout == "rank":
+        var group = local_group(ep.s, id, ep.me)
+        out_.local_ids[at] = Int32(group)
+        out_.local_weights[at] = weight if group >= 0 else Float32(0)
+    else:
+        out_.local_ids[at] = Int32(id)
+        out_.local_weights[at] = weight

@@ -13,6 +13,7 @@ Where peers can be masked, nothing is sent to one that is, but credits and FAILE
 
 from .head import Head
 from .layout import *
+from .numeric import remainder
 from .peers import Bytes, PeerTable, View
 from .settings import Settings
 from .signal import (
@@ -110,7 +111,12 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         Returns:
             Epoch mod B.
         """
-        return Int(epoch % UInt64(self.s.num_buffers))
+        var b = UInt32(self.s.num_buffers)
+        var high = UInt32(epoch >> 32)
+        var low = UInt32(epoch & 0xFFFFFFFF) % b
+        if high != 0:  # in 32 bits, see `quotient`
+            low = (high % b * ((UInt32.MAX % b + 1) % b) + low) % b
+        return Int(low)
 
     @always_inline
     def own_count(self) -> Bytes:
@@ -193,8 +199,8 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         # Loaded before, since an acquire ends what a GPU holds in its caches.
         var waited = self.head.u64(Self.waited_index)
         var waiter = self.waiter(stage)
-        if self.head.failed():
-            return epoch
+        if self.s.shrinks and self.head.failed():
+            return epoch  # nobody is masked any more
         var buffers = UInt64(self.s.num_buffers)
         if epoch - waited > buffers:
             self.head.fail(
@@ -204,7 +210,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         if epoch <= buffers and not self.s.shrinks:
             return epoch
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
-            var peer = (self.me + i) % self.s.n_ranks
+            var peer = remainder(self.me + i, self.s.n_ranks)
             if self.is_masked(peer):
                 continue
             if epoch > buffers:
@@ -249,7 +255,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         """
         var offset = self.window.header(self.buffer(epoch), self.me)
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
-            var peer = (self.me + i) % self.s.n_ranks
+            var peer = remainder(self.me + i, self.s.n_ranks)
             if (masked >> UInt32(peer)) & 1 == 0:
                 publish(self.count[peer], offset, word(epoch, value))
 
@@ -356,7 +362,7 @@ struct Endpoint[has_table: Bool](ImplicitlyCopyable, Movable):
         var value = FAILED if failed else 0
         for i in range(T.lane(), self.s.n_ranks, T.lanes):
             publish(
-                self.count[(self.me + i) % self.s.n_ranks],
+                self.count[remainder(self.me + i, self.s.n_ranks)],
                 self.window.credit(self.me),
                 word(epoch, value),
             )

@@ -5,12 +5,15 @@ A rank owns four windows that its peers write (sizes in bytes, for `RankSlots`; 
 
     dispatch recv    [B][R][Tm] messages                       slot = (source rank, the token's own index)
     dispatch count   credits u64[R] | headers u64[B][R] | signals u64[B][R][C] | ids i16[B][R][Tm*K] | weights f32[..]
+                     | with few tokens cells[B][R][Tm*K]
     combine recv     [B][Tm*S] rows                            slot = (expert's rank, token), or (token, k)
     combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
 
 C = ceil(Tm / G) signals a source, one for each G tokens; S = rows a token, R or K. `recv_ptrs` holds the addresses of
 the recv windows, `recv_count_ptrs` those of the count windows. Regions and per-source blocks start at multiples of
-128 bytes, so that no two writers share a cache line.
+128 bytes, so that no two writers share a cache line. Where there are few tokens (`Settings.few_tokens`) each message
+and row has room for its cells, twice its bytes: GPUs that have cells (`cell.mojo`) use these alone, others the first
+half of the room, and signals.
 
 `ExpertSlots` has exactly four arrays and one buffer: recv [L][R][Tm] messages, count u64 [L][R], combine recv [Tm][K]
 rows, combine count u64 [E].
@@ -27,6 +30,11 @@ comptime MAX_TOP_K = 32
 """The most choices of a token; masks of choices are 32 bits."""
 comptime MAX_TOKENS = 4194304
 """The most tokens of a rank (2^22): twice as many and one bit fit a signal's value."""
+
+comptime CELL_BYTES = 16
+"""Bytes of a cell: 8 of payload, then a signal word."""
+comptime CELL_PAYLOAD = 8
+"""Bytes of its payload."""
 
 comptime EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""
@@ -73,6 +81,10 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
     """Offset of the weights."""
     var weights_block: Int
     """Bytes of one source's weights."""
+    var cells: Int
+    """Offset of the tables' cells."""
+    var cells_block: Int
+    """Bytes of one source's."""
     var total: Int
     """Bytes of the window."""
 
@@ -95,7 +107,12 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         self.weights_block = align_up(
             4 * s.max_tokens * s.top_k
         ) if Self.has_table else 0
-        self.total = self.weights + blocks * self.weights_block
+        self.cells = self.weights + blocks * self.weights_block
+        self.cells_block = (
+            align_up(CELL_BYTES * s.max_tokens * s.top_k) if Self.has_table
+            and s.few_tokens else 0
+        )
+        self.total = self.cells + blocks * self.cells_block
 
     @always_inline
     def credit(self, reader: Int) -> Int:
@@ -154,15 +171,6 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         return self.ids + (buffer * self.n_ranks + source) * self.ids_block
 
     @always_inline
-    def ids_stride(self) -> Int:
-        """From a source's table to the next one's in the same buffer.
-
-        Returns:
-            Ids.
-        """
-        return self.ids_block // 2
-
-    @always_inline
     def table_weights(self, buffer: Int, source: Int) -> Int:
         """The source's weights, f32 [T, K], 1 where none were given.
 
@@ -175,6 +183,24 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         """
         return (
             self.weights + (buffer * self.n_ranks + source) * self.weights_block
+        )
+
+    @always_inline
+    def table_cell(self, buffer: Int, source: Int, choice: Int) -> Int:
+        """A choice of the source's table as a cell: id (i16) and, from byte 4 on, weight (f32); the word's value is T.
+
+        Args:
+            buffer: Epoch mod B.
+            source: The sending rank.
+            choice: Token * K + k; -1 and 0 are behind the last one, up to Tmax * K.
+
+        Returns:
+            Byte offset.
+        """
+        return (
+            self.cells
+            + (buffer * self.n_ranks + source) * self.cells_block
+            + CELL_BYTES * choice
         )
 
 
@@ -199,7 +225,7 @@ def message_offset(s: Settings, buffer: Int, source: Int, token: Int) -> Int:
     """
     return (
         (buffer * s.n_ranks + source) * s.max_tokens + token
-    ) * s.message_bytes
+    ) * s.message_stride()
 
 
 @always_inline
@@ -217,7 +243,7 @@ def partial_offset(s: Settings, buffer: Int, rank: Int, token: Int) -> Int:
     """
     return (
         buffer * s.combine_slots * s.max_tokens + rank * s.max_tokens + token
-    ) * s.row_bytes
+    ) * s.row_stride()
 
 
 @always_inline
@@ -235,7 +261,7 @@ def row_offset(s: Settings, buffer: Int, token: Int, k: Int) -> Int:
     """
     return (
         buffer * s.combine_slots * s.max_tokens + token * s.top_k + k
-    ) * s.row_bytes
+    ) * s.row_stride()
 
 
 @always_inline

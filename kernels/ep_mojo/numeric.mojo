@@ -9,6 +9,34 @@ from .team import is_sm_90_or_newer
 
 
 @always_inline
+def quotient(a: Int, b: Int) -> Int:
+    """`a // b` in 32 bits: a GPU takes many times as long for 64.
+
+    Args:
+        a: 0 to 2^32 - 1.
+        b: 1 to 2^32 - 1.
+
+    Returns:
+        The quotient.
+    """
+    return Int(UInt32(a) // UInt32(b))
+
+
+@always_inline
+def remainder(a: Int, b: Int) -> Int:
+    """`a % b` in 32 bits, see `quotient`.
+
+    Args:
+        a: 0 to 2^32 - 1.
+        b: 1 to 2^32 - 1.
+
+    Returns:
+        The remainder.
+    """
+    return Int(UInt32(a) % UInt32(b))
+
+
+@always_inline
 def row_alignment[size: Int, width: Int]() -> Int:
     """How far `width` values of a row are aligned: rows begin at multiples of 16 bytes, which matters on a GPU.
 
@@ -67,6 +95,83 @@ def load_f32[
 
 
 @always_inline
+def _bf16_pairs[
+    width: Int
+](value: SIMD[DType.float32, width]) -> SIMD[DType.uint32, width // 2]:
+    """Values as pairs of bfloat16, by the instruction that sm_90 has for that."""
+    var pairs = SIMD[DType.uint32, width // 2](0)
+    comptime for pair in range(width // 2):
+        pairs[pair] = inlined_assembly[
+            "cvt.rn.bf16x2.f32 $0, $1, $2;", UInt32, constraints="=r,f,f"
+        ](value[2 * pair + 1], value[2 * pair])
+    return pairs
+
+
+@always_inline
+def _bf16_bits[
+    width: Int
+](value: SIMD[DType.float32, width]) -> SIMD[DType.uint16, width]:
+    """Values as bfloat16."""
+    var bits = bitcast[DType.uint32](value)
+    var rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    var nan = (bits & 0x7FFFFFFF).gt(0x7F800000)
+    return nan.select((bits >> 16) | 0x40, rounded).cast[DType.uint16]()
+
+
+@always_inline
+def to_payload[
+    dtype: DType, width: Int
+](value: SIMD[DType.float32, width]) -> UInt64:
+    """Round values once, as `store_f32` does, into 8 bytes.
+
+    Parameters:
+        dtype: The row's type, bfloat16 or float32.
+        width: How many 8 bytes hold.
+
+    Args:
+        value: The values.
+
+    Returns:
+        The bytes, the first value lowest.
+    """
+    comptime if dtype == DType.float32:
+        var bits = bitcast[DType.uint32](value).cast[DType.uint64]()
+        return bits[0] | bits[1] << 32
+    elif is_sm_90_or_newer():
+        var pairs = _bf16_pairs(value).cast[DType.uint64]()
+        return pairs[0] | pairs[1] << 32
+    else:
+        var bits = _bf16_bits(value).cast[DType.uint64]()
+        return bits[0] | bits[1] << 16 | bits[2] << 32 | bits[3] << 48
+
+
+@always_inline
+def of_payload[
+    dtype: DType, width: Int
+](payload: UInt64) -> SIMD[DType.float32, width]:
+    """Widen what 8 bytes hold, exactly.
+
+    Parameters:
+        dtype: The row's type, bfloat16 or float32.
+        width: How many values they hold.
+
+    Args:
+        payload: The bytes, the first value lowest.
+
+    Returns:
+        The values.
+    """
+    comptime bits = 64 // width
+    var value = SIMD[DType.float32, width](0)
+    comptime for i in range(width):
+        var one = (payload >> UInt64(bits * i)).cast[DType.uint32]()
+        comptime if dtype == DType.bfloat16:
+            one = one << 16
+        value[i] = bitcast[DType.float32](one)
+    return value
+
+
+@always_inline
 def store_f32[
     dtype: DType, width: Int, streams: Bool = False
 ](row: Bytes, i: Int, value: SIMD[DType.float32, width]):
@@ -85,26 +190,17 @@ def store_f32[
         value: What to store.
     """
     comptime if dtype == DType.bfloat16 and is_sm_90_or_newer() and width % 2 == 0:
-        var pairs = SIMD[DType.uint32, width // 2](0)
-        comptime for pair in range(width // 2):
-            pairs[pair] = inlined_assembly[
-                "cvt.rn.bf16x2.f32 $0, $1, $2;", UInt32, constraints="=r,f,f"
-            ](value[2 * pair + 1], value[2 * pair])
         typed[DType.uint32](row, 0).unsafe_store[
             width=width // 2, alignment=row_alignment[2, width]()
-        ](i // 2, pairs)
+        ](i // 2, _bf16_pairs(value))
     elif dtype == DType.bfloat16:
-        var bits = bitcast[DType.uint32](value)
-        var rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        var nan = (bits & 0x7FFFFFFF).gt(0x7F800000)
-        var out = nan.select((bits >> 16) | 0x40, rounded).cast[DType.uint16]()
         typed[DType.uint16](row, 0).unsafe_store[
             width=width,
             alignment=min(64, 2 * width) if streams else row_alignment[
                 2, width
             ](),
             non_temporal=streams,
-        ](i, out)
+        ](i, _bf16_bits(value))
     else:
         typed[DType.float32](row, 0).unsafe_store[
             width=width,

@@ -5,6 +5,7 @@ source rank, source token, k); so a row is the start of (group, source) plus the
 same source, and each source can be mapped by itself once all counts are known.
 """
 
+from .numeric import quotient
 from .peers import View
 from .settings import Settings
 
@@ -45,7 +46,9 @@ def destination(id: Int16, n_local: Int) -> UInt32:
     Returns:
         Bit id // L, or 0 for `NO_EXPERT`.
     """
-    return UInt32(1) << UInt32(Int(id) // n_local) if id >= 0 else UInt32(0)
+    return UInt32(1) << UInt32(
+        quotient(Int(id), n_local)
+    ) if id >= 0 else UInt32(0)
 
 
 @always_inline

@@ -2,6 +2,7 @@
 
 from std.utils import StaticTuple
 
+from .numeric import quotient
 from .peers import View
 
 comptime SETTINGS_WORDS = 17
@@ -25,6 +26,11 @@ comptime SLOTS_EXPERT = 1
 """A message for each expert."""
 comptime SLOTS_EVERYWHERE = 2
 """A message for every rank."""
+
+comptime FEW_CHOICES = 1024
+"""R * Tmax * K, at most, where there are few tokens; layout "gathered" counts as K = 8."""
+comptime GATHERED_CHOICES = 8
+"""Choices that a token counts as which goes to all ranks."""
 
 # Sets of words that a hash leaves out, one bit a word.
 comptime CONFIG_UNHASHED: UInt32 = 0x1800
@@ -80,6 +86,10 @@ struct Settings(TrivialRegisterPassable):
     """L = E / R, experts of one rank. Not a word of its own: divisions are slow on a GPU."""
     var reduce: Int
     """`REDUCE_*`: the reduce mode of every combine, or that it may be either."""
+    var few_tokens: Bool
+    """`FEW_CHOICES` at most, with RankSlots: windows have room for cells, twice the bytes."""
+    var in_cells: Bool
+    """Rows and tables travel as cells (`cell.mojo`), on targets that have them. Not where peers may be masked."""
 
     def __init__(out self, words: View[DType.int64]):
         """Read the settings tensor.
@@ -108,6 +118,12 @@ struct Settings(TrivialRegisterPassable):
         self.shared_expert = words[14] != 0
         self.format_tag = Int(words[15])
         self.reduce = Int(words[16])
+        var choices = GATHERED_CHOICES if self.everywhere else self.top_k
+        self.few_tokens = (
+            not self.expert_slots
+            and self.n_ranks * self.max_tokens * choices <= FEW_CHOICES
+        )
+        self.in_cells = self.few_tokens and not self.shrinks
 
     def __init__(
         out self,
@@ -154,6 +170,8 @@ struct Settings(TrivialRegisterPassable):
         self.shared_expert = False
         self.format_tag = format_tag
         self.reduce = REDUCE_SOURCE
+        self.few_tokens = False
+        self.in_cells = False
 
     def words(self) -> StaticTuple[Int64, SETTINGS_WORDS]:
         """The settings as the words of a settings tensor.
@@ -216,6 +234,24 @@ struct Settings(TrivialRegisterPassable):
         return self.n_local_experts() + Int(self.shared_expert)
 
     @always_inline
+    def message_stride(self) -> Int:
+        """From one message to the next in a window of RankSlots.
+
+        Returns:
+            Bytes: of a message, or of its cells where there are few tokens.
+        """
+        return (1 + Int(self.few_tokens)) * self.message_bytes
+
+    @always_inline
+    def row_stride(self) -> Int:
+        """From one combine row to the next in a window of RankSlots.
+
+        Returns:
+            Bytes: of a row, or of its cells where there are few tokens.
+        """
+        return (1 + Int(self.few_tokens)) * self.row_bytes
+
+    @always_inline
     def n_signals(self, tokens: Int) -> Int:
         """Signals that cover a source's tokens.
 
@@ -225,7 +261,9 @@ struct Settings(TrivialRegisterPassable):
         Returns:
             Ceil(tokens / G).
         """
-        return (tokens + self.tokens_per_signal - 1) // self.tokens_per_signal
+        return quotient(
+            tokens + self.tokens_per_signal - 1, self.tokens_per_signal
+        )
 
 
 def settings_hash(

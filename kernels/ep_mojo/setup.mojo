@@ -96,8 +96,10 @@ def dispatch_recv_bytes(s: Settings) -> Int:
     Returns:
         The size of [L][R][Tm] messages, or [B][R][Tm] with RankSlots.
     """
-    var blocks = s.n_local_experts() if s.expert_slots else s.num_buffers
-    return blocks * s.n_ranks * s.max_tokens * s.message_bytes
+    var slots = s.n_ranks * s.max_tokens
+    if s.expert_slots:
+        return s.n_local_experts() * slots * s.message_bytes
+    return s.num_buffers * slots * s.message_stride()
 
 
 def dispatch_count_bytes(s: Settings) -> Int:
@@ -123,7 +125,7 @@ def combine_recv_bytes(s: Settings) -> Int:
     Returns:
         The size of [B][Tm][S] rows; S is K and B is 1 with ExpertSlots.
     """
-    return s.num_buffers * s.max_tokens * s.combine_slots * s.row_bytes
+    return s.num_buffers * s.max_tokens * s.combine_slots * s.row_stride()
 
 
 def combine_count_bytes(s: Settings) -> Int:

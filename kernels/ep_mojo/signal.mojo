@@ -1,4 +1,4 @@
-"""Flags, fences and spins: this file and `head.mojo` alone have any.
+"""Flags, fences and spins: this file, `cell.mojo` and `head.mojo` alone have any.
 
 A signal is one 64-bit word: epoch in the high 40 bits, value in the low 24 (`FAILED` when the sender has failed). It is
 published with release at system scope after the payload that it covers, and awaited with acquire at system scope; so
@@ -25,6 +25,8 @@ comptime NO_SIGNAL = -1
 """Returned when it gave up."""
 comptime MASKED = -2
 """Returned when nothing is to be expected of the peer, and the launch goes on."""
+comptime NOT_YET = -3
+"""Returned where there is no reason to give up waiting."""
 comptime SPINS_BETWEEN_CHECKS = 64
 """Polls between two looks at header, record and clock."""
 
@@ -232,46 +234,112 @@ struct Waiter(ImplicitlyCopyable, Movable):
         var until = self.until
         while True:
             var w = poll(window, offset)
+            var there = epoch_of(w) == epoch
             comptime if at_least:
-                if value_of(w) == FAILED:
-                    return self._give_up(
+                there = epoch_of(w) >= epoch or value_of(w) == FAILED
+            if there:
+                if value_of(w) != FAILED:
+                    return value_of(w)
+                if self.shrinks:
+                    return self._give_up[True](
                         KIND_PEER_FAILED, w, epoch, peer, chunk
                     )
-                if epoch_of(w) >= epoch:
-                    return value_of(w)
-            else:
-                if epoch_of(w) == epoch:
-                    if value_of(w) == FAILED:
-                        return self._give_up(
-                            KIND_PEER_FAILED, w, epoch, peer, chunk
-                        )
-                    return value_of(w)
+                return self._give_up[False](
+                    KIND_PEER_FAILED, w, epoch, peer, chunk
+                )
             spins += 1
-            if not self.virtual and spins % SPINS_BETWEEN_CHECKS != 0:
-                continue
-            var h = poll(window, header)
-            if value_of(h) == FAILED and epoch_of(h) >= epoch:
-                return self._give_up(KIND_PEER_FAILED, h, epoch, peer, chunk)
-            if self.virtual:
-                return self._give_up(KIND_ORDER, w, epoch, peer, chunk)
-            if self.head.failed():
-                return NO_SIGNAL
-            if self.until != 0:
-                var now = clock_ns()
-                if self.shrinks and spins == SPINS_BETWEEN_CHECKS:
-                    until = now + self.limit
-                if now > until:
-                    return self._give_up(KIND_TIMEOUT, w, epoch, peer, chunk)
-            if self.shrinks and self.head.masked(peer):
-                return MASKED
-            let_others_run(spins)
+            if self.shrinks and spins == SPINS_BETWEEN_CHECKS:
+                until = clock_ns() + self.limit
+            if self.virtual or spins % SPINS_BETWEEN_CHECKS == 0:
+                var verdict: Int
+                if self.shrinks:
+                    verdict = self._look_or_mask(
+                        window, w, epoch, until, peer, chunk, header
+                    )
+                else:
+                    verdict = self.look(window, w, epoch, peer, chunk, header)
+                if verdict != NOT_YET:
+                    return verdict
+                let_others_run(spins)
 
-    def _give_up(
+    @no_inline
+    def look(
+        self,
+        window: Bytes,
+        w: UInt64,
+        epoch: UInt64,
+        peer: Int,
+        chunk: Int32,
+        header: Int,
+    ) -> Int:
+        """Whether to poll on, asked now and then by who has not found what it waits for. Where nobody is masked.
+
+        Args:
+            window: The rank's own count window.
+            w: The word that was found.
+            epoch: The epoch that is awaited.
+            peer: Who is awaited.
+            chunk: For the record.
+            header: Byte offset of the header where `peer` says that it has failed in this epoch.
+
+        Returns:
+            `NOT_YET` to go on; `NO_SIGNAL` when the rank has failed.
+        """
+        return self._look[False](
+            window, w, epoch, self.until, peer, chunk, header
+        )
+
+    @no_inline
+    def _look_or_mask(
+        self,
+        window: Bytes,
+        w: UInt64,
+        epoch: UInt64,
+        until: Int,
+        peer: Int,
+        chunk: Int32,
+        header: Int,
+    ) -> Int:
+        """`look`, where a peer that does not come is masked; this wait has a deadline of its own."""
+        return self._look[True](window, w, epoch, until, peer, chunk, header)
+
+    @always_inline
+    def _look[
+        masks: Bool
+    ](
+        self,
+        window: Bytes,
+        w: UInt64,
+        epoch: UInt64,
+        until: Int,
+        peer: Int,
+        chunk: Int32,
+        header: Int,
+    ) -> Int:
+        var h = poll(window, header)
+        if value_of(h) == FAILED and epoch_of(h) >= epoch:
+            return self._give_up[masks](KIND_PEER_FAILED, h, epoch, peer, chunk)
+        if self.virtual:
+            return self._give_up[masks](KIND_ORDER, w, epoch, peer, chunk)
+        if self.head.failed():
+            return NO_SIGNAL
+        if self.until != 0 and clock_ns() > until:
+            return self._give_up[masks](KIND_TIMEOUT, w, epoch, peer, chunk)
+        comptime if masks:
+            if self.head.masked(peer):
+                return MASKED
+        return NOT_YET
+
+    @no_inline
+    def _give_up[
+        masks: Bool
+    ](
         self, kind: Int32, w: UInt64, epoch: UInt64, peer: Int, chunk: Int32
     ) -> Int:
         """Mask the peer, or put on record that it has not come."""
-        if self.shrinks and self.head.mask(peer):
-            return MASKED
+        comptime if masks:
+            if self.head.mask(peer):
+                return MASKED
         self.head.fail(
             kind,
             self.stage,

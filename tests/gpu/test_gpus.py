@@ -18,6 +18,8 @@ BESIDE = Variant("bf16", "expert", "expert", "beside")
 EXPERT_SLOTS = Variant("bf16", "expert", "source", "split", "expert")
 FUSED_MANY = Variant("bf16", "expert", "expert", "fused", tokens=MANY)
 SPLIT_MANY = Variant("bf16", "expert", "expert", "split", tokens=MANY)
+BY_ROW = [Variant(f, y, "source", m) for f, y, m in (("bf16", "expert", "fused"), ("fp8-float32-row", "rank", "split"))]
+"""Rows of choices, where there are few tokens; those of `VARIANTS` have many."""
 MODES = pytest.mark.parametrize(
     "variant",
     [FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY],
@@ -44,7 +46,7 @@ def machine(request):
         pytest.skip(f"needs {R} GPUs, here are {gpu_count()}")
     chosen = VARIANTS if R in (2, 8) else [v for v in VARIANTS if v.fmt == "bf16" or v.layout == "expert"][::3]
     chosen = [*chosen, *(v for v in VARIANTS if v.slots == "expert" and v.fmt == "bf16")]
-    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY, EXPERT_SLOTS, *chosen])]
+    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY, EXPERT_SLOTS, *BY_ROW, *chosen])]
     module, made = Module(), Machine(R)
     graphs = {}
     for v in chosen:
@@ -109,7 +111,7 @@ def test_many_rounds(machine, variant):
 @pytest.mark.parametrize("more", [-1, 0, 1], ids=["one", "as_many_as_ranks", "one_more"])
 def test_few_tokens_on_few_sms(machine, more):
     """With R CTAs or fewer each sends, maps and copies in turn; with one more that one sends for all."""
-    cfg = FUSED.config(machine.R, n_sms=machine.R + more if more >= 0 else 1)
+    cfg = FUSED.config(machine.n_ranks, n_sms=machine.n_ranks + more if more >= 0 else 1)
     with ep.Communicator.gpus(cfg) as comm:
         for seed in range(4):
             rnd = draw(FUSED, cfg, seed)

@@ -1,5 +1,7 @@
 """The tests of virtual ranks on the host, on one GPU: the same configs, rounds and reference, the GPU's stages."""
 
+import pytest
+from graph.stages import Engine
 from graph.test_conformance import (  # noqa: F401
     test_blocks_of_more_messages_than_lanes,
     test_budget_of_workers,
@@ -11,7 +13,7 @@ from graph.test_conformance import (  # noqa: F401
 )
 from graph.test_ops_alone import test_ops_refuse_windows_of_the_other_slot_policy  # noqa: F401
 from graph.test_order import (  # noqa: F401
-    engine,
+    CFG,
     test_a_buffer_that_a_peer_still_reads,
     test_a_handle_outlives_later_rounds,
     test_a_handle_serves_twice,
@@ -38,3 +40,10 @@ from graph.test_properties import (  # noqa: F401
     test_payload_is_carried_unchanged_in_bf16,
     test_smallest_fp8,
 )
+
+
+@pytest.fixture(params=[CFG.max_tokens_per_rank, 171], ids=["as_cells", "with_signals"])
+def engine(request, stages):
+    """In place of that of `test_order`: with few tokens, and with room for many, kernels are others."""
+    with Engine(stages, CFG.replace(max_tokens_per_rank=request.param)) as made:
+        yield made

@@ -56,12 +56,12 @@ def config(tokens: int, **fields) -> ep.EPConfig:
     )
 
 
-def graph(comm, library):
-    """Dispatch alone; tokens and src_info of all ranks out."""
+def graph(comm, library, T):
+    """Dispatch of T tokens a rank alone; tokens and src_info of all ranks out."""
     from max.dtype import DType
     from max.graph import Graph, TensorType
 
-    refs, T = comm.device_refs(), comm.cfg.max_tokens_per_rank
+    refs = comm.device_refs()
     own = [TensorType(d, [T, n], ref) for d, n in ((DType.bfloat16, H), (DType.int32, K)) for ref in refs]
     with Graph(f"sliced_{T}", input_types=[*own, *comm.input_types()], custom_extensions=[library]) as g:
         ranks, v = comm.bind(g.inputs[-comm.num_inputs :]), [i.tensor for i in g.inputs[: 2 * R]]
@@ -70,15 +70,15 @@ def graph(comm, library):
     return g
 
 
-@pytest.mark.parametrize("tokens", [6, 90, 500])
-def test_all_parts_are_encoded(tmp_path, tokens):
-    """Few tokens: crews of four warps, of two, and at last warps alone."""
+@pytest.mark.parametrize(("tokens", "most"), [(6, 6), (6, 300), (90, 300), (500, 500)])
+def test_all_parts_are_encoded(tmp_path, tokens, most):
+    """As cells, by all warps of a CTA; with room for more tokens by crews of four warps, of two, and at last by one."""
     source = tmp_path / "sliced.mojo"
     source.write_text(SOURCE)
     library = ep.kernel_library(extra_sources=[source])
     rng = np.random.default_rng(tokens)
-    with ep.Communicator.one_gpu(config(tokens, n_sms=24)) as comm:
-        model = comm.compile(graph(comm, library))
+    with ep.Communicator.one_gpu(config(most, n_sms=24)) as comm:
+        model = comm.compile(graph(comm, library, tokens))
         for _ in range(2):
             xs = [rng.integers(0, 2**16, (tokens, H), np.uint16) for _ in range(R)]
             ids = [rng.integers(0, E, (tokens, K), np.int32) for _ in range(R)]
@@ -86,5 +86,5 @@ def test_all_parts_are_encoded(tmp_path, tokens):
             for rows, info in zip(out[:R], out[R:], strict=True):
                 used = info[:, 0] >= 0
                 assert used.any()
-                source_rank, token = np.divmod(info[used, 0], tokens)
+                source_rank, token = np.divmod(info[used, 0], most)
                 assert (rows[used] == np.stack(xs)[source_rank, token]).all()

@@ -16,7 +16,7 @@ FORMAT_NAMES = ("bf16", "fp8-float32-row", "fp8-ue8m0-column")
 # device doubles the tokens; that goes into combine as bias0.
 MODES = ("split", "fused")
 FEW, MANY = 13, 150
-"""Tokens that each CTA maps by itself, and so many that CTAs share the work (`gpu/few_tokens.mojo`)."""
+"""Tokens that travel as cells, and so many that they travel with signals (`gpu/few_tokens.mojo`)."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_buffers_wrap(stages):
 
 def test_a_handle_outlives_later_rounds(engine):
     """Combine with the handle of the first round after three more have gone through the same buffers."""
-    rounds = [random_round(CFG, seed) for seed in range(4)]
+    rounds = [random_round(engine.cfg, seed) for seed in range(4)]
     play = Play(engine, rounds)
     for _ in rounds:
         for action in ("send", "receive"):
@@ -119,7 +119,7 @@ def test_a_handle_outlives_later_rounds(engine):
 
 
 def test_a_handle_serves_twice(engine):
-    rnd = random_round(CFG, 7)
+    rnd = random_round(engine.cfg, 7)
     play = play_in_order(engine, [rnd])
     again = Play(engine, [rnd])
     again.handles = play.handles
@@ -142,7 +142,7 @@ def test_wait_before_async(engine):
 
 
 def test_combine_wait_before_async(engine):
-    rnd = random_round(CFG, 3)
+    rnd = random_round(engine.cfg, 3)
     x = rnd.case.xs[0]
     ids = rnd.case.topk_ids[0].astype(np.int32)
     y = engine.receive_back(0, ids, np.zeros((0, 0), np.uint16))
@@ -154,7 +154,7 @@ def test_combine_wait_before_async(engine):
 
 
 def test_wait_although_a_peer_has_not_sent(engine):
-    play = Play(engine, [random_round(CFG, 0)])
+    play = Play(engine, [random_round(engine.cfg, 0)])
     for rank in (0, 2):
         play.step("send", rank)
     assert_no_rows(engine.receive(2), 2)
@@ -164,7 +164,7 @@ def test_wait_although_a_peer_has_not_sent(engine):
 
 
 def test_combine_wait_although_a_peer_has_not_sent(engine):
-    rnd = random_round(CFG, 0, routing="uniform", ragged=False)
+    rnd = random_round(engine.cfg, 0, routing="uniform", ragged=False)
     play = Play(engine, [rnd])
     for action, ranks in (("send", (0, 1, 2)), ("receive", (0, 1, 2)), ("send_back", (0, 1))):
         for rank in ranks:
@@ -194,7 +194,7 @@ def test_one_dispatch_too_many_in_flight(stages, buffers):
 
 
 def test_one_combine_too_many_in_flight(engine):
-    rounds = [random_round(CFG, seed) for seed in range(3)]
+    rounds = [random_round(engine.cfg, seed) for seed in range(3)]
     play = Play(engine, rounds)
     for _ in rounds:
         for action in ("send", "receive"):
@@ -209,7 +209,7 @@ def test_one_combine_too_many_in_flight(engine):
 
 def test_a_buffer_that_a_peer_still_reads(engine):
     """Rank 0 is two rounds ahead of rank 1, and may not overwrite what rank 1 has not read yet."""
-    rounds = [random_round(CFG, seed) for seed in range(3)]
+    rounds = [random_round(engine.cfg, seed) for seed in range(3)]
     play = Play(engine, rounds)
     for _ in range(2):
         for rank in range(3):
@@ -224,7 +224,7 @@ def test_a_buffer_that_a_peer_still_reads(engine):
 
 def test_failure_is_sticky_and_spreads_by_name(engine):
     engine.receive(1)  # an OrderError, on record at rank 1
-    play = Play(engine, [random_round(CFG, 0, routing="uniform", ragged=False)])
+    play = Play(engine, [random_round(engine.cfg, 0, routing="uniform", ragged=False)])
     for rank in range(3):
         play.step("send", rank)
     for rank in range(3):
@@ -311,7 +311,7 @@ def test_alignment_counts_as_rows(stages):
 
 
 def test_reset_brings_ranks_together_that_are_rounds_apart(engine):
-    rounds = [random_round(CFG, seed) for seed in range(2)]
+    rounds = [random_round(engine.cfg, seed) for seed in range(2)]
     play = Play(engine, rounds)
     for rank in range(3):
         play.step("send", rank)

@@ -18,6 +18,16 @@ from ep_mojo.gpu.expert_slots_dispatch_async import (
 from ep_mojo.gpu.expert_slots_dispatch_wait import (
     expert_slots_dispatch_wait_stage,
 )
+from ep_mojo.gpu.few_combine import (
+    few_combine_async_stage,
+    few_combine_stage,
+    few_combine_wait_stage,
+)
+from ep_mojo.gpu.few_dispatch import (
+    few_dispatch_async_stage,
+    few_dispatch_stage,
+    few_dispatch_wait_stage,
+)
 from ep_mojo.gpu.fused import combine_stage, dispatch_stage
 from ep_mojo.gpu.push import push_stage
 from max.gpu.host import get_gpu_target
@@ -251,5 +261,133 @@ def main():
     print(
         compile_info[
             push_stage[14336, True], emission_kind="asm", target=TARGET
+        ]().asm
+    )
+    print("//// few dispatch_async bf16")
+    print(
+        compile_info[
+            few_dispatch_async_stage[Plain, DType.int32, False],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few dispatch_async fp8")
+    print(
+        compile_info[
+            few_dispatch_async_stage[Row, DType.int64, False],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few dispatch_wait bf16 expert")
+    print(
+        compile_info[
+            few_dispatch_wait_stage[Plain, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few dispatch_wait fp8 rank")
+    print(
+        compile_info[
+            few_dispatch_wait_stage[Row, "rank"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few combine_async expert")
+    print(
+        compile_info[
+            few_combine_async_stage[BF, 7168, "expert", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few combine_async source")
+    print(
+        compile_info[
+            few_combine_async_stage[F32, 72, "expert", "source"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few combine_wait expert")
+    print(
+        compile_info[
+            few_combine_wait_stage[
+                BF, BF, BF, DType.int32, 7168, "expert", "expert"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few combine_wait source")
+    print(
+        compile_info[
+            few_combine_wait_stage[
+                F32, F32, F32, DType.int64, 72, "expert", "source"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few dispatch fused")
+    print(
+        compile_info[
+            few_dispatch_stage[Plain, DType.int32, False, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few dispatch fused fp8")
+    print(
+        compile_info[
+            few_dispatch_stage[Column, DType.int32, False, "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few combine fused")
+    print(
+        compile_info[
+            few_combine_stage[
+                BF, BF, BF, DType.int32, 7168, "expert", "expert"
+            ],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few gathered dispatch_wait")
+    print(
+        compile_info[
+            few_dispatch_wait_stage[Column, "gathered"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few gathered combine_async")
+    print(
+        compile_info[
+            few_combine_async_stage[F32, 72, "gathered", "expert"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few gathered dispatch fused")
+    print(
+        compile_info[
+            few_dispatch_stage[Plain, DType.int32, False, "gathered"],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print("//// few gathered combine fused")
+    print(
+        compile_info[
+            few_combine_stage[
+                BF, BF, BF, DType.int32, 7168, "gathered", "expert"
+            ],
+            emission_kind="asm",
+            target=TARGET,
         ]().asm
     )

@@ -27,10 +27,12 @@ from ep_mojo.layout import (
     partial_offset,
     row_offset,
 )
+from ep_mojo.peers import View
 from ep_mojo.settings import (
     COMBINE_UNHASHED,
     CONFIG_UNHASHED,
     DISPATCH_UNHASHED,
+    SETTINGS_WORDS,
 )
 
 
@@ -48,7 +50,15 @@ def rank_slots(
     s.num_buffers = num_buffers
     s.tokens_per_signal = per_signal
     s.combine_slots = max(n_ranks, 3)
-    return s
+    var given = s.words()
+    var words = List[Int64]()
+    for i in range(SETTINGS_WORDS):
+        words.append(given[i])
+    var read = Settings(
+        View[DType.int64](Int(words.unsafe_ptr()), SETTINGS_WORDS)
+    )
+    _ = words^
+    return read
 
 
 struct Marks(Movable):
@@ -90,6 +100,9 @@ def check_count_window[has_table: Bool](s: Settings) raises:
                 assert_equal(window.table_weights(b, r) % ALIGNMENT, 0)
                 marks.mark(window.table_ids(b, r), 2 * n)
                 marks.mark(window.table_weights(b, r), 4 * n)
+                if s.few_tokens:
+                    for i in range(n):
+                        marks.mark(window.table_cell(b, r, i), 16)
 
 
 def test_count_windows() raises:
@@ -97,7 +110,9 @@ def test_count_windows() raises:
         rank_slots(1, 1, 1, 1),
         rank_slots(3, 10, 2, 4),
         rank_slots(8, 33, 3, 1),
+        rank_slots(8, 43, 3, 1),
     ]:
+        assert_equal(s.few_tokens, s.n_ranks * s.max_tokens * s.top_k <= 1024)
         check_count_window[True](s)
         check_count_window[False](s)
         assert_equal(dispatch_count_bytes(s), DispatchWindow(s).total)
@@ -108,17 +123,21 @@ def test_count_windows() raises:
 
 
 def test_recv_windows() raises:
-    var s = rank_slots(3, 5, 2, 4)
+    check_recv_windows(rank_slots(3, 5, 2, 4))
+    check_recv_windows(rank_slots(3, 200, 1, 4))
+
+
+def check_recv_windows(s: Settings) raises:
     var messages = Marks(dispatch_recv_bytes(s))
     var partials = Marks(combine_recv_bytes(s))
     var rows = Marks(combine_recv_bytes(s))
     for b in range(s.num_buffers):
         for t in range(s.max_tokens):
             for r in range(s.n_ranks):
-                messages.mark(message_offset(s, b, r, t), s.message_bytes)
-                partials.mark(partial_offset(s, b, r, t), s.row_bytes)
+                messages.mark(message_offset(s, b, r, t), s.message_stride())
+                partials.mark(partial_offset(s, b, r, t), s.row_stride())
             for k in range(s.top_k):
-                rows.mark(row_offset(s, b, t, k), s.row_bytes)
+                rows.mark(row_offset(s, b, t, k), s.row_stride())
     assert_true(messages.full() and partials.full() and rows.full())
 
 

@@ -7,12 +7,15 @@ A small data-flow analysis over the control-flow graph of each function. On some
     unfenced   a store that no fence at system scope has followed
     reading    a bulk store whose source may still be read, since no `wait_group` of either kind has followed
     acquired   an acquire that no proxy fence has followed
+    shared     a barrier of the CTA behind dirty stores, and none behind a fence since: other threads' may be unfenced
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
-store at system scope while unfenced; a bulk load while acquired; an ordinary store to what may be shared memory, or a
-bulk load into it, while it may be read. And without looking at paths: any non-coherent or relaxed load, a release at a
-scope below the device, an mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic
-that flushes or approximates, and jumps that this analysis does not follow.
+store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired; an
+ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at paths:
+any non-coherent or relaxed load but that of a cell, a release at a scope below the device, an mbarrier at which threads
+meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and jumps that this
+analysis does not follow. In kernels where threads write shared memory for one another's bulk stores, such a store
+while shared is an error, too.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-PENDING, DIRTY, UNFENCED, READING, ACQUIRED = 1, 2, 4, 8, 16
+PENDING, DIRTY, UNFENCED, READING, ACQUIRED, SHARED = 1, 2, 4, 8, 16, 32
 FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
-    r"\bld\.(relaxed|volatile|mmio)": "a load that acquires nothing",
+    r"\bld\.(relaxed(?!\.sys\.global\.b128)|volatile|mmio)": "a load that acquires nothing",
     r"\bst\.release\.(cta|cluster)": "release at too small a scope",
     r"\batom\.relaxed\.gpu": "an arrival without acquire and release",
     r"\.(ftz|approx)\b|div\.full": "arithmetic that is not exact",
@@ -34,6 +37,10 @@ FORBIDDEN = {
 RING = "ring."
 """In front of a load into a warp's ring (`gpu/ring.mojo`), from which nothing is stored in bulk: so bulk stores may
 still read other shared memory."""
+ALONE = "alone."
+"""In front of a store of a word that covers nothing (`cell.mojo`)."""
+CELL = ".relaxed.sys.global.b128"
+"""A load or store of a cell: whoever has its word has its payload."""
 LABEL = re.compile(r"^([$\w]+):$")
 BRANCH = re.compile(r"^(@!?%?\w+\s+)?bra(?:\.uni)?\s+([$\w]+);$")
 
@@ -55,8 +62,9 @@ def functions(ptx: str) -> list[Function]:
         line = raw.split("//")[0].strip()
         if not line:
             continue
-        if raw.rstrip().endswith("// ring"):
-            line = RING + line
+        for mark in (RING, ALONE):
+            if raw.rstrip().endswith(f"// {mark[:-1]}"):
+                line = mark + line
         if current is None:
             match = re.match(r"^(?:\.visible |\.weak )*\.(entry|func)\b", line)
             if match or head:
@@ -76,8 +84,13 @@ def functions(ptx: str) -> list[Function]:
     return found
 
 
-def errors(function: Function) -> list[str]:
-    """What breaks a rule, one line each."""
+def errors(function: Function, writes_for_others: bool = False) -> list[str]:
+    """What breaks a rule, one line each.
+
+    Args:
+        function: Of a kernel.
+        writes_for_others: Whether threads write shared memory for bulk stores of other threads of the CTA.
+    """
     lines = function.lines
     labels = {m.group(1): i for i, text in enumerate(lines) if (m := LABEL.match(text))}
     found = [
@@ -101,7 +114,8 @@ def errors(function: Function) -> list[str]:
                 work.append(j)
     for i, state in sorted(states.items()):
         if i < len(lines):
-            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], state)]
+            looked_at = state if writes_for_others else state & ~SHARED
+            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], looked_at)]
     return found
 
 
@@ -130,6 +144,8 @@ def _after(text: str, state: int) -> int:
         state |= ACQUIRED
     elif re.match(r"^fence\.(sc|acq_rel)\.sys;", text):
         state &= ~UNFENCED
+    elif re.match(r"^bar(rier)?\.sync\s+0;", text):
+        state = state | SHARED if state & DIRTY else state & ~SHARED
     elif _is_store(text):
         state |= UNFENCED
         if _may_be_shared(text):
@@ -149,13 +165,16 @@ def _broken(text: str, state: int) -> list[str]:
     found = []
     if re.search(r"\bst\.release\.(sys|gpu)", text) and state & PENDING:
         found.append("a signal while bulk stores may be under way")
-    if re.search(r"\bst\.(relaxed\.sys|mmio|volatile)", text):
+    covers = CELL not in text and not text.startswith(ALONE)
+    if re.search(r"\bst\.(relaxed\.sys|mmio|volatile)", text) and covers:
         if state & UNFENCED:
             found.append("a relaxed store without a system fence before it")
         if state & PENDING:
             found.append("a signal while bulk stores may be under way")
     if "cp.async.bulk.global.shared::cta" in text and state & DIRTY:
         found.append("a bulk store of shared memory that ordinary stores may have written, without a proxy fence")
+    if "cp.async.bulk.global.shared::cta" in text and state & SHARED:
+        found.append("a bulk store of what other threads may have written without a proxy fence")
     if state & READING and (_may_be_shared(text) or text.startswith("cp.async.bulk.shared::cluster.global")):
         found.append("a slot is written while a bulk store may read it")
     if "cp.async.bulk.shared::cluster.global" in text and state & ACQUIRED:

@@ -10,7 +10,7 @@ import torch
 
 import ep_mojo as ep
 from ep_mojo.dtypes import to_numpy
-from ep_mojo.torch import call
+from ep_mojo.torch import call, sizes
 from ep_mojo.torch.checks import check_tensor
 from ep_mojo.torch.tensors import dense
 
@@ -78,3 +78,11 @@ def test_tensors_without_memory_are_refused():
         check_tensor("x", Wrapper(), [torch.bfloat16], [None, 8], torch.device("cpu"))
     empty = torch.empty(0, 8, dtype=torch.bfloat16)
     assert check_tensor("x", empty, [torch.bfloat16], [None, 8], torch.device("cpu")) is empty
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_windows_of_low_latency_mode_hold_fewer_tokens_too(ranks):
+    """Although few tokens have room for cells, twice their bytes, and more tokens do not."""
+    needed = [sizes.low_latency_bytes(n, 64, ranks, 8 * ranks) for n in range(1, 1024 // (8 * ranks) + 40)]
+    assert needed == sorted(needed)
+    assert needed[-1] > needed[0]

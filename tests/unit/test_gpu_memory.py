@@ -34,10 +34,10 @@ def test_formula_of_a_round(ranks):
     assert found["outputs"] == rows * (14336 + 8) + pairs * 8 + small + 4096 * 14336
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_formula_of_the_gather(ranks):
-    """Against the config of `Gathering`."""
-    tokens, hidden, top_k = 512, 7168, 8
+@pytest.mark.parametrize(("ranks", "tokens"), [(2, 512), (8, 512), (8, 16)])
+def test_formula_of_the_gather(ranks, tokens):
+    """Against the config of `Gathering`; 8 times 16 tokens are few."""
+    hidden, top_k = 7168, 8
     cfg = EPConfig(
         hidden_size=hidden,
         top_k=top_k,
@@ -54,7 +54,7 @@ def test_formula_of_the_gather(ranks):
     shapes = dict(zip(HANDLE_TENSORS, handle_shapes(cfg), strict=True))
     rows = sum(size * math.prod(shapes[name][1]) for name, size in given.items())
     assert found["buffers"] == rows + ranks * tokens * hidden * 2
-    assert found["step"] == 512 * (14336 + 8 * 8 + 8 * 4) + ranks * 512 * 8 * 8 + 512 * 14336
+    assert found["step"] == tokens * (14336 + 8 * 8 + 8 * 4) + ranks * tokens * 8 * 8 + tokens * 14336
 
 
 def test_verdicts(tool, monkeypatch, tmp_path, capsys):

@@ -41,6 +41,7 @@ CONFIGS = [
     config(n_ranks=6, n_experts=12, num_buffers=8, tokens_per_signal=1, max_tokens_per_rank=33),
     config(dispatch_format=BlockwiseFP8(), combine_dtype="float32", reduce="expert"),
     config(reduce="source", top_k=7),
+    config(max_tokens_per_rank=200),
 ]
 
 
@@ -59,6 +60,8 @@ def regions(cfg, window):
         if isinstance(window, DispatchWindow):
             yield window.table_ids(buffer, source), 2 * pairs
             yield window.table_weights(buffer, source), 4 * pairs
+            if cfg.few_tokens:
+                yield window.table_cell(buffer, source, 0), 16 * pairs
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
@@ -80,16 +83,31 @@ def test_count_window_regions(cfg, cls):
 def test_worked_example():
     cfg = config()  # R=3, B=2, Tmax=10, K=3, C=3
     window = DispatchWindow(cfg)
-    # credits 24 -> 128, headers 48 -> 128, signals 6 * 128, ids 6 * align128(60), weights 6 * align128(120)
+    # credits 24 -> 128, headers 48 -> 128, signals 6 * 128, ids 6 * align128(60), weights 6 * align128(120), and since
+    # R * Tmax * K is below 1024, cells 6 * align128(480), and messages and rows of twice 256 bytes
     assert (window.credit(2), window.header(1, 2), window.signal(0, 1, 2)) == (16, 128 + 40, 256 + 128 + 16)
     assert (window.table_ids(1, 0), window.table_weights(0, 1)) == (256 + 768 + 3 * 128, 256 + 768 + 768 + 128)
-    assert window.count_bytes == 256 + 3 * 768
-    assert window.recv_bytes == 2 * 3 * 10 * 256
-    assert window.message(1, 2, 9) == window.recv_bytes - 256
+    assert window.table_cell(1, 2, 3) == 256 + 3 * 768 + 5 * 512 + 3 * 16
+    assert window.count_bytes == 256 + 3 * 768 + 6 * 512
+    assert window.recv_bytes == 2 * 3 * 10 * 512
+    assert window.message(1, 2, 9) == window.recv_bytes - 512
     combine = CombineWindow(cfg)
     assert combine.count_bytes == 256 + 768
-    assert combine.recv_bytes == 2 * 10 * 3 * 256
-    assert combine.partial(1, 2, 9) == combine.row(1, 9, 2) == combine.recv_bytes - 256
+    assert combine.recv_bytes == 2 * 10 * 3 * 512
+    assert combine.partial(1, 2, 9) == combine.row(1, 9, 2) == combine.recv_bytes - 512
+
+
+def test_few_tokens():
+    """Where there is room for cells: R * Tmax * K up to 1024; a gathered token counts as 8 choices."""
+    few = {n: config(n_ranks=2, top_k=4, max_tokens_per_rank=n) for n in (1, 128, 129)}
+    assert [few[n].few_tokens for n in (1, 128, 129)] == [True, True, False]
+    gathered = [
+        config(n_ranks=2, top_k=k, max_tokens_per_rank=n, output_layout="gathered") for k, n in ((0, 64), (1, 65))
+    ]
+    assert [cfg.few_tokens for cfg in gathered] == [True, False]
+    assert not config(slots="expert", max_tokens_per_rank=1).few_tokens
+    assert (few[128].dispatch_message_stride, few[129].dispatch_message_stride) == (512, 256)
+    assert (few[128].combine_row_stride, few[129].combine_row_stride) == (512, 256)
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
@@ -97,16 +115,16 @@ def test_recv_windows_are_full(cfg):
     dispatch, combine = DispatchWindow(cfg), CombineWindow(cfg)
     ranks, tokens, buffers = range(cfg.n_ranks), range(cfg.max_tokens_per_rank), range(cfg.num_buffers)
     messages = sorted(dispatch.message(b, s, t) for b in buffers for s in ranks for t in tokens)
-    assert messages == list(range(0, dispatch.recv_bytes, cfg.dispatch_message_bytes))
-    assert combine.recv_bytes == len(buffers) * len(tokens) * cfg.combine_slots * cfg.combine_row_bytes
+    assert messages == list(range(0, dispatch.recv_bytes, cfg.dispatch_message_stride))
+    assert combine.recv_bytes == len(buffers) * len(tokens) * cfg.combine_slots * cfg.combine_row_stride
     if cfg.reduce != "source":
         rows = [combine.partial(b, s, t) for b in buffers for s in ranks for t in tokens]
         assert len(set(rows)) == len(rows)
-        assert max(rows) + cfg.combine_row_bytes <= combine.recv_bytes
+        assert max(rows) + cfg.combine_row_stride <= combine.recv_bytes
     if cfg.reduce != "expert":
         rows = [combine.row(b, t, k) for b in buffers for t in tokens for k in range(cfg.top_k)]
         assert len(set(rows)) == len(rows)
-        assert max(rows) + cfg.combine_row_bytes <= combine.recv_bytes
+        assert max(rows) + cfg.combine_row_stride <= combine.recv_bytes
 
 
 def test_expert_slots_sizes():
@@ -125,7 +143,7 @@ def test_expert_slots_sizes():
 
 
 def test_rank_slots_payload_is_smaller_by_local_experts():
-    big = {"hidden_size": 1024, "n_experts": 24, "dispatch_format": BlockwiseFP8()}
+    big = {"hidden_size": 1024, "n_experts": 24, "dispatch_format": BlockwiseFP8(), "max_tokens_per_rank": 200}
     rank, expert = config(**big, num_buffers=1), config(**big, slots="expert")
     ratio = DispatchWindow(expert).recv_bytes / DispatchWindow(rank).recv_bytes
     assert ratio == pytest.approx(8 * expert.dispatch_message_bytes / rank.dispatch_message_bytes)

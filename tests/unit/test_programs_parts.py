@@ -112,12 +112,13 @@ def test_bytes_against_counting_one_by_one():
 
 @pytest.mark.parametrize("slots", ["rank", "expert"])
 @pytest.mark.parametrize("fmt", [BF16(), BlockwiseFP8()], ids=lambda f: f.key())
-def test_window_formulas_equal_the_layout(slots, fmt):
+@pytest.mark.parametrize("tokens", [37, 137], ids=["few", "many"])
+def test_window_formulas_equal_the_layout(slots, fmt, tokens):
     cfg = EPConfig(
         hidden_size=256,
         top_k=5,
         n_experts=12,
-        max_tokens_per_rank=37,
+        max_tokens_per_rank=tokens,
         n_ranks=3,
         dispatch_format=fmt,
         slots=slots,

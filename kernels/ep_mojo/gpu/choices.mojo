@@ -5,6 +5,7 @@ A choice is an entry of a routing table: token * K + k.
 
 from ..dispatch_tensors import table_ids
 from ..launch import Endpoint
+from ..numeric import quotient
 from ..peers import View
 from ..routing import local_group
 from ..settings import Settings
@@ -33,7 +34,7 @@ def group_of[
     comptime if layout == "rank":
         if group < 0:
             return -1
-        for j in range(i // s.top_k * s.top_k, i):
+        for j in range(quotient(i, s.top_k) * s.top_k, i):
             if local_group(s, ids[j], rank) >= 0:
                 return -1
         return 0
@@ -54,9 +55,7 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
     var rank: Int
     """The rank whose output it is."""
     var ids: View[DType.int16]
-    """Of a piece: its source's table. Of all: those of all sources."""
-    var stride: Int
-    """Ids from a source's table to the next one's."""
+    """Of a piece: its source's table. Of all: [R, Tmax, K], in shared memory."""
     var tokens: View[DType.int32]
     """Of all: T of each source, in shared memory."""
     var first_token: Int
@@ -89,7 +88,6 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
         self.s = ep.s
         self.rank = ep.me
         self.ids = table_ids(ep, buffer, piece.source)
-        self.stride = 0
         self.tokens = View[DType.int32]()
         self.first_token = piece.source * ep.s.max_tokens
         self.begin = piece.begin
@@ -101,22 +99,19 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
     def __init__(
         out self: Choices[True],
         ep: Endpoint[True],
-        buffer: Int,
+        ids: View[DType.int16],
         tokens: View[DType.int32],
     ):
         """The choices of all sources.
 
         Args:
             ep: The rank.
-            buffer: Epoch mod B.
+            ids: Int16 [R, Tmax, K]: their tables, in shared memory.
             tokens: Int32 [R]: T of each source, in shared memory.
         """
         self.s = ep.s
         self.rank = ep.me
-        self.stride = ep.window.ids_stride()
-        self.ids = View[DType.int16](
-            Int(table_ids(ep, buffer, 0).ptr), ep.s.n_ranks * self.stride
-        )
+        self.ids = ids
         self.tokens = tokens
         self.first_token = 0
         self.begin = 0
@@ -139,11 +134,11 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
         """
         comptime if Self.of_all:
             var size = self.s.max_tokens * self.s.top_k
-            var source = Int(UInt32(i) // UInt32(size))
+            var source = quotient(i, size)
             var j = i - source * size
             if j >= Int(self.tokens[source]) * self.s.top_k:
                 return -1
-            var ids = self.ids.part(source * self.stride, size)
+            var ids = self.ids.part(source * size, size)
             var group = group_of[layout](self.s, ids, j, self.rank)
             comptime if layout == "rank":
                 return source if group >= 0 else -1

@@ -6,7 +6,7 @@ ascending, into a row in shared memory, and stores that to the source's window, 
 arrived, its signal follows, also where there were none. A crew is one warp, or several where there are few tokens:
 then each sums and stores a part of the channels. The last warp of each CTA awaits the buffer's credits, while the
 others sum (`Opening`); that of the first CTA then sends the headers. The handle is checked row by row, before a row
-is read. Why the order holds: docs/protocol.md.
+is read. Why the order holds: docs/protocol.md. Few tokens go back as cells: `few_combine.mojo`.
 """
 
 from max.gpu import block_idx, lane_id
@@ -26,6 +26,7 @@ from ..layout import (
     partial_offset,
     row_offset,
 )
+from ..numeric import quotient, remainder
 from ..routing import NO_ROW, by_source, may_shrink
 from ..signal import note, publish, word
 from ..team import WarpTeam, copy_bytes, zero_bytes
@@ -68,12 +69,11 @@ def open_send_back[
         x: The rows.
         stage: `STAGE_*`, for the failure record.
     """
-    _ = ep.begin_send[WarpTeam](stage)
-    syncwarp()
-    if Int(lane_id()) < ep.s.n_ranks:
+    if Int(lane_id()) < ep.s.n_ranks:  # before an acquire
         var rows = x.rows.size // row_bytes[dtype, hidden]()
         _check_tokens(ep, x, Int(lane_id()), rows, stage)
     syncwarp()
+    _ = ep.begin_send[WarpTeam](stage)
 
 
 @always_inline
@@ -177,8 +177,8 @@ def _send_rows[
         warp_memory(combine_bytes[dtype, hidden]()), sending=True
     )
     for i in range(share.first, items, share.stride):
-        var source = (ep.me + i) % s.n_ranks
-        var chunk = i // s.n_ranks
+        var source = remainder(ep.me + i, s.n_ranks)
+        var chunk = quotient(i, s.n_ranks)
         var begin = chunk * s.tokens_per_signal
         var T = Int(warp.shuffle_idx(tokens, UInt32(source)))
         if begin >= T:

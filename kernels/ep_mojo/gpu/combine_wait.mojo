@@ -2,7 +2,8 @@
 
 Each warp takes chunks of G own tokens. For a chunk it awaits the signals of the ranks that own one of its tokens'
 experts, lane r that of rank r, then sums every token from the window in float32: biases, shared row, then the rows of
-k ascending or of ranks ascending, rounded once. Rows past T come back zero. The last CTA gives the buffer back.
+k ascending or of ranks ascending, rounded once. Rows past T come back zero. The last CTA gives the buffer back. Few
+tokens come as cells: `few_combine.mojo`.
 """
 
 from max.gpu import lane_id, thread_idx

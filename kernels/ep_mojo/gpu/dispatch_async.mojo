@@ -10,7 +10,8 @@
 The last warp of each CTA awaits the buffer's credits, while the others load and encode their first token (`Opening`).
 Then the tables go, and the messages when these have left: a header is released at system scope, which would wait for
 all messages under way, and the peers' row maps with it. Otherwise no warp waits for anything but its crew and its own
-stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md.
+stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md. Few tokens leave as cells:
+`few_dispatch.mojo`.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim
@@ -90,11 +91,11 @@ def open_send[
         x: Its tokens.
         stage: `STAGE_*`, for the failure record.
     """
-    _ = ep.begin_send[WarpTeam](stage)
-    syncwarp()
-    if lane_id() == 0:
+    if lane_id() == 0:  # before an acquire, which ends what the caches hold
         var given = given_tokens(x.rows, x.num_tokens)
         _ = tokens_fit(ep, stage, x.rows, given)
+    syncwarp()
+    _ = ep.begin_send[WarpTeam](stage)
 
 
 @always_inline

@@ -7,9 +7,8 @@
                    copies it to its rows from there, or zeroes these where the peer is lost meanwhile; then it marks
                    its part of what no row fills
 
-Where there are few tokens, each CTA maps all sources by itself, and awaits no other (`few_tokens.mojo`). The last CTA
-gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
-many come before it (see `routing.mojo` and `starts.mojo`).
+The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
+many come before it (see `routing.mojo` and `starts.mojo`). Few tokens come as cells: `few_dispatch.mojo`.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx
@@ -21,6 +20,7 @@ from ..dispatch_tensors import DispatchOutput, Rows, localise, table_weights
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import WORK_MAPPED, align_up, message_offset
+from ..numeric import quotient, remainder
 from ..routing import NO_ROW, may_shrink
 from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam, fill
@@ -34,9 +34,8 @@ from .launch import (
     warp_memory,
     warp_slot,
 )
-from .few_tokens import map_alone, mapping_bytes, maps_alone
 from .gathered_rows import gather_rows, mark_behind
-from .mapping import map_sources, name_groups
+from .mapping import cta_bytes, map_sources, name_groups
 from .notes import await_note
 from .pieces import Pieces
 from .precedence import precedence, queue
@@ -65,8 +64,7 @@ def keep_weights(
     share: Share,
     out_: DispatchOutput,
 ):
-    """Copy the sources' weights out of the window: while others map the rows, or, with few tokens, when all else is
-    done.
+    """Copy the sources' weights out of the window, while others map the rows.
 
     Args:
         ep: The rank.
@@ -81,7 +79,7 @@ def keep_weights(
     var pieces = (block + piece - 1) // piece
     var buffer = ep.buffer(epoch)
     for i in range(share.first, ep.s.n_ranks * pieces, share.stride):
-        var r = i // pieces
+        var r = quotient(i, pieces)
         var T = ep.tokens_of(waiter, epoch, r)
         if ballot(T == NO_SIGNAL) != 0:
             return
@@ -102,7 +100,6 @@ def copy_rows[
     pieces: Pieces,
     share: Share,
     rows: Rows[F, layout],
-    known: Int32 = -1,
 ):
     """Copy messages to their rows as they arrive.
 
@@ -118,7 +115,6 @@ def copy_rows[
         pieces: What CTAs map.
         share: The calling warp's chunks, of all sources in turn.
         rows: The outputs.
-        known: Lane v: T of the source of piece v, where that is mapped already; -1 where it may not be.
     """
     comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
     var s = ep.s
@@ -129,10 +125,10 @@ def copy_rows[
     var block = s.max_tokens * s.top_k
     var items = s.n_ranks * s.n_signals(s.max_tokens)
     var window = ep.recv[ep.me]
-    var mapped = known
+    var mapped: Int32 = -1  # lane v: T of piece v's source, once it is mapped
     for i in range(share.first, items, share.stride):
-        var r = (ep.me + i) % s.n_ranks
-        var chunk = i // s.n_ranks
+        var r = remainder(ep.me + i, s.n_ranks)
+        var chunk = quotient(i, s.n_ranks)
         var v = pieces.of(r, chunk)
         var T = Int(warp.shuffle_idx(mapped, UInt32(v)))
         if T < 0:
@@ -281,23 +277,14 @@ def dispatch_wait_stage[
         else:
             var pieces = Pieces(ep.s, Int(grid_dim.x))
             var share = Share(skip=pieces.n)
-            var known: Int32 = -1
-            var alone = maps_alone(ep.s)
-            if alone:
-                known = map_alone[F, layout](
-                    ep, epoch, waiter, share, output.value, stage
-                )
-            elif Int(block_idx.x) < pieces.n:
+            if Int(block_idx.x) < pieces.n:
                 map_sources[F, layout](
                     ep, epoch, waiter, pieces, output.value, stage
                 )
-            if not alone:
-                keep_weights(ep, epoch, waiter, share, output.value)
+            keep_weights(ep, epoch, waiter, share, output.value)
             copy_rows[F, layout, slot_bytes[F]()](
-                ep, epoch, waiter, pieces, share, rows, known
+                ep, epoch, waiter, pieces, share, rows
             )
-            if alone:
-                keep_weights(ep, epoch, waiter, share, output.value)
             mark_rest[F, layout](ep, epoch, waiter, share, rows)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
         close_wait(ep, epoch, output.value, ep.head.failed())
@@ -357,7 +344,7 @@ def dispatch_wait[
         peers.s,
         items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
         warp_bytes=slot_bytes[F](),
-        cta_bytes=mapping_bytes[layout](peers),
+        cta_bytes=cta_bytes[layout](peers),
     )
     queue(ctx, peers.s).enqueue_function(
         ctx.compile_function[dispatch_wait_stage[F, layout]](

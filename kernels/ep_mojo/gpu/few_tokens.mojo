@@ -1,28 +1,33 @@
-"""Part of the GPU's dispatch_wait where there are few tokens: each CTA that copies maps all sources by itself.
+"""How a CTA maps the tokens of all sources by itself, where there are few: no CTA waits for what others have counted.
 
 Counting and mapping a thousand choices takes less long than to learn from other CTAs what they have counted and mapped.
-Every such CTA awaits all headers, counts all rows, and gives out all of them in its shared memory, in the order of
-`routing.mojo`. Each of its warps writes what belongs to the chunks that it will copy: their part of row_map and
-src_info. What is the same for all is written by the first CTA, which notes it for those that mark what no row fills.
+So each CTA that receives awaits all tables, which come as cells (`cells.mojo`), counts all rows, and gives out all of
+them in its shared memory, in the order of `routing.mojo`. What is the same for all is written by the first CTA, which
+notes it for those that mark what no row fills.
+
+    SLOTS          a histogram, while rows are given out
+    behind it      whether a table has not come i32 | T i32[R] | rows i32[R][Tmax][K] | ids i16[R][Tmax][K]
+    behind these   the message that is being received
 """
 
-from max.gpu import WARP_SIZE, block_idx, lane_id, thread_idx
+from max.gpu import block_dim, block_idx, lane_id, thread_idx
 from max.gpu.sync import barrier
 
 from ..dispatch_tensors import DispatchOutput
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import WORK_MAPPED
-from ..peers import View, window_view
+from ..layout import CHUNK_HEADER, KIND_CAPACITY, WORK_MAPPED, align_up
+from ..numeric import quotient
+from ..peers import Bytes, View, window_view
 from ..settings import Settings
-from ..signal import Waiter, note, word
+from ..signal import Waiter, note, value_of, word
+from .cells import Cells, Choice
 from .choices import Choices
 from .headers import await_tokens
-from .launch import Peers, told, warp_index, warps
-from .mapping import cta_bytes, rows_fit
+from .launch import warp_index
+from .mapping import rows_fit
 from .routing import Histogram, count_rows, map_rows
-from .shared_memory import MAX_WARPS, SLOTS, shared_memory
-from .share import Share
+from .shared_memory import MAX_WARPS, SLOT_ALIGNMENT, SLOTS, shared_memory
 from .starts import start_all
 from .timeline import (
     MARK_ALL_COUNTED,
@@ -32,160 +37,239 @@ from .timeline import (
     mark,
 )
 
-comptime FEW_CHOICES = 1024
-"""R * Tmax * K, at most: with 8 warps each loads its part at once."""
-
-
-@always_inline
-def maps_alone(s: Settings) -> Bool:
-    """Whether each CTA maps by itself. Where peers can be masked it must not: CTAs might not agree on whose tokens
-    there are.
-
-    Args:
-        s: The settings, as the kernel has them.
-
-    Returns:
-        The same for all CTAs.
-    """
-    return (
-        not s.everywhere
-        and not s.shrinks
-        and s.n_ranks * s.max_tokens * s.top_k <= FEW_CHOICES
-    )
+comptime CHOICES_AHEAD = 4
+"""Choices that a thread awaits at once: with 8 warps, all that it has."""
 
 
 @always_inline
 def _groups[layout: StaticString](s: Settings) -> Int:
     """Groups of `Choices` of all sources."""
-    return s.n_ranks if layout == "rank" else s.n_groups()
+    comptime if layout == "gathered":
+        return 0
+    elif layout == "rank":
+        return s.n_ranks
+    else:
+        return s.n_groups()
 
 
-def mapping_bytes[layout: StaticString](peers: Peers) -> Int:
-    """Shared memory that a CTA needs to map, at the place of the slots, whoever maps.
+struct FewTokens[layout: StaticString](TrivialRegisterPassable):
+    """The tokens of all sources, in shared memory of one CTA.
 
     Parameters:
-        layout: Output layout.
-
-    Args:
-        peers: The rank's side.
-
-    Returns:
-        Bytes: of a histogram; where there are few tokens of that of all sources, T of each, and rows of all choices.
+        layout: Output layout; with "gathered" there are no choices to map.
     """
-    var s = peers.s
-    var choices = s.n_ranks * s.max_tokens * s.top_k
-    if not maps_alone(s):
-        return cta_bytes[layout](peers)
-    return Histogram.bytes(_groups[layout](s), MAX_WARPS) + 4 * (
-        s.n_ranks + choices
-    )
 
+    var failed: View[DType.int32]
+    """[1]: whether something has not come."""
+    var tokens: View[DType.int32]
+    """[R]: T of each source."""
+    var rows: View[DType.int32]
+    """[R, Tmax, K]: the row of each choice."""
+    var ids: View[DType.int16]
+    """[R, Tmax, K]: the tables."""
+    var message: Bytes
+    """What is behind."""
 
-@always_inline
-def map_alone[
-    F: TokenFormat, layout: StaticString
-](
-    ep: Endpoint[True],
-    epoch: UInt64,
-    waiter: Waiter,
-    share: Share,
-    out_: DispatchOutput,
-    stage: Int32,
-) -> Int32:
-    """Map all sources; the whole CTA calls this. Shared memory is free for row slots afterwards.
+    @staticmethod
+    def bytes(s: Settings) -> Int:
+        """Shared memory that it needs, at the place of the slots.
 
-    Parameters:
-        F: The format.
-        layout: Output layout.
+        Args:
+            s: The settings.
 
-    Args:
-        ep: The rank.
-        epoch: The launch's epoch.
-        waiter: The launch's waiter.
-        share: The chunks that the calling warp will copy, of all sources in turn.
-        out_: The outputs.
-        stage: `STAGE_*`, for the failure record.
+        Returns:
+            Bytes, a multiple of `SLOT_ALIGNMENT`.
+        """
+        var choices = Self._choices(s)
+        return align_up(
+            Histogram.bytes(_groups[Self.layout](s), MAX_WARPS)
+            + 4 * (1 + s.n_ranks + choices)
+            + 2 * choices,
+            SLOT_ALIGNMENT,
+        )
 
-    Returns:
-        Lane r: T of source r; 0 after a failure, so that nothing is copied: what the first CTA has noted says nothing
-        of the row map of this one.
-    """
-    var s = ep.s
-    var lane = Int(lane_id())
-    var hist = Histogram(_groups[layout](s))
-    var behind = Histogram.bytes(hist.groups, warps())
-    var tokens = window_view[DType.int32](
-        shared_memory(SLOTS), behind, s.n_ranks
-    )
-    var rows = window_view[DType.int32](
-        shared_memory(SLOTS),
-        behind + 4 * s.n_ranks,
-        s.n_ranks * s.max_tokens * s.top_k,
-    )
-    var came = 1
-    if warp_index() == 0:
-        var awaited = await_tokens(ep, epoch, waiter)
-        if lane < s.n_ranks:
-            tokens[lane] = awaited[0]
-        came = Int(awaited[1])
-    if told(came) == 0:
-        return 0
-    mark[MARK_HEADER_SEEN](ep)
-    var first = block_idx.x == 0
-    var choices = Choices(ep, ep.buffer(epoch), tokens)
-    count_rows[layout](choices, hist, hist.totals)
-    mark[MARK_ROWS_COUNTED](ep)
-    var needed = start_all[layout](
-        s,
-        hist,
-        out_.row_offsets if first else View[DType.uint32](),
-        out_.counts,
-    )
-    if not rows_fit[F, layout](ep, out_, needed, stage):
-        return 0
-    mark[MARK_ALL_COUNTED](ep)
-    map_rows[layout](choices, hist, rows, View[DType.int32]())
-    var known: Int32 = -1
-    if lane < s.n_ranks:
-        known = tokens[lane]
-        if first and warp_index() == 0:
-            out_.recv_num_tokens[lane] = known
-    barrier()  # all rows are given
-    if first and thread_idx.x == 0:
-        note(ep.head.base, 4 * WORK_MAPPED, word(epoch, Int(known)))
-    _keep_rows[layout](s, ep.me, share, rows, out_)
-    barrier()  # and shared memory is free
-    mark[MARK_ROWS_MAPPED](ep)
-    return known
+    @staticmethod
+    @always_inline
+    def _choices(s: Settings) -> Int:
+        comptime if Self.layout == "gathered":
+            return 0
+        else:
+            return s.n_ranks * s.max_tokens * s.top_k
 
+    @always_inline
+    def __init__(out self, s: Settings):
+        """Take the shared memory; what was there is not needed any more.
 
-@always_inline
-def _keep_rows[
-    layout: StaticString
-](
-    s: Settings,
-    me: Int,
-    share: Share,
-    rows: View[DType.int32],
-    out_: DispatchOutput,
-):
-    """Write row_map and src_info of the calling warp's chunks."""
-    var K = s.top_k
-    for i in range(
-        share.first, s.n_ranks * s.n_signals(s.max_tokens), share.stride
-    ):
-        var r = (me + i) % s.n_ranks
-        var begin = i // s.n_ranks * s.tokens_per_signal
-        var end = min(begin + s.tokens_per_signal, s.max_tokens)
-        var of_source = r * s.max_tokens
-        for at in range(
-            (of_source + begin) * K + Int(lane_id()),
-            (of_source + end) * K,
-            WARP_SIZE,
-        ):
-            var row = Int(rows[at])
-            out_.row_map[at] = Int32(row)
-            if row >= 0:
-                var k = -1 if layout == "rank" else at % K
-                out_.src_info[2 * row] = Int32(at // K)
-                out_.src_info[2 * row + 1] = Int32(k)
+        Args:
+            s: The settings.
+        """
+        var at = Histogram.bytes(_groups[Self.layout](s), MAX_WARPS)
+        var choices = Self._choices(s)
+        var base = shared_memory(SLOTS)
+        var words = window_view[DType.int32](base, at, 1 + s.n_ranks + choices)
+        self.failed = words.part(0, 1)
+        self.tokens = words.part(1, s.n_ranks)
+        self.rows = words.part(1 + s.n_ranks, choices)
+        self.ids = window_view[DType.int16](
+            base, at + 4 * (1 + s.n_ranks + choices), choices
+        )
+        self.message = shared_memory(SLOTS + Self.bytes(s))
+
+    @always_inline
+    def come(
+        self,
+        ep: Endpoint[True],
+        epoch: UInt64,
+        waiter: Waiter,
+        out_: DispatchOutput,
+    ) -> Bool:
+        """Await all tables, or with "gathered" how many tokens there are; the whole CTA calls this.
+
+        Args:
+            ep: The rank.
+            epoch: The launch's epoch.
+            waiter: The launch's waiter.
+            out_: `recv_weights` and `recv_num_tokens` are written by the first CTA.
+
+        Returns:
+            The same to all threads: False when the rank has failed.
+        """
+        if thread_idx.x == 0:
+            self.failed[0] = 0
+        barrier()
+        var came: Bool
+        comptime if Self.layout == "gathered":
+            came = True
+            if warp_index() == 0:
+                var awaited = await_tokens(ep, epoch, waiter)
+                if Int(lane_id()) < ep.s.n_ranks:
+                    self.tokens[Int(lane_id())] = awaited[0]
+                came = awaited[1]
+        else:
+            came = self._mine_come(ep, epoch, waiter, out_)
+        if not came:
+            self.failed[0] = 1
+        barrier()
+        mark[MARK_HEADER_SEEN](ep)
+        if self.failed[0] != 0:
+            return False
+        var r = Int(thread_idx.x)
+        if block_idx.x == 0 and r < ep.s.n_ranks:
+            out_.recv_num_tokens[r] = self.tokens[r]
+        return True
+
+    @always_inline
+    def _mine_come(
+        self,
+        ep: Endpoint[True],
+        epoch: UInt64,
+        waiter: Waiter,
+        out_: DispatchOutput,
+    ) -> Bool:
+        """Await the calling thread's cells."""
+        comptime A = CHOICES_AHEAD
+        var window = ep.own_count()
+        var buffer = ep.buffer(epoch)
+        var size = ep.s.max_tokens * ep.s.top_k
+        var threads = Int(block_dim.x)
+        for base in range(Int(thread_idx.x), self.ids.size, A * threads):
+            var some = Cells[A]()
+            comptime for a in range(A):
+                var i = base + a * threads
+                if i < self.ids.size:
+                    var r = quotient(i, size)
+                    var at = ep.window.table_cell(buffer, r, i - r * size)
+                    some.want[a](window.unsafe_offset(at), r)
+            if not some.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
+                return False
+            comptime for a in range(A):
+                var i = base + a * threads
+                if i < self.ids.size:
+                    var choice = Choice(some.payload[a])
+                    self.ids[i] = choice.id
+                    if block_idx.x == 0:
+                        out_.recv_weights[i] = choice.weight
+                    var r = quotient(i, size)
+                    if i == r * size:
+                        self.tokens[r] = Int32(value_of(some.word[a]))
+        return True
+
+    @always_inline
+    def before(self, source: Int) -> Int:
+        """Tokens of all sources before one.
+
+        Args:
+            source: The source; R for all tokens.
+
+        Returns:
+            Their sum.
+        """
+        var sum: Int32 = 0
+        for r in range(source):
+            sum += self.tokens[r]
+        return Int(sum)
+
+    @always_inline
+    def give_rows[
+        F: TokenFormat
+    ](
+        self,
+        ep: Endpoint[True],
+        epoch: UInt64,
+        out_: DispatchOutput,
+        stage: Int32,
+    ) -> Bool:
+        """Give every choice its row; the whole CTA calls this.
+
+        Parameters:
+            F: The format.
+
+        Args:
+            ep: The rank.
+            epoch: The launch's epoch.
+            out_: `row_offsets` and `counts` are written by the first CTA.
+            stage: `STAGE_*`, for the failure record.
+
+        Returns:
+            The same to all threads: False where there are more rows than the output has.
+        """
+        var first = block_idx.x == 0
+        comptime if Self.layout == "gathered":
+            return self._gather[F](ep, out_, stage)
+        var hist = Histogram(_groups[Self.layout](ep.s))
+        var choices = Choices(ep, self.ids, self.tokens)
+        count_rows[Self.layout](choices, hist, hist.totals)
+        mark[MARK_ROWS_COUNTED](ep)
+        var needed = start_all[Self.layout](
+            ep.s,
+            hist,
+            out_.row_offsets if first else View[DType.uint32](),
+            out_.counts,
+        )
+        if not rows_fit[F, Self.layout](ep, out_, needed, stage):
+            return False
+        mark[MARK_ALL_COUNTED](ep)
+        map_rows[Self.layout](choices, hist, self.rows, View[DType.int32]())
+        barrier()
+        if first and thread_idx.x == 0:
+            note(ep.head.base, 4 * WORK_MAPPED, word(epoch, 0))
+        mark[MARK_ROWS_MAPPED](ep)
+        return True
+
+    @always_inline
+    def _gather[
+        F: TokenFormat
+    ](self, ep: Endpoint[True], out_: DispatchOutput, stage: Int32) -> Bool:
+        """`give_rows` for "gathered"."""
+        var total = self.before(ep.s.n_ranks)
+        var capacity = out_.tokens.size // F.token_bytes
+        var r = Int(thread_idx.x)
+        if total > capacity:
+            if r == 0 and block_idx.x == 0:
+                ep.head.fail(KIND_CAPACITY, stage, value=total, limit=capacity)
+            return False
+        if block_idx.x == 0 and r <= ep.s.n_ranks:
+            out_.row_offsets[r] = UInt32(self.before(r))
+            if r < ep.s.n_ranks:
+                out_.counts[r] = self.tokens[r]
+        return True

@@ -36,13 +36,12 @@ from .dispatch_wait import (
     keep_weights,
     mark_rest,
 )
-from .few_tokens import map_alone, mapping_bytes
 from .gathered_rows import gather_rows, mark_behind
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
-from .mapping import map_sources, name_groups
+from .mapping import cta_bytes, map_sources, name_groups
 from .opening import Opening
 from .precedence import precedence, queue
-from .roles import LEAST_CTAS, CombineRoles, DispatchRoles
+from .roles import CombineRoles, DispatchRoles
 from .share import Share
 from .slices import combine_bytes
 from .timeline import (
@@ -117,24 +116,16 @@ def dispatch_stage[
             if roles.sends or not roles.apart:
                 mark_behind[F, layout](ep, epoch, waiter, roles.share, rows)
         else:
-            var known: Int32 = -1
-            if roles.maps and roles.alone:
-                known = map_alone[F, layout](
-                    ep, epoch, waiter, roles.share, out_, STAGE_DISPATCH
-                )
-            elif roles.maps:
+            if roles.maps:
                 map_sources[F, layout](
                     ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
                 )
             if not roles.sends:
-                if not roles.alone:
-                    keep_weights(ep, epoch, waiter, roles.share, out_)
+                keep_weights(ep, epoch, waiter, roles.share, out_)
                 copy_rows[F, layout, 2 * token_slot_bytes[F]()](
-                    ep, epoch, waiter, roles.pieces, roles.share, rows, known
+                    ep, epoch, waiter, roles.pieces, roles.share, rows
                 )
             if roles.sends or not roles.apart:
-                if roles.alone:
-                    keep_weights(ep, epoch, waiter, roles.share, out_)
                 mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
     mark[MARK_ENDED](ep)
     if is_last_cta(ep, sending=False) and warp_index() == 0:
@@ -172,9 +163,9 @@ def dispatch[
     var shape = Shape(
         ctx,
         s,
-        items=s.n_ranks * max(LEAST_CTAS, s.n_signals(s.max_tokens)),
+        items=s.n_ranks * s.n_signals(s.max_tokens),
         warp_bytes=2 * token_slot_bytes[F](),
-        cta_bytes=mapping_bytes[layout](peers),
+        cta_bytes=cta_bytes[layout](peers),
     )
     queue(ctx, peers.s).enqueue_function(
         ctx.compile_function[dispatch_stage[F, ids_dtype, encoded, layout]](
@@ -233,9 +224,9 @@ def combine_stage[
     var opening = Opening()
     mark[MARK_COMBINE_BEGUN](ep)
     if opening.opens():
-        open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
+        open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
         opening.decide(ep)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():

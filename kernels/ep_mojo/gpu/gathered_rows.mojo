@@ -12,6 +12,7 @@ from ..dispatch_tensors import DispatchOutput, Rows, localise
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset
+from ..numeric import quotient, remainder
 from ..signal import Waiter
 from ..team import WarpTeam
 from .headers import await_tokens
@@ -95,8 +96,8 @@ def gather_rows[
     var window = ep.recv[ep.me]
     var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
     for i in range(share.first, items, share.stride):
-        var r = (ep.me + i) % s.n_ranks
-        var chunk = i // s.n_ranks
+        var r = remainder(ep.me + i, s.n_ranks)
+        var chunk = quotient(i, s.n_ranks)
         var T = Int(warp.shuffle_idx(tokens, UInt32(r)))
         var begin = chunk * s.tokens_per_signal
         if begin >= T:

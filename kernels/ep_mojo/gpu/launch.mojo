@@ -142,13 +142,14 @@ struct Peers(TrivialRegisterPassable):
 
     @always_inline
     def endpoint[
-        has_table: Bool, may_shrink: Bool = False
+        has_table: Bool, may_shrink: Bool = False, cells: Bool = False
     ](self) -> Endpoint[has_table]:
         """The rank's side, on the device.
 
         Parameters:
             has_table: True for dispatch, False for combine.
             may_shrink: Whether peers can be masked; other kernels hold nothing for that.
+            cells: Whether windows have room for cells, for sure.
 
         Returns:
             The endpoint.
@@ -156,7 +157,25 @@ struct Peers(TrivialRegisterPassable):
         var s = self.s
         comptime if not may_shrink:
             s.shrinks = False
+        comptime if cells:
+            s.few_tokens = True
         return Endpoint[has_table](self.counters, s, self.recv, self.count)
+
+
+def uses_cells(ctx: DeviceContext, s: Settings) raises -> Bool:
+    """Whether a launch is that of the kernel that sends and receives cells: all ranks decide alike.
+
+    Args:
+        ctx: The device.
+        s: The settings.
+
+    Returns:
+        True with few tokens, where the device has cells.
+
+    Raises:
+        What the driver raises.
+    """
+    return s.in_cells and ctx.api() == "cuda"
 
 
 @always_inline

@@ -3,14 +3,33 @@
 For benchmarks. Nobody is told, and nothing is awaited but the own stores: no round may be under way.
 """
 
+from max.gpu import WARP_SIZE, lane_id
 from max.gpu.host import DeviceContext
 
-from ..layout import align_up, message_offset, partial_offset
-from ..peers import View
+from ..cell import Cell, has_cells, store_cell
+from ..layout import (
+    CELL_BYTES,
+    CELL_PAYLOAD,
+    align_up,
+    message_offset,
+    partial_offset,
+)
+from ..peers import Bytes, View, typed
 from .launch import ByValue, Peers, Shape, warp_memory, warp_slot
 from .share import Share
 from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import finish_stores, release_slots, store_row
+
+
+@always_inline
+def _store_as_cells[size: Int](row: Bytes, to: Bytes):
+    """Store a row that lies in shared memory as cells of no epoch."""
+    var payload = typed[DType.uint64](row, 0)
+    for i in range(Int(lane_id()), size // CELL_PAYLOAD, WARP_SIZE):
+        store_cell(
+            to.unsafe_offset(CELL_BYTES * i),
+            Cell(payload.unsafe_load[invariant=False](i), 0),
+        )
 
 
 def push_stage[
@@ -43,7 +62,11 @@ def push_stage[
         ) if dispatch else partial_offset(s, 0, ep.me, row)
         release_slots()
         slot.load[size](rows.value.bytes(row * size))
-        store_row[size](slot.row, 1, ep.recv[peer].unsafe_offset(at))
+        var to = ep.recv[peer].unsafe_offset(at)
+        if has_cells() and s.in_cells:
+            _store_as_cells[size](slot.row, to)
+        else:
+            store_row[size](slot.row, 1, to)
     finish_stores()
 
 

@@ -14,7 +14,7 @@ from ..combine_tensors import (
 )
 from ..launch import Endpoint
 from ..layout import partial_offset, row_offset
-from ..numeric import store_f32
+from ..numeric import quotient, store_f32
 from ..routing import destination, everyone, normal_id
 from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam
@@ -142,7 +142,7 @@ struct TokenSums[
             return False
         var end = min((self.chunk + 1) * G, self.T)
         var width = self.width
-        var n = min(WarpTeam.lanes // width, end - begin)
+        var n = min(quotient(WarpTeam.lanes, width), end - begin)
         batch.chunk = Int32(self.chunk)
         batch.token = Int32(begin)
         batch.tokens = Int32(n)
@@ -151,7 +151,7 @@ struct TokenSums[
         if batch.ends:
             self.done = 0
             self.chunk += self.stride
-        var index = Int(lane_id()) // width
+        var index = quotient(Int(lane_id()), width)
         var which = Int(lane_id()) - index * width
         var t = begin + index
         var peers: UInt32 = 0
@@ -362,8 +362,8 @@ def receive_sums[
     comptime size = slice_bytes[dtype, hidden]()
     var chunks = max(1, ep.s.n_signals(T))
     # Few tokens: several warps sum one row, each a part of its channels.
-    var parts = max(1, min(MAX_PARTS, share.stride // chunks))
-    var part = share.first // chunks if parts > 1 else 0
+    var parts = max(1, min(MAX_PARTS, quotient(share.stride, chunks)))
+    var part = quotient(share.first, chunks) if parts > 1 else 0
     if part >= parts:
         return
     var ring = Ring[size](

@@ -3,7 +3,6 @@
 from max.gpu import block_idx, grid_dim
 
 from ..settings import Settings
-from .few_tokens import maps_alone
 from .launch import warp_index, warps
 from .pieces import Pieces
 from .share import Share
@@ -15,9 +14,6 @@ comptime SUMMERS = 4
 """One warp in so many only sums, where there are many chunks."""
 comptime MANY_TURNS = 2
 """Chunks for each warp that are not many yet."""
-comptime LEAST_CTAS = 4
-"""CTAs for each rank that a fused dispatch has, however few tokens there are, where the budget allows it: so that none
-has two roles."""
 
 
 struct DispatchRoles(TrivialRegisterPassable):
@@ -27,9 +23,6 @@ struct DispatchRoles(TrivialRegisterPassable):
     some warps send, then mark what no row fills, while the rest copies. Half of them send where each CTA has one chunk
     of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the links are no faster,
     and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first and copies then.
-
-    Where each CTA maps all sources by itself (`few_tokens.mojo`), half of the CTAs do, and R at least, these among them
-    that send the tables; the others send messages. With R CTAs or fewer each does all in turn.
     """
 
     var apart: Bool
@@ -37,9 +30,7 @@ struct DispatchRoles(TrivialRegisterPassable):
     var pieces: Pieces
     """What CTAs map."""
     var maps: Bool
-    """Whether the CTA maps pieces, or all sources."""
-    var alone: Bool
-    """Whether each CTA that maps maps all sources."""
+    """Whether the CTA maps pieces."""
     var sends: Bool
     """Whether the warp sends, and does not copy."""
     var share: Share
@@ -56,21 +47,14 @@ struct DispatchRoles(TrivialRegisterPassable):
         var cta = Int(block_idx.x)
         var w = warp_index()
         self.pieces = Pieces(s, ctas)
-        var half = max(s.n_ranks, ctas // 2)
-        self.alone = maps_alone(s)
-        var mappers = half if self.alone else self.pieces.n
+        var mappers = self.pieces.n
         var others = ctas - mappers
         var senders = warps() // 2
-        if self.alone:
-            senders = warps()
-            self.apart = others > 0
-        else:
-            self.apart = others >= mappers and warps() > 1
-            if s.n_signals(s.max_tokens) > others:
-                senders = max(
-                    1,
-                    min(senders, AT_ONCE // (max(1, others) * s.message_bytes)),
-                )
+        if s.n_signals(s.max_tokens) > others:
+            senders = max(
+                1, min(senders, AT_ONCE // (max(1, others) * s.message_bytes))
+            )
+        self.apart = others >= mappers and warps() > 1
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders
         if not self.apart:

@@ -12,6 +12,7 @@ from std.atomic import Atomic, Ordering
 from std.bit import pop_count
 from std.sys import inlined_assembly, is_amd_gpu, is_nvidia_gpu
 
+from ..numeric import quotient
 from ..peers import View, window_view
 from ..routing import NO_ROW, destination
 from ..settings import Settings
@@ -103,7 +104,7 @@ def run_of(tokens: Int, begin: Int = 0) -> Tuple[Int, Int]:
     Returns:
         First token, and the one behind the last.
     """
-    var each = (tokens + warps() - 1) // warps()
+    var each = quotient(tokens + warps() - 1, warps())
     var first = min(tokens, warp_index() * each)
     return begin + first, begin + min(tokens, first + each)
 
@@ -197,7 +198,7 @@ def map_rows[
             if i < end:
                 row_map[i] = row
                 if row >= 0 and src_info.present():
-                    var t = i // K
+                    var t = quotient(i, K)
                     var k = -1 if layout == "rank" else i - t * K
                     src_info[2 * Int(row)] = Int32(choices.first_token + t)
                     src_info[2 * Int(row) + 1] = Int32(k)

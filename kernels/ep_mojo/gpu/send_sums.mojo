@@ -11,7 +11,7 @@ from std.sys import size_of
 from ..combine_tensors import CombineInput, part_begin, row_bytes
 from ..launch import Endpoint
 from ..layout import FIELD_ROW_MAP, KIND_SHAPE, partial_offset
-from ..numeric import store_f32
+from ..numeric import quotient, remainder, store_f32
 from ..peers import Bytes
 from ..routing import NO_ROW
 from ..signal import publish, word
@@ -120,15 +120,15 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         comptime size = row_bytes[Self.wire, Self.hidden]()
         var s = self.ep.s
         while self.item < self.items:
-            var source = (self.ep.me + self.item) % s.n_ranks
-            var chunk = self.item // s.n_ranks
+            var source = remainder(self.ep.me + self.item, s.n_ranks)
+            var chunk = quotient(self.item, s.n_ranks)
             var T = Int(warp.shuffle_idx(self.tokens, UInt32(source)))
             var begin = chunk * s.tokens_per_signal + self.done
             var end = min((chunk + 1) * s.tokens_per_signal, T)
             if begin >= end:
                 self.item += self.crew.share.stride
                 continue
-            var n = min(WarpTeam.lanes // s.top_k, end - begin)
+            var n = min(quotient(WarpTeam.lanes, s.top_k), end - begin)
             batch.chunk = Int32(chunk)
             batch.source = Int32(source)
             batch.to = self.ep.recv[source]

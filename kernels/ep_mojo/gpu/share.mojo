@@ -3,6 +3,7 @@
 from max.gpu import block_idx, grid_dim, lane_id
 from max.gpu.sync import syncwarp
 
+from ..numeric import quotient, remainder
 from ..peers import Bytes
 from .launch import memory_of, slot_of, warp_index, warps
 from .shared_memory import (
@@ -50,7 +51,9 @@ struct Share(TrivialRegisterPassable):
             skip: CTAs that have something else to do first, and so come last here.
         """
         var ctas = Int(grid_dim.x)
-        var turned = (Int(block_idx.x) + ctas - skip % ctas) % ctas
+        var turned = remainder(
+            Int(block_idx.x) + ctas - remainder(skip, ctas), ctas
+        )
         self.first = warp_index() * ctas + turned
         self.stride = ctas * warps()
         self.ctas = ctas
@@ -106,21 +109,22 @@ struct Crew(Movable):
         comptime if moves_in_bulk():
             var sharers = 0  # warps of this CTA
             if share.ctas > 0:
-                sharers = share.stride // share.ctas
+                sharers = quotient(share.stride, share.ctas)
             while (
                 pieces > 0
                 and 2 * self.size <= most
-                and sharers // (2 * self.size) * share.ctas >= pieces
+                and quotient(sharers, 2 * self.size) * share.ctas >= pieces
             ):
                 self.size *= 2
             if self.size > 1:
-                var mine = share.first // share.ctas
-                var crews = sharers // self.size
-                self.part = mine % self.size
+                var mine = quotient(share.first, share.ctas)
+                var crews = quotient(sharers, self.size)
+                self.part = mine & (self.size - 1)
                 self.leader -= self.part
-                mine = mine // self.size
+                mine = quotient(mine, self.size)
                 self.share = Share(
-                    mine * share.ctas + share.first % share.ctas if mine
+                    mine * share.ctas
+                    + remainder(share.first, share.ctas) if mine
                     < crews else pieces,
                     crews * share.ctas,
                 )
@@ -169,6 +173,6 @@ struct Crew(Movable):
                 syncwarp()
                 var barrier = _crew_barrier(self.leader)
                 if lane_id() == 0:
-                    barrier.arrive(MAX_CREW // self.size)
+                    barrier.arrive(quotient(MAX_CREW, self.size))
                 barrier.wait(self.phase)
                 self.phase ^= 1

@@ -5,7 +5,8 @@
     64       an mbarrier for each warp and half of the launch, counting bytes of bulk loads (`RowSlot`)
     320      mbarriers at which several warps meet (`Crew`)
     384      an mbarrier for each row of each warp's ring, and half of the launch (`Ring`)
-    896      the warps' row slots and rings; a histogram while rows are mapped
+    896      the warps' row slots and rings; a histogram while rows are mapped; with few tokens, what maps them, and one
+             message of the CTA
 """
 
 from max.gpu.memory import external_memory
@@ -34,6 +35,8 @@ comptime SLOTS = 896
 """Byte offset of the warps' row slots."""
 comptime BARRIER_BYTES = 16
 """Bytes of one mbarrier, rounded up."""
+comptime NO_SLOT = 16
+"""Bytes for each warp, for launches whose warps have no slots of their own."""
 comptime SLOT_ALIGNMENT = 128
 """Bytes that slots and what stands in front of them are rounded up to."""
 

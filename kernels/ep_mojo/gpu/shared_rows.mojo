@@ -211,7 +211,8 @@ struct SlotTeam(Team):
         """Start a bulk copy.
 
         Args:
-            source: In the warp's slot, aligned to 16, brought there by `RowSlot.load`.
+            source: Shared memory, aligned to 16: brought there by `RowSlot.load`, or by threads that have fenced the
+                proxies before they met the warp.
             target: Global memory.
             n: Bytes.
 

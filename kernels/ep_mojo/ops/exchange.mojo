@@ -16,7 +16,9 @@ from ..gpu import combine_async as gpu_combine_async
 from ..gpu import dispatch_async as gpu_dispatch_async
 from ..gpu import expert_slots_combine_async, expert_slots_dispatch_async
 from ..gpu import fused as gpu_fused
-from ..gpu.launch import Peers
+from ..gpu.few_combine import few_combine, few_combine_async
+from ..gpu.few_dispatch import few_dispatch, few_dispatch_async
+from ..gpu.launch import Peers, uses_cells
 from ..layout import STAGE_COMBINE_ASYNC, STAGE_DISPATCH_ASYNC
 from .checks import (
     check_aligned,
@@ -63,9 +65,14 @@ def send_tokens[
                 peers, input, STAGE_DISPATCH_ASYNC, ctx
             )
         else:
-            gpu_dispatch_async.dispatch_async[F, ids_dtype, encoded](
-                peers, input, STAGE_DISPATCH_ASYNC, ctx
-            )
+            if uses_cells(ctx, peers.s):
+                few_dispatch_async[F, ids_dtype, encoded](
+                    peers, input, STAGE_DISPATCH_ASYNC, ctx
+                )
+            else:
+                gpu_dispatch_async.dispatch_async[F, ids_dtype, encoded](
+                    peers, input, STAGE_DISPATCH_ASYNC, ctx
+                )
     else:
         var ep = peers.endpoint[True, may_shrink=True]()
         comptime if slots == "expert":
@@ -126,12 +133,14 @@ def exchange[
     comptime if target == "gpu":
         _check_aligned_input[F, encoded](input)
         check_aligned("tokens", output.tokens)
-        gpu_fused.dispatch[F, ids_dtype, encoded, layout](
-            peers,
-            input,
-            output,
-            ctx,
-        )
+        if uses_cells(ctx, peers.s):
+            few_dispatch[F, ids_dtype, encoded, layout](
+                peers, input, output, ctx
+            )
+        else:
+            gpu_fused.dispatch[F, ids_dtype, encoded, layout](
+                peers, input, output, ctx
+            )
     else:
         var ep = peers.endpoint[True, may_shrink=True]()
         dispatch[F, ids_dtype, encoded, layout](ep, input, output)
@@ -191,14 +200,26 @@ def exchange_sums[
         check_aligned("y", output.y)
         check_aligned("bias0", output.bias0)
         check_aligned("bias1", output.bias1)
-        gpu_fused.combine[
-            wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ](
-            peers,
-            input,
-            output,
-            ctx,
-        )
+        if uses_cells(ctx, peers.s):
+            few_combine[
+                wire_dtype,
+                out_dtype,
+                bias_dtype,
+                ids_dtype,
+                hidden,
+                layout,
+                reduce,
+            ](peers, input, output, ctx)
+        else:
+            gpu_fused.combine[
+                wire_dtype,
+                out_dtype,
+                bias_dtype,
+                ids_dtype,
+                hidden,
+                layout,
+                reduce,
+            ](peers, input, output, ctx)
     else:
         var ep = peers.endpoint[False, may_shrink=True]()
         combine[
@@ -244,9 +265,14 @@ def send_rows[
                 peers, input.rows, input.row_map, STAGE_COMBINE_ASYNC, ctx
             )
         else:
-            gpu_combine_async.combine_async[dtype, hidden, layout, reduce](
-                peers, input, STAGE_COMBINE_ASYNC, ctx
-            )
+            if uses_cells(ctx, peers.s):
+                few_combine_async[dtype, hidden, layout, reduce](
+                    peers, input, STAGE_COMBINE_ASYNC, ctx
+                )
+            else:
+                gpu_combine_async.combine_async[dtype, hidden, layout, reduce](
+                    peers, input, STAGE_COMBINE_ASYNC, ctx
+                )
     else:
         var ep = peers.endpoint[False, may_shrink=True]()
         comptime if slots == "expert":

@@ -14,7 +14,9 @@ from ..formats import TokenFormat
 from ..gpu import combine_wait as gpu_combine_wait
 from ..gpu import dispatch_wait as gpu_dispatch_wait
 from ..gpu import expert_slots_combine_wait, expert_slots_dispatch_wait
-from ..gpu.launch import Peers
+from ..gpu.few_combine import few_combine_wait
+from ..gpu.few_dispatch import few_dispatch_wait
+from ..gpu.launch import Peers, uses_cells
 from ..layout import STAGE_COMBINE_WAIT, STAGE_DISPATCH_WAIT
 from .checks import check_aligned, check_output, check_sums
 
@@ -48,9 +50,14 @@ def receive[
                 peers, output, STAGE_DISPATCH_WAIT, ctx
             )
         else:
-            gpu_dispatch_wait.dispatch_wait[F, layout](
-                peers, output, STAGE_DISPATCH_WAIT, ctx
-            )
+            if uses_cells(ctx, peers.s):
+                few_dispatch_wait[F, layout](
+                    peers, output, STAGE_DISPATCH_WAIT, ctx
+                )
+            else:
+                gpu_dispatch_wait.dispatch_wait[F, layout](
+                    peers, output, STAGE_DISPATCH_WAIT, ctx
+                )
     else:
         var ep = peers.endpoint[True, may_shrink=True]()
         comptime if slots == "expert":
@@ -108,15 +115,26 @@ def receive_sums[
                 wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden
             ](peers, output, STAGE_COMBINE_WAIT, ctx)
         else:
-            gpu_combine_wait.combine_wait[
-                wire_dtype,
-                out_dtype,
-                bias_dtype,
-                ids_dtype,
-                hidden,
-                layout,
-                reduce,
-            ](peers, output, STAGE_COMBINE_WAIT, ctx)
+            if uses_cells(ctx, peers.s):
+                few_combine_wait[
+                    wire_dtype,
+                    out_dtype,
+                    bias_dtype,
+                    ids_dtype,
+                    hidden,
+                    layout,
+                    reduce,
+                ](peers, output, STAGE_COMBINE_WAIT, ctx)
+            else:
+                gpu_combine_wait.combine_wait[
+                    wire_dtype,
+                    out_dtype,
+                    bias_dtype,
+                    ids_dtype,
+                    hidden,
+                    layout,
+                    reduce,
+                ](peers, output, STAGE_COMBINE_WAIT, ctx)
     else:
         var ep = peers.endpoint[False, may_shrink=True]()
         comptime if slots == "expert":

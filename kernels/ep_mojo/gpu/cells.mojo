@@ -1,0 +1,364 @@
+"""Rows that travel as cells (`cell.mojo`), where there are few tokens: no signal, and nobody waits for what else the
+GPU has under way.
+
+Cell i of a row holds its bytes from 8 * i on. `send_bytes` sends a row, and `receive_bytes` brings one into shared
+memory, with all threads of a CTA; `Cells` are those that a lane has named, and awaits all at once.
+"""
+
+from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
+from max.gpu.sync import syncwarp
+from std.math import fma
+from std.memory import bitcast
+from std.sys import size_of
+
+from ..cell import Cell, load_cell, store_cell
+from ..dispatch_tensors import DispatchOutput, put_choice
+from ..launch import Endpoint
+from ..layout import CELL_BYTES, CELL_PAYLOAD, CHUNK_HEADER
+from ..numeric import of_payload
+from ..peers import Bytes, typed
+from ..signal import (
+    NOT_YET,
+    SPINS_BETWEEN_CHECKS,
+    Waiter,
+    epoch_of,
+    word,
+)
+from .opening import Opening
+
+comptime CELLS_AHEAD = 8
+"""Cells of a thread that are sent or awaited at once, where a row is."""
+
+
+@always_inline
+def piece_channels[dtype: DType, cells: Int]() -> Int:
+    """Channels of a piece.
+
+    Parameters:
+        dtype: Type on the wire.
+        cells: Cells of a lane.
+
+    Returns:
+        Channels.
+    """
+    return WARP_SIZE * cells * CELL_PAYLOAD // size_of[Scalar[dtype]]()
+
+
+@always_inline
+def pieces_of[dtype: DType, hidden: Int, cells: Int]() -> Int:
+    """Pieces of a row.
+
+    Parameters:
+        dtype: Type on the wire.
+        hidden: H.
+        cells: Cells of a lane.
+
+    Returns:
+        How many; the last one may be shorter.
+    """
+    comptime size = piece_channels[dtype, cells]()
+    return (hidden + size - 1) // size
+
+
+@always_inline
+def add_payload[
+    dtype: DType, V: Int
+](sum: SIMD[DType.float32, V], payload: UInt64, weight: Float32) -> SIMD[
+    DType.float32, V
+]:
+    """Add what a cell holds, weighted: fma(w, x, sum), rounded once.
+
+    Parameters:
+        dtype: Type of the row.
+        V: Values of a cell.
+
+    Args:
+        sum: The sum so far.
+        payload: What the cell holds.
+        weight: Its weight.
+
+    Returns:
+        The new sum.
+    """
+    return fma(
+        SIMD[DType.float32, V](weight), of_payload[dtype, V](payload), sum
+    )
+
+
+@always_inline
+def first_cell(row: Bytes, begin: Int) -> Bytes:
+    """Where the cells of a row's bytes from one on begin.
+
+    Args:
+        row: Place of the row's first cell.
+        begin: Byte offset in the row, a multiple of 8.
+
+    Returns:
+        The place.
+    """
+    return row.unsafe_offset(begin // CELL_PAYLOAD * CELL_BYTES)
+
+
+@always_inline
+def send_bytes[
+    n: Int
+](row: Bytes, target: Bytes, epoch: UInt64, mut opening: Opening) -> Bool:
+    """Store a row as cells, each thread a part of them; the whole CTA calls this.
+
+    Parameters:
+        n: Bytes of the row, a multiple of 8.
+
+    Args:
+        row: Where it lies, aligned to 8: in shared memory after a meeting with those who wrote it, or in global memory.
+        target: Place of its first cell.
+        epoch: The launch's epoch.
+        opening: What the first store waits for.
+
+    Returns:
+        The same to all threads: False in a launch that may not go on.
+    """
+    comptime cells = n // CELL_PAYLOAD
+    comptime A = CELLS_AHEAD
+    var payload = typed[DType.uint64](row, 0)
+    var w = word(epoch, 0)
+    var threads = Int(block_dim.x)
+    for base in range(0, cells, A * threads):
+        var some = Array[UInt64, A](fill=0)
+        comptime for a in range(A):
+            var i = base + a * threads + Int(thread_idx.x)
+            if i < cells:
+                some[a] = payload.unsafe_load[invariant=False](i)
+        if not opening.passed():
+            return False
+        comptime for a in range(A):
+            var i = base + a * threads + Int(thread_idx.x)
+            if i < cells:
+                store_cell(
+                    target.unsafe_offset(CELL_BYTES * i), Cell(some[a], w)
+                )
+    return True
+
+
+struct Choice(TrivialRegisterPassable):
+    """What the cell of a routing table holds."""
+
+    var id: Int16
+    """The expert, or `NO_EXPERT`."""
+    var weight: Float32
+    """Its weight."""
+
+    @always_inline
+    def __init__(out self, id: Int16, weight: Float32):
+        """Make it.
+
+        Args:
+            id: The expert.
+            weight: Its weight.
+        """
+        self.id = id
+        self.weight = weight
+
+    @always_inline
+    def __init__(out self, payload: UInt64):
+        """Read it.
+
+        Args:
+            payload: Of the cell.
+        """
+        self.id = payload.cast[DType.int16]()
+        self.weight = bitcast[DType.float32](
+            (payload >> 32).cast[DType.uint32]()
+        )
+
+    @always_inline
+    def payload(self) -> UInt64:
+        """What the cell is to hold.
+
+        Returns:
+            8 bytes.
+        """
+        var high = bitcast[DType.uint32](self.weight).cast[DType.uint64]() << 32
+        return high | self.id.cast[DType.uint16]().cast[DType.uint64]()
+
+
+struct Cells[n: Int](Movable):
+    """Cells that the calling lane awaits.
+
+    Parameters:
+        n: How many, at most 32.
+    """
+
+    var at: Array[Bytes, Self.n]
+    """Their places in the rank's own windows."""
+    var peer: Array[Int32, Self.n]
+    """Who stores them."""
+    var payload: Array[UInt64, Self.n]
+    """What they hold, when they have come."""
+    var word: Array[UInt64, Self.n]
+    """Their words."""
+    var missing: UInt32
+    """Those that are still awaited, a bit each."""
+
+    @always_inline
+    def __init__(out self):
+        """Begin with none."""
+        self.at = Array[Bytes, Self.n](fill=Bytes(unsafe_from_address=16))
+        self.peer = Array[Int32, Self.n](fill=0)
+        self.payload = Array[UInt64, Self.n](fill=0)
+        self.word = Array[UInt64, Self.n](fill=0)
+        self.missing = 0
+
+    @always_inline
+    def want[i: Int](mut self, at: Bytes, peer: Int):
+        """Name a cell to await.
+
+        Parameters:
+            i: Which one, below n.
+
+        Args:
+            at: Its place.
+            peer: Who stores it.
+        """
+        self.at[i] = at
+        self.peer[i] = Int32(peer)
+        self.missing |= UInt32(1 << i)
+
+    @always_inline
+    def come[
+        has_table: Bool
+    ](
+        mut self,
+        ep: Endpoint[has_table],
+        waiter: Waiter,
+        epoch: UInt64,
+        chunk: Int,
+    ) -> Bool:
+        """Wait until all have come that were named; each lane by itself.
+
+        Parameters:
+            has_table: True for dispatch, False for combine.
+
+        Args:
+            ep: The rank.
+            waiter: The launch's waiter.
+            epoch: The launch's epoch.
+            chunk: For the failure record.
+
+        Returns:
+            False when the rank has failed.
+        """
+        var spins = 0
+        while self.missing != 0:
+            comptime for i in range(Self.n):
+                if self.missing & UInt32(1 << i) != 0:
+                    var cell = load_cell(self.at[i])
+                    self.payload[i] = cell.payload
+                    self.word[i] = cell.word
+            var seen: UInt64 = 0
+            var peer: Int32 = 0
+            comptime for i in range(Self.n):
+                if epoch_of(self.word[i]) == epoch:
+                    self.missing &= ~UInt32(1 << i)
+                elif self.missing & UInt32(1 << i) != 0:
+                    seen = self.word[i]
+                    peer = self.peer[i]
+            if self.missing == 0:
+                break
+            spins += 1
+            if waiter.virtual or spins % SPINS_BETWEEN_CHECKS == 0:
+                var verdict = waiter.look(
+                    ep.own_count(),
+                    seen,
+                    epoch,
+                    Int(peer),
+                    Int32(chunk),
+                    ep.window.header(ep.buffer(epoch), Int(peer)),
+                )
+                if verdict != NOT_YET:
+                    return False
+        return True
+
+
+@always_inline
+def receive_bytes[
+    n: Int
+](
+    ep: Endpoint[True],
+    waiter: Waiter,
+    epoch: UInt64,
+    peer: Int,
+    chunk: Int,
+    at: Bytes,
+    row: Bytes,
+) -> Bool:
+    """Await a row, and bring it into shared memory, each thread a part of it; the whole CTA calls this, and meets
+    before anybody reads the row; before anybody stores from it in bulk each thread has fenced the proxies, too.
+
+    Parameters:
+        n: Bytes of the row, a multiple of 8.
+
+    Args:
+        ep: The rank.
+        waiter: The launch's waiter.
+        epoch: The launch's epoch.
+        peer: Who sends it.
+        chunk: For the failure record.
+        at: Place of its first cell.
+        row: Shared memory that nobody reads any more.
+
+    Returns:
+        Of the calling thread alone: False when the rank has failed.
+    """
+    comptime cells = n // CELL_PAYLOAD
+    comptime A = CELLS_AHEAD
+    var threads = Int(block_dim.x)
+    for base in range(Int(thread_idx.x), cells, A * threads):
+        var some = Cells[A]()
+        comptime for a in range(A):
+            var i = base + a * threads
+            if i < cells:
+                some.want[a](at.unsafe_offset(CELL_BYTES * i), peer)
+        if not some.come(ep, waiter, epoch, chunk):
+            return False
+        comptime for a in range(A):
+            var i = base + a * threads
+            if i < cells:
+                typed[DType.uint64](row, 0).unsafe_store(i, some.payload[a])
+    return True
+
+
+@always_inline
+def localise_cells[
+    layout: StaticString
+](
+    ep: Endpoint[True],
+    waiter: Waiter,
+    epoch: UInt64,
+    source: Int,
+    token: Int,
+    row: Int,
+    out_: DispatchOutput,
+):
+    """`localise`, by a warp, from the cells of the source's table.
+
+    Parameters:
+        layout: Output layout.
+
+    Args:
+        ep: The rank.
+        waiter: The launch's waiter.
+        epoch: The launch's epoch.
+        source: The source.
+        token: Its token.
+        row: The row.
+        out_: The outputs.
+    """
+    var K = ep.s.top_k
+    for k in range(Int(lane_id()), K, WARP_SIZE):
+        var at = ep.window.table_cell(ep.buffer(epoch), source, token * K + k)
+        var cell = Cells[1]()
+        cell.want[0](ep.own_count().unsafe_offset(at), source)
+        if cell.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
+            var choice = Choice(cell.payload[0])
+            put_choice[layout](ep, row * K + k, choice.id, choice.weight, out_)
+    syncwarp()

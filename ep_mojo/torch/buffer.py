@@ -209,6 +209,9 @@ class Buffer(LowLatencyCalls):
     ) -> torch.Tensor:
         """This rank's own receive window of dispatch, as it is: for looking at. Peers write it in every round.
 
+        Rows of few tokens (R·T·K up to 1024) have room for cells, twice their bytes, which GPUs write: see
+        docs/protocol.md.
+
         Args:
             dtype: Of the elements.
             size: Shape; None: all of it, flat.

@@ -120,7 +120,8 @@ def test_bench(tmp_path, capsys):
     for windows in result["windows"].values():
         assert windows["allocated"] == windows["total"]
     rank, expert = (result["windows"][s]["dispatch_payload"] for s in ("rank", "expert"))
-    assert expert == (E // R) * (rank // 2) + (E // R) * R * T * 16  # one of two buffers; 16 bytes of header a message
+    # Of "rank" one of two buffers, and without room for cells; of "expert" 16 bytes of header a message.
+    assert expert == (E // R) * (rank // 2 // 2) + (E // R) * R * T * 16
     assert all(s["p10"] <= s["median"] <= s["p90"] for s in result["seconds"].values())
 
 

@@ -7,7 +7,7 @@ Fused, the last warps sum most, since the first ones send most. What opens and c
 for many tokens (`combine_async.mojo`, `combine_wait.mojo`); the headers cover nothing.
 """
 
-from max.gpu import block_idx, grid_dim, lane_id, thread_idx
+from max.gpu import block_idx, lane_id, thread_idx
 from max.gpu.host import DeviceContext
 
 from ..cell import tell
@@ -33,11 +33,10 @@ from .launch import (
     is_last_cta,
     may_go_on,
     warp_index,
-    warps,
 )
 from .opening import Opening
 from .precedence import precedence, queue
-from .share import Share
+from .share import Share, last_warps_first
 from .shared_memory import MAX_WARPS, NO_SLOT
 from .timeline import (
     MARK_COMBINE_BEGUN,
@@ -199,14 +198,9 @@ def few_combine_stage[
     if opening.passed():
         if y.shared_rows.present():
             y.shared_rows = x.rows  # the copy may not be there yet
-        var ctas = Int(grid_dim.x)
-        var share = Share(
-            (warps() - 1 - warp_index()) * ctas + Int(block_idx.x),
-            warps() * ctas,
-        )
         receive_back_as_cells[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
-        ](ep, y, epoch, STAGE_COMBINE, share)
+        ](ep, y, epoch, STAGE_COMBINE, last_warps_first())
     mark[MARK_COMBINE_ENDED](ep)
     if is_last_cta(ep, sending=False):
         var failed = ep.head.failed()

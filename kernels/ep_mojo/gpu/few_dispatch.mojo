@@ -19,7 +19,6 @@ from ..dispatch_tensors import DispatchInput, DispatchOutput, Rows
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH
-from ..numeric import remainder
 from ..signal import Waiter
 from ..team import WarpTeam
 from .dispatch_async import open_send, slot_bytes
@@ -43,6 +42,7 @@ from .launch import (
 from .mapping import name_groups
 from .opening import Opening
 from .precedence import precedence, queue
+from .share import turned
 from .shared_memory import NO_SLOT
 from .timeline import MARK_BEGUN, MARK_ENDED, MARK_OPENED, mark
 
@@ -94,12 +94,9 @@ def few_dispatch_async_stage[
     opening.settle()
     send_tables_as_cells(ep, input.value, epoch, opening)
     # Those that send no table come first.
-    var ctas = Int(grid_dim.x)
-    var turned = remainder(
-        Int(block_idx.x) + ctas * ep.s.n_ranks - ep.s.n_ranks, ctas
-    )
+    var part = Part(turned(ep.s.n_ranks), Int(grid_dim.x))
     send_messages_as_cells[F, ids_dtype, encoded](
-        ep, input.value, epoch, Part(turned, ctas), opening
+        ep, input.value, epoch, part, opening
     )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch, ep.head.failed())

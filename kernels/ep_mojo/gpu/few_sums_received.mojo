@@ -23,7 +23,7 @@ from ..routing import NO_EXPERT, everyone, normal_id
 from ..signal import NO_SIGNAL, Waiter
 from ..team import WarpTeam, zero_bytes
 from ..tokens import given_tokens
-from .cells import Cells, add_payload, first_cell, pieces_of
+from .cells import Cells, add_payload, first_cell, piece_channels, pieces_of
 from .routing import ballot, destination_of_lanes
 from .share import Share
 from .timeline import (
@@ -123,7 +123,8 @@ def _receive_sums[
     comptime A = TERMS_AHEAD
     for i in range(share.first, T * pieces, share.stride):
         var token = quotient(i, pieces)
-        var first = (i - token * pieces) * C * unit + Int(lane_id()) * V
+        var piece = i - token * pieces
+        var first = piece * piece_channels[dtype, C]() + Int(lane_id()) * V
         var chunk = quotient(token, ep.s.tokens_per_signal)
         var terms = _terms_of[ids_dtype, by_row](ep, x, token)
         var sum = Array[SIMD[DType.float32, V], C](fill=0)

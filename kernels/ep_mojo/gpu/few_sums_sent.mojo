@@ -23,7 +23,7 @@ from ..numeric import quotient, remainder, to_payload
 from ..peers import Bytes, typed
 from ..routing import NO_ROW, by_source
 from ..signal import word
-from .cells import add_payload, first_cell, pieces_of
+from .cells import add_payload, first_cell, piece_channels, pieces_of
 from .gathered_rows import rows_before
 from .opening import Opening
 from .routing import ballot
@@ -104,7 +104,8 @@ def send_sums_as_cells[
         share.first, s.n_ranks * s.max_tokens * pieces, share.stride
     ):
         var i_token = quotient(i, pieces)
-        var channel = (i - i_token * pieces) * WARP_SIZE * C * V + lane * V
+        var piece = i - i_token * pieces
+        var channel = piece * piece_channels[dtype, C]() + lane * V
         var t = quotient(i_token, s.n_ranks)
         var source = remainder(ep.me + i_token, s.n_ranks)
         if t >= Int(warp.shuffle_idx(tokens, UInt32(source))):

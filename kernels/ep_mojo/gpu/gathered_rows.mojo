@@ -8,7 +8,7 @@ it to its row, and writes what the row's token has chosen, from the table that t
 from max.gpu import lane_id
 from max.gpu.primitives import warp
 
-from ..dispatch_tensors import DispatchOutput, Rows, localise
+from ..dispatch_tensors import Rows, localise
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset

@@ -5,7 +5,7 @@ from max.gpu import block_idx, grid_dim
 from ..settings import Settings
 from .launch import warp_index, warps
 from .pieces import Pieces
-from .share import Share
+from .share import Share, last_warps_first
 
 comptime AT_ONCE = 4 * 1024 * 1024
 """Bytes of messages that a launch has on their way to each destination, where there are many. Measured, as is what
@@ -103,7 +103,7 @@ struct CombineRoles(TrivialRegisterPassable):
         self.sends = True
         self.sums = True
         self.sending = Share()
-        self.summing = Share((warps() - 1 - w) * ctas + cta, warps() * ctas)
+        self.summing = last_warps_first()
         if (
             summers > 0
             and s.n_ranks * s.n_signals(s.max_tokens)

@@ -17,6 +17,20 @@ from .shared_memory import (
 from .shared_rows import RowSlot, order_for_bulk
 
 
+@always_inline
+def turned(skip: Int) -> Int:
+    """The calling CTA's turn, where the first CTAs have something else to do.
+
+    Args:
+        skip: How many of them come last.
+
+    Returns:
+        0 to CTAs - 1.
+    """
+    var ctas = Int(grid_dim.x)
+    return remainder(Int(block_idx.x) + ctas - remainder(skip, ctas), ctas)
+
+
 struct Share(TrivialRegisterPassable):
     """What part of some pieces of work the calling warp does: `for i in range(share.first, n, share.stride)`.
 
@@ -51,12 +65,22 @@ struct Share(TrivialRegisterPassable):
             skip: CTAs that have something else to do first, and so come last here.
         """
         var ctas = Int(grid_dim.x)
-        var turned = remainder(
-            Int(block_idx.x) + ctas - remainder(skip, ctas), ctas
-        )
-        self.first = warp_index() * ctas + turned
+        self.first = warp_index() * ctas + turned(skip)
         self.stride = ctas * warps()
         self.ctas = ctas
+
+
+@always_inline
+def last_warps_first() -> Share:
+    """One part for each warp of the launch; the last warps of the CTAs have the first pieces.
+
+    Returns:
+        The calling warp's part.
+    """
+    var ctas = Int(grid_dim.x)
+    return Share(
+        (warps() - 1 - warp_index()) * ctas + Int(block_idx.x), warps() * ctas
+    )
 
 
 comptime MAX_CREW = 4

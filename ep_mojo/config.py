@@ -188,19 +188,20 @@ class EPConfig:
 
     @property
     def few_tokens(self) -> bool:
-        """Whether windows have room for cells: R * Tmax * K is 1024 at most, a gathered token counts as 8 choices."""
+        """Whether dispatch's windows have room for cells: R * Tmax * K is 1024 at most, gathered tokens count K = 8."""
         choices = layout.GATHERED_CHOICES if self.output_layout == "gathered" else self.top_k
         return self.slots == "rank" and self.n_ranks * self.max_tokens_per_rank * choices <= layout.FEW_CHOICES
+
+    @property
+    def rows_in_cells(self) -> bool:
+        """Whether combine's rows travel as cells on GPUs that have these: Tmax * K is 2048 at most, as above."""
+        choices = layout.GATHERED_CHOICES if self.output_layout == "gathered" else self.top_k
+        return self.slots == "rank" and self.max_tokens_per_rank * choices <= layout.CELL_CHOICES
 
     @property
     def dispatch_message_stride(self) -> int:
         """Bytes from one message to the next in a window: of a message, or of its cells where there are few tokens."""
         return self.dispatch_message_bytes * (1 + self.few_tokens)
-
-    @property
-    def combine_row_stride(self) -> int:
-        """Bytes from one row to the next in combine's window: of a row, or of its cells where there are few tokens."""
-        return self.combine_row_bytes * (1 + self.few_tokens)
 
     @property
     def combine_slots(self) -> int:

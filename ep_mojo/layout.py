@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .config import EPConfig
 
 MAGIC = 0x45504D4A
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 ALIGNMENT = 128
 HEAD_WORDS = 64
 SETTINGS_WORDS = 17
@@ -45,9 +45,11 @@ MAX_PIECES = 32
 MAX_SOURCE_PIECES = 8
 CELL_BYTES = 16
 CELL_PAYLOAD = 8
-"""Bytes of a cell's payload; a signal word follows."""
+"""Bytes of payload in a cell with a signal word."""
 FEW_CHOICES = 1024
 """R * Tmax * K, at most, where there are few tokens."""
+CELL_CHOICES = 2048
+"""Tmax * K, at most, where combine's rows travel as cells."""
 GATHERED_CHOICES = 8
 """Choices that a token counts as which goes to all ranks."""
 EXPERT_SLOTS_HEADER = 16
@@ -115,6 +117,7 @@ FIELD_ROW_MAP = 4
 FIELD_RECV_NUM_TOKENS = 5
 FIELD_HANDLE_TOKENS = 6
 FIELD_REDUCE = 7
+FIELD_ROWS = 8
 
 STAGE_NAMES = {
     STAGE_DISPATCH_ASYNC: "dispatch_async",
@@ -272,7 +275,7 @@ class CombineWindow(_Window):
 
     def __init__(self, cfg: EPConfig):
         super().__init__(cfg, 0)
-        self.recv_bytes = cfg.num_buffers * cfg.max_tokens_per_rank * cfg.combine_slots * cfg.combine_row_stride
+        self.recv_bytes = cfg.num_buffers * cfg.max_tokens_per_rank * cfg.combine_slots * cfg.combine_row_bytes
         if cfg.slots == "expert":
             self.count_bytes = 8 * cfg.n_experts
 
@@ -281,11 +284,11 @@ class CombineWindow(_Window):
 
     def partial(self, buffer: int, rank: int, token: int) -> int:
         """The sum that `rank` sends for `token`, in the recv window. reduce="expert"."""
-        return (self._buffer(buffer) + rank * self.cfg.max_tokens_per_rank + token) * self.cfg.combine_row_stride
+        return (self._buffer(buffer) + rank * self.cfg.max_tokens_per_rank + token) * self.cfg.combine_row_bytes
 
     def row(self, buffer: int, token: int, k: int) -> int:
         """The row of expert choice `k` of `token`, in the recv window. reduce="source", and ExpertSlots."""
-        return (self._buffer(buffer) + token * self.cfg.top_k + k) * self.cfg.combine_row_stride
+        return (self._buffer(buffer) + token * self.cfg.top_k + k) * self.cfg.combine_row_bytes
 
     def expert_signal(self, expert: int) -> int:
         """u64 in the count window: the rows of global expert `expert` have arrived. ExpertSlots."""

@@ -47,7 +47,7 @@ def record_to_error(record: layout.Record, cfg: EPConfig) -> EPError:
             remedy=f"remove the cause of the error that the run raised; then {RESET}",
         )
     if record.kind == layout.KIND_SHAPE:
-        if record.chunk in (layout.FIELD_HANDLE_TOKENS, layout.FIELD_REDUCE):
+        if record.chunk in (layout.FIELD_HANDLE_TOKENS, layout.FIELD_REDUCE, layout.FIELD_ROWS):
             return _peer_mismatch(record, where)
         name, limit = {
             layout.FIELD_TOKENS: ("rows of x", "max_tokens_per_rank"),
@@ -87,6 +87,14 @@ def _peer_mismatch(record: layout.Record, where: str) -> ShapeError:
             value=modes[record.value & 1],
             allowed=f"{modes[record.limit & 1]}, as here",
             remedy=f"give all ranks the same reduce, or set EPConfig.reduce; then {RESET}",
+        )
+    if record.chunk == layout.FIELD_ROWS:
+        return ShapeError(
+            where,
+            field=f"rows that rank {record.peer} sends back",
+            value=record.value,
+            allowed=f"{record.limit}: what the choices of this combine await from it",
+            remedy=f"combine with the topk_ids of the dispatch, unchanged; then {RESET}",
         )
     return ShapeError(
         where,

@@ -65,6 +65,8 @@ class DeviceMemory(RankMemory):
             credits = np.full(self.cfg.n_ranks, layout.word(epoch, 0), np.uint64)
             for name in ("dispatch_count", "combine_count"):
                 self.write(name, credits)
+            if self.cfg.rows_in_cells:  # what nobody has read would be taken for rows of a later round
+                self.write("combine_recv", np.zeros(part_bytes(self.cfg)["combine_recv"], np.uint8))
         self.synchronize()
 
     def put_address(self, index: int, address: int) -> None:

@@ -52,7 +52,7 @@ def window_bytes(cfg: EPConfig) -> dict[str, int]:
         counts = 8 * cfg.n_local_experts * ranks + 8 * cfg.n_experts
     else:
         room = 2 if cfg.few_tokens else 1  # for cells
-        dispatch, combine = buffers * ranks * tmax * room * message, buffers * tmax * cfg.combine_slots * room * y
+        dispatch, combine = buffers * ranks * tmax * room * message, buffers * tmax * cfg.combine_slots * y
         signals = align_up(8 * ranks) + align_up(8 * buffers * ranks) + buffers * ranks * align_up(8 * cfg.n_signals)
         tables = buffers * ranks * (align_up(2 * tmax * k) + align_up(4 * tmax * k))
         tables += buffers * ranks * align_up(16 * tmax * k) * (room - 1)
@@ -75,9 +75,9 @@ def gather_memory(ranks: int, tokens: int, hidden: int, top_k: int) -> dict[str,
     """Bytes of a rank that `AllGatherVDispatcher` takes with bfloat16 sums: "windows", "buffers", "step"."""
     n = ranks * tokens
     few = n * GATHERED_CHOICES <= FEW_CHOICES  # room for cells
-    row, choice = (2 * 2 * hidden, 6 + CELL_BYTES) if few else (2 * hidden, 6)
+    message, choice = (2 * 2 * hidden, 6 + CELL_BYTES) if few else (2 * hidden, 6)
     return {
-        "windows": 2 * n * (row + row + choice * top_k + 16),
+        "windows": 2 * n * (message + 2 * hidden + choice * top_k + 16),
         "buffers": n * (2 * hidden + (4 + 4) * top_k + 8 + 2 * hidden),  # rows, routes, sources; rows to be reduced
         "step": tokens * (2 * hidden + (8 + 4) * top_k) + 8 * n * top_k + 2 * tokens * hidden,  # in, int64 routes, out
     }

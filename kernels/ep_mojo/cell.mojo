@@ -1,13 +1,14 @@
-"""Cells: 8 bytes of payload and a signal word behind them, stored and loaded in one access of 16 bytes.
+"""Cells: 16 bytes that are stored and loaded in one access, and say by themselves that they have come.
 
-Whoever finds a cell's word to be that of an epoch has its payload too. A cell covers nothing else, so neither side
-needs an order: where there are few tokens they arrive earlier so, at twice the bytes (`gpu/cells.mojo`).
+A *marked* cell holds 8 bytes of payload and a signal word. A *full* cell holds 16 bytes of payload; its place is empty,
+all zeros, until it comes, and whoever has read it empties it again, so it never is zeros itself (`full_cell`). Neither
+covers anything else, so no side needs an order: payload arrives earlier than behind a signal (`gpu/cells.mojo`).
 """
 
 from std.sys import inlined_assembly, is_nvidia_gpu
 from std.sys.intrinsics import _RegisterPackType
 
-from .peers import Bytes
+from .peers import Bytes, typed
 
 
 @always_inline
@@ -26,7 +27,7 @@ struct Cell(TrivialRegisterPassable):
     var payload: UInt64
     """8 bytes."""
     var word: UInt64
-    """A signal word."""
+    """A signal word; of a full cell its other 8 bytes."""
 
     @always_inline
     def __init__(out self, payload: UInt64, word: UInt64):
@@ -34,10 +35,71 @@ struct Cell(TrivialRegisterPassable):
 
         Args:
             payload: 8 bytes.
-            word: A signal word.
+            word: A signal word, or 8 bytes more.
         """
         self.payload = payload
         self.word = word
+
+
+comptime FULL_LOW: UInt64 = 0x7FFF_FFFF_FFFF_7FFF
+"""What the first 8 bytes of a row are combined with (exclusive or) in a full cell: NaN, whether bfloat16 or float32."""
+comptime FULL_HIGH: UInt64 = 0xFFFF_7FFF_7FFF_FFFF
+"""The same for the other 8 bytes."""
+
+
+@always_inline
+def full_cell(row: SIMD[DType.uint64, 2]) -> Cell:
+    """What travels for 16 bytes of a row of bfloat16 or float32.
+
+    Args:
+        row: The bytes.
+
+    Returns:
+        A cell that is not zeros. Sixteen bytes that are NaNs alone, of one certain pattern, come back with another bit
+        in one of them: NaN too.
+    """
+    var cell = Cell(row[0] ^ FULL_LOW, row[1] ^ FULL_HIGH)
+    if cell.payload | cell.word == 0:
+        cell.payload = 1
+    return cell
+
+
+@always_inline
+def is_full(cell: Cell) -> Bool:
+    """Whether a full cell has come.
+
+    Args:
+        cell: What was loaded from its place.
+
+    Returns:
+        False while the place is empty.
+    """
+    return cell.payload | cell.word != 0
+
+
+@always_inline
+def of_full_cell(cell: Cell) -> SIMD[DType.uint64, 2]:
+    """The bytes of a row that a full cell has brought.
+
+    Args:
+        cell: The cell.
+
+    Returns:
+        16 bytes.
+    """
+    return SIMD[DType.uint64, 2](cell.payload ^ FULL_LOW, cell.word ^ FULL_HIGH)
+
+
+@always_inline
+def empty_cell(at: Bytes):
+    """Make room for the next full cell: zeros. The credit that this launch gives covers it.
+
+    Args:
+        at: Its place in the rank's own window, aligned to 16.
+    """
+    typed[DType.uint64](at, 0).unsafe_store[width=2, alignment=16](
+        0, SIMD[DType.uint64, 2](0)
+    )
 
 
 @always_inline

@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 6
+comptime LAYOUT_VERSION: Int32 = 7
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -122,6 +122,8 @@ comptime FIELD_HANDLE_TOKENS: Int32 = 6
 """T of this rank in a peer's handle against T of this launch."""
 comptime FIELD_REDUCE: Int32 = 7
 """A peer sends with another reduce mode: 1 = a row for each choice, 0 = a partial sum."""
+comptime FIELD_ROWS: Int32 = 8
+"""Rows, or partial sums, that a peer sends against those that this launch awaits from it."""
 
 comptime MAX_PIECES = 32
 """Pieces that a dispatch_wait on a GPU maps by themselves, at most: a lane of a warp for each."""

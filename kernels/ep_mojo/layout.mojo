@@ -243,7 +243,7 @@ def partial_offset(s: Settings, buffer: Int, rank: Int, token: Int) -> Int:
     """
     return (
         buffer * s.combine_slots * s.max_tokens + rank * s.max_tokens + token
-    ) * s.row_stride()
+    ) * s.row_bytes
 
 
 @always_inline
@@ -261,7 +261,7 @@ def row_offset(s: Settings, buffer: Int, token: Int, k: Int) -> Int:
     """
     return (
         buffer * s.combine_slots * s.max_tokens + token * s.top_k + k
-    ) * s.row_stride()
+    ) * s.row_bytes
 
 
 @always_inline

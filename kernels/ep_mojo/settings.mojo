@@ -29,6 +29,10 @@ comptime SLOTS_EVERYWHERE = 2
 
 comptime FEW_CHOICES = 1024
 """R * Tmax * K, at most, where there are few tokens; layout "gathered" counts as K = 8."""
+comptime CELL_CHOICES = 2048
+"""Tmax * K, at most, where combine's rows travel as cells; "gathered" as above."""
+comptime NARROW_TOKENS = 64
+"""R * Tmax, at most, where they are cut into small pieces."""
 comptime GATHERED_CHOICES = 8
 """Choices that a token counts as which goes to all ranks."""
 
@@ -87,9 +91,13 @@ struct Settings(TrivialRegisterPassable):
     var reduce: Int
     """`REDUCE_*`: the reduce mode of every combine, or that it may be either."""
     var few_tokens: Bool
-    """`FEW_CHOICES` at most, with RankSlots: windows have room for cells, twice the bytes."""
+    """`FEW_CHOICES` at most, with RankSlots: dispatch's windows have room for cells, twice the bytes."""
     var in_cells: Bool
-    """Rows and tables travel as cells (`cell.mojo`), on targets that have them. Not where peers may be masked."""
+    """Messages and tables travel as cells (`cell.mojo`), on targets that have them. Not where peers may be masked."""
+    var rows_in_cells: Bool
+    """So do combine's rows: `CELL_CHOICES` at most."""
+    var narrow: Bool
+    """In small pieces: `NARROW_TOKENS` at most."""
 
     def __init__(out self, words: View[DType.int64]):
         """Read the settings tensor.
@@ -119,11 +127,17 @@ struct Settings(TrivialRegisterPassable):
         self.format_tag = Int(words[15])
         self.reduce = Int(words[16])
         var choices = GATHERED_CHOICES if self.everywhere else self.top_k
+        choices *= self.max_tokens
         self.few_tokens = (
-            not self.expert_slots
-            and self.n_ranks * self.max_tokens * choices <= FEW_CHOICES
+            not self.expert_slots and self.n_ranks * choices <= FEW_CHOICES
         )
         self.in_cells = self.few_tokens and not self.shrinks
+        self.rows_in_cells = (
+            not self.expert_slots
+            and not self.shrinks
+            and choices <= CELL_CHOICES
+        )
+        self.narrow = self.n_ranks * self.max_tokens <= NARROW_TOKENS
 
     def __init__(
         out self,
@@ -172,6 +186,8 @@ struct Settings(TrivialRegisterPassable):
         self.reduce = REDUCE_SOURCE
         self.few_tokens = False
         self.in_cells = False
+        self.rows_in_cells = False
+        self.narrow = False
 
     def words(self) -> StaticTuple[Int64, SETTINGS_WORDS]:
         """The settings as the words of a settings tensor.
@@ -241,15 +257,6 @@ struct Settings(TrivialRegisterPassable):
             Bytes: of a message, or of its cells where there are few tokens.
         """
         return (1 + Int(self.few_tokens)) * self.message_bytes
-
-    @always_inline
-    def row_stride(self) -> Int:
-        """From one combine row to the next in a window of RankSlots.
-
-        Returns:
-            Bytes: of a row, or of its cells where there are few tokens.
-        """
-        return (1 + Int(self.few_tokens)) * self.row_bytes
 
     @always_inline
     def n_signals(self, tokens: Int) -> Int:

@@ -125,7 +125,7 @@ def combine_recv_bytes(s: Settings) -> Int:
     Returns:
         The size of [B][Tm][S] rows; S is K and B is 1 with ExpertSlots.
     """
-    return s.num_buffers * s.max_tokens * s.combine_slots * s.row_stride()
+    return s.num_buffers * s.max_tokens * s.combine_slots * s.row_bytes
 
 
 def combine_count_bytes(s: Settings) -> Int:

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from gpu.whole_graphs import MANY, VARIANTS, Machine, Variant, add_graph, arguments, differences
+from gpu.whole_graphs import MANY, MOST, VARIANTS, Machine, Variant, add_graph, arguments, differences
 from graph.virtual import Round, random_round
 from unit.cases import make_case
 
@@ -17,13 +17,14 @@ SPLIT = Variant("bf16", "expert", "expert", "split")
 BESIDE = Variant("bf16", "expert", "expert", "beside")
 EXPERT_SLOTS = Variant("bf16", "expert", "source", "split", "expert")
 FUSED_MANY = Variant("bf16", "expert", "expert", "fused", tokens=MANY)
-SPLIT_MANY = Variant("bf16", "expert", "expert", "split", tokens=MANY)
+SPLIT_MOST = Variant("bf16", "expert", "expert", "split", tokens=MOST)
+FUSED_MOST = Variant("bf16", "expert", "expert", "fused", tokens=MOST)
 BY_ROW = [Variant(f, y, "source", m) for f, y, m in (("bf16", "expert", "fused"), ("fp8-float32-row", "rank", "split"))]
-"""Rows of choices, where there are few tokens; those of `VARIANTS` have many."""
+"""Rows of choices, where there are few tokens."""
 MODES = pytest.mark.parametrize(
     "variant",
-    [FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY],
-    ids=["fused", "split", "beside", "fused_many", "split_many"],
+    [FUSED, SPLIT, BESIDE, FUSED_MANY, FUSED_MOST, SPLIT_MOST],
+    ids=["fused", "split", "beside", "fused_many", "fused_most", "split_most"],
 )
 
 
@@ -46,7 +47,9 @@ def machine(request):
         pytest.skip(f"needs {R} GPUs, here are {gpu_count()}")
     chosen = VARIANTS if R in (2, 8) else [v for v in VARIANTS if v.fmt == "bf16" or v.layout == "expert"][::3]
     chosen = [*chosen, *(v for v in VARIANTS if v.slots == "expert" and v.fmt == "bf16")]
-    chosen = [*dict.fromkeys([FUSED, SPLIT, BESIDE, FUSED_MANY, SPLIT_MANY, EXPERT_SLOTS, *BY_ROW, *chosen])]
+    chosen = [
+        *dict.fromkeys([FUSED, SPLIT, BESIDE, FUSED_MANY, FUSED_MOST, SPLIT_MOST, EXPERT_SLOTS, *BY_ROW, *chosen])
+    ]
     module, made = Module(), Machine(R)
     graphs = {}
     for v in chosen:

@@ -15,8 +15,8 @@ FORMAT_NAMES = ("bf16", "fp8-float32-row", "fp8-ue8m0-column")
 # A third mode, "beside", is not in the matrix: split, each op with a budget of its own, while another queue of the
 # device doubles the tokens; that goes into combine as bias0.
 MODES = ("split", "fused")
-FEW, MANY = 13, 150
-"""Tokens that travel as cells, and so many that they travel with signals (`gpu/few_tokens.mojo`)."""
+FEW, MANY, MOST = 13, 150, 513
+"""Tokens that travel as cells, so many that only combine's rows do, and that none do (`EPConfig.rows_in_cells`)."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class Variant:
 
 
 VARIANTS = [
-    Variant(f, y, r, m, tokens=FEW if r == "expert" else MANY)
-    for f in FORMAT_NAMES
+    Variant(f, y, r, m, tokens=(FEW, MANY, MOST)[(i + REDUCE_MODES.index(r) + MODES.index(m)) % 3])
+    for i, f in enumerate(FORMAT_NAMES)
     for y in LAYOUTS
     for r in REDUCE_MODES
     for m in MODES
 ]
+"""Each layout with each number of tokens, in each mode."""
 VARIANTS += [Variant(f, y, "source", "split", "expert") for f in ("bf16", "fp8-ue8m0-row") for y in LAYOUTS[:2]]
 
 

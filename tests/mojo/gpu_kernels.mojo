@@ -298,7 +298,7 @@ def main():
     print("//// few combine_async expert")
     print(
         compile_info[
-            few_combine_async_stage[BF, 7168, "expert", "expert"],
+            few_combine_async_stage[BF, 7168, "expert", "expert", True],
             emission_kind="asm",
             target=TARGET,
         ]().asm
@@ -306,7 +306,7 @@ def main():
     print("//// few combine_async source")
     print(
         compile_info[
-            few_combine_async_stage[F32, 72, "expert", "source"],
+            few_combine_async_stage[F32, 72, "expert", "source", False],
             emission_kind="asm",
             target=TARGET,
         ]().asm
@@ -315,7 +315,7 @@ def main():
     print(
         compile_info[
             few_combine_wait_stage[
-                BF, BF, BF, DType.int32, 7168, "expert", "expert"
+                BF, BF, BF, DType.int32, 7168, "expert", "expert", False
             ],
             emission_kind="asm",
             target=TARGET,
@@ -325,7 +325,7 @@ def main():
     print(
         compile_info[
             few_combine_wait_stage[
-                F32, F32, F32, DType.int64, 72, "expert", "source"
+                F32, F32, F32, DType.int64, 72, "expert", "source", True
             ],
             emission_kind="asm",
             target=TARGET,
@@ -351,7 +351,7 @@ def main():
     print(
         compile_info[
             few_combine_stage[
-                BF, BF, BF, DType.int32, 7168, "expert", "expert"
+                BF, BF, BF, DType.int32, 7168, "expert", "expert", False
             ],
             emission_kind="asm",
             target=TARGET,
@@ -368,7 +368,7 @@ def main():
     print("//// few gathered combine_async")
     print(
         compile_info[
-            few_combine_async_stage[F32, 72, "gathered", "expert"],
+            few_combine_async_stage[F32, 72, "gathered", "expert", False],
             emission_kind="asm",
             target=TARGET,
         ]().asm
@@ -385,7 +385,7 @@ def main():
     print(
         compile_info[
             few_combine_stage[
-                BF, BF, BF, DType.int32, 7168, "gathered", "expert"
+                BF, BF, BF, DType.int32, 7168, "gathered", "expert", False
             ],
             emission_kind="asm",
             target=TARGET,

@@ -113,6 +113,7 @@ def test_count_windows() raises:
         rank_slots(8, 43, 3, 1),
     ]:
         assert_equal(s.few_tokens, s.n_ranks * s.max_tokens * s.top_k <= 1024)
+        assert_equal(s.rows_in_cells, s.max_tokens * s.top_k <= 2048)
         check_count_window[True](s)
         check_count_window[False](s)
         assert_equal(dispatch_count_bytes(s), DispatchWindow(s).total)

@@ -84,7 +84,7 @@ def test_worked_example():
     cfg = config()  # R=3, B=2, Tmax=10, K=3, C=3
     window = DispatchWindow(cfg)
     # credits 24 -> 128, headers 48 -> 128, signals 6 * 128, ids 6 * align128(60), weights 6 * align128(120), and since
-    # R * Tmax * K is below 1024, cells 6 * align128(480), and messages and rows of twice 256 bytes
+    # R * Tmax * K is below 1024, cells 6 * align128(480), and messages of twice 256 bytes
     assert (window.credit(2), window.header(1, 2), window.signal(0, 1, 2)) == (16, 128 + 40, 256 + 128 + 16)
     assert (window.table_ids(1, 0), window.table_weights(0, 1)) == (256 + 768 + 3 * 128, 256 + 768 + 768 + 128)
     assert window.table_cell(1, 2, 3) == 256 + 3 * 768 + 5 * 512 + 3 * 16
@@ -93,8 +93,8 @@ def test_worked_example():
     assert window.message(1, 2, 9) == window.recv_bytes - 512
     combine = CombineWindow(cfg)
     assert combine.count_bytes == 256 + 768
-    assert combine.recv_bytes == 2 * 10 * 3 * 512
-    assert combine.partial(1, 2, 9) == combine.row(1, 9, 2) == combine.recv_bytes - 512
+    assert combine.recv_bytes == 2 * 10 * 3 * 256
+    assert combine.partial(1, 2, 9) == combine.row(1, 9, 2) == combine.recv_bytes - 256
 
 
 def test_few_tokens():
@@ -107,7 +107,17 @@ def test_few_tokens():
     assert [cfg.few_tokens for cfg in gathered] == [True, False]
     assert not config(slots="expert", max_tokens_per_rank=1).few_tokens
     assert (few[128].dispatch_message_stride, few[129].dispatch_message_stride) == (512, 256)
-    assert (few[128].combine_row_stride, few[129].combine_row_stride) == (512, 256)
+
+
+def test_rows_in_cells():
+    """Combine's rows travel as cells up to Tmax * K = 2048, at any number of ranks."""
+    few = {n: config(n_ranks=8, n_experts=8, top_k=4, max_tokens_per_rank=n) for n in (1, 512, 513)}
+    assert [few[n].rows_in_cells for n in (1, 512, 513)] == [True, True, False]
+    gathered = [
+        config(n_ranks=2, top_k=k, max_tokens_per_rank=n, output_layout="gathered") for k, n in ((0, 256), (1, 257))
+    ]
+    assert [cfg.rows_in_cells for cfg in gathered] == [True, False]
+    assert not config(slots="expert", max_tokens_per_rank=1).rows_in_cells
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=repr)
@@ -116,15 +126,15 @@ def test_recv_windows_are_full(cfg):
     ranks, tokens, buffers = range(cfg.n_ranks), range(cfg.max_tokens_per_rank), range(cfg.num_buffers)
     messages = sorted(dispatch.message(b, s, t) for b in buffers for s in ranks for t in tokens)
     assert messages == list(range(0, dispatch.recv_bytes, cfg.dispatch_message_stride))
-    assert combine.recv_bytes == len(buffers) * len(tokens) * cfg.combine_slots * cfg.combine_row_stride
+    assert combine.recv_bytes == len(buffers) * len(tokens) * cfg.combine_slots * cfg.combine_row_bytes
     if cfg.reduce != "source":
         rows = [combine.partial(b, s, t) for b in buffers for s in ranks for t in tokens]
         assert len(set(rows)) == len(rows)
-        assert max(rows) + cfg.combine_row_stride <= combine.recv_bytes
+        assert max(rows) + cfg.combine_row_bytes <= combine.recv_bytes
     if cfg.reduce != "expert":
         rows = [combine.row(b, t, k) for b in buffers for t in tokens for k in range(cfg.top_k)]
         assert len(set(rows)) == len(rows)
-        assert max(rows) + cfg.combine_row_stride <= combine.recv_bytes
+        assert max(rows) + cfg.combine_row_bytes <= combine.recv_bytes
 
 
 def test_expert_slots_sizes():

@@ -11,11 +11,11 @@ from std.math import fma
 from std.memory import bitcast
 from std.sys import size_of
 
-from ..cell import Cell, load_cell, store_cell
+from ..cell import Cell, empty_cell, is_full, load_cell, store_cell
 from ..dispatch_tensors import DispatchOutput, put_choice
 from ..launch import Endpoint
 from ..layout import CELL_BYTES, CELL_PAYLOAD, CHUNK_HEADER
-from ..numeric import of_payload
+from ..numeric import of_payload, to_payload
 from ..peers import Bytes, typed
 from ..signal import (
     NOT_YET,
@@ -30,73 +30,91 @@ comptime CELLS_AHEAD = 8
 """Cells of a thread that are sent or awaited at once, where a row is."""
 
 
-@always_inline
-def piece_channels[dtype: DType, cells: Int]() -> Int:
-    """Channels of a piece.
-
-    Parameters:
-        dtype: Type on the wire.
-        cells: Cells of a lane.
-
-    Returns:
-        Channels.
-    """
-    return WARP_SIZE * cells * CELL_PAYLOAD // size_of[Scalar[dtype]]()
-
-
-@always_inline
-def pieces_of[dtype: DType, hidden: Int, cells: Int]() -> Int:
-    """Pieces of a row.
+struct Cut[dtype: DType, hidden: Int, cells: Int]:
+    """How a row is cut into pieces, one for a warp at a time.
 
     Parameters:
         dtype: Type on the wire.
         hidden: H.
-        cells: Cells of a lane.
-
-    Returns:
-        How many; the last one may be shorter.
+        cells: Cells of a lane in a piece.
     """
-    comptime size = piece_channels[dtype, cells]()
-    return (hidden + size - 1) // size
+
+    comptime values = CELL_BYTES // size_of[Scalar[Self.dtype]]()
+    """Values of a cell."""
+    comptime unit = WARP_SIZE * Self.values
+    """Channels of a warp's cells, one for each lane."""
+    comptime pieces = (Self.hidden + Self.unit * Self.cells - 1) // (
+        Self.unit * Self.cells
+    )
+    """Pieces of a row; the last one may be shorter."""
+
+    @staticmethod
+    @always_inline
+    def channel(piece: Int, cell: Int) -> Int:
+        """The first channel of one of the calling lane's cells.
+
+        Args:
+            piece: Which piece.
+            cell: Which of its cells.
+
+        Returns:
+            The channel; H or more behind the end of the row.
+        """
+        return (piece * Self.cells + cell) * Self.unit + Int(
+            lane_id()
+        ) * Self.values
 
 
 @always_inline
-def add_payload[
+def add_row[
     dtype: DType, V: Int
-](sum: SIMD[DType.float32, V], payload: UInt64, weight: Float32) -> SIMD[
-    DType.float32, V
-]:
-    """Add what a cell holds, weighted: fma(w, x, sum), rounded once.
+](
+    sum: SIMD[DType.float32, V], row: SIMD[DType.uint64, 2], weight: Float32
+) -> SIMD[DType.float32, V]:
+    """Add 16 bytes of a row, weighted: fma(w, x, sum), rounded once.
 
     Parameters:
         dtype: Type of the row.
-        V: Values of a cell.
+        V: Values that they hold.
 
     Args:
         sum: The sum so far.
-        payload: What the cell holds.
+        row: The bytes.
         weight: Its weight.
 
     Returns:
         The new sum.
     """
+    comptime half = V // 2
+    var x = of_payload[dtype, half](row[0]).join(
+        of_payload[dtype, half](row[1])
+    )
     return fma(
-        SIMD[DType.float32, V](weight), of_payload[dtype, V](payload), sum
+        SIMD[DType.float32, V](weight), rebind[SIMD[DType.float32, V]](x), sum
     )
 
 
 @always_inline
-def first_cell(row: Bytes, begin: Int) -> Bytes:
-    """Where the cells of a row's bytes from one on begin.
+def to_row[
+    dtype: DType, V: Int
+](sum: SIMD[DType.float32, V]) -> SIMD[DType.uint64, 2]:
+    """Round values once into 16 bytes of a row.
+
+    Parameters:
+        dtype: Type of the row.
+        V: Values that they hold.
 
     Args:
-        row: Place of the row's first cell.
-        begin: Byte offset in the row, a multiple of 8.
+        sum: The values.
 
     Returns:
-        The place.
+        The bytes.
     """
-    return row.unsafe_offset(begin // CELL_PAYLOAD * CELL_BYTES)
+    comptime half = V // 2
+    return SIMD[DType.uint64, 2](
+        to_payload[dtype, half](sum.slice[half]()),
+        to_payload[dtype, half](sum.slice[half, offset=half]()),
+    )
 
 
 @always_inline
@@ -181,11 +199,12 @@ struct Choice(TrivialRegisterPassable):
         return high | self.id.cast[DType.uint16]().cast[DType.uint64]()
 
 
-struct Cells[n: Int](Movable):
+struct Cells[n: Int, full: Bool = False](Movable):
     """Cells that the calling lane awaits.
 
     Parameters:
         n: How many, at most 32.
+        full: Whether they are full cells, which are emptied when they have come, and not marked ones.
     """
 
     var at: Array[Bytes, Self.n]
@@ -224,6 +243,13 @@ struct Cells[n: Int](Movable):
         self.missing |= UInt32(1 << i)
 
     @always_inline
+    def _is_there(self, i: Int, epoch: UInt64) -> Bool:
+        comptime if Self.full:
+            return is_full(Cell(self.payload[i], self.word[i]))
+        else:
+            return epoch_of(self.word[i]) == epoch
+
+    @always_inline
     def come[
         has_table: Bool
     ](
@@ -257,11 +283,15 @@ struct Cells[n: Int](Movable):
             var seen: UInt64 = 0
             var peer: Int32 = 0
             comptime for i in range(Self.n):
-                if epoch_of(self.word[i]) == epoch:
-                    self.missing &= ~UInt32(1 << i)
-                elif self.missing & UInt32(1 << i) != 0:
-                    seen = self.word[i]
-                    peer = self.peer[i]
+                if self.missing & UInt32(1 << i) != 0:
+                    if self._is_there(i, epoch):
+                        self.missing &= ~UInt32(1 << i)
+                        comptime if Self.full:
+                            empty_cell(self.at[i])
+                    else:
+                        comptime if not Self.full:
+                            seen = self.word[i]
+                        peer = self.peer[i]
             if self.missing == 0:
                 break
             spins += 1

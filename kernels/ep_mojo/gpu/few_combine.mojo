@@ -10,22 +10,20 @@ for many tokens (`combine_async.mojo`, `combine_wait.mojo`); the headers cover n
 from max.gpu import block_idx, lane_id, thread_idx
 from max.gpu.host import DeviceContext
 
-from ..cell import tell
 from ..combine_tensors import (
     CombineInput,
     CombineOutput,
     row_bytes,
-    travels_by_row,
 )
 from ..launch import Endpoint
-from ..layout import STAGE_COMBINE, combine_header
-from ..signal import word
+from ..layout import STAGE_COMBINE
 from ..team import WarpTeam
-from .cells import pieces_of
+from .cells import Cut
 from .combine_async import give_shared, open_send_back
 from .combine_wait import close_receive_back, open_receive_back, zero_output
-from .few_sums_received import CELLS_A_LANE, receive_back_as_cells
-from .few_sums_sent import SENT_CELLS, send_sums_as_cells
+from .few_counts import tell_headers, tell_rows
+from .few_sums_received import receive_back_as_cells, received_cells
+from .few_sums_sent import send_sums_as_cells, sent_cells
 from .launch import (
     ByValue,
     Peers,
@@ -46,23 +44,12 @@ from .timeline import (
 )
 
 
-@always_inline
-def _tell_headers[
-    layout: StaticString, reduce: StaticString
-](ep: Endpoint[False], x: CombineInput, epoch: UInt64):
-    """Send the headers, in a launch that may go on; the warp that opens calls this."""
-    var peer = Int(lane_id())
-    if block_idx.x == 0 and peer < ep.s.n_ranks:
-        comptime by_row = travels_by_row[layout, reduce]()
-        tell(
-            ep.count[peer],
-            ep.window.header(ep.buffer(epoch), ep.me),
-            word(epoch, combine_header(Int(x.num_tokens[peer]), by_row)),
-        )
-
-
 def few_combine_async_stage[
-    dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
+    dtype: DType,
+    hidden: Int,
+    layout: StaticString,
+    reduce: StaticString,
+    narrow: Bool,
 ](peers: ByValue[Peers], input: ByValue[CombineInput], stage: Int32):
     """The kernel of the sending half.
 
@@ -71,6 +58,7 @@ def few_combine_async_stage[
         hidden: H.
         layout: Output layout of the dispatch.
         reduce: "expert" or "source".
+        narrow: Whether there are so few tokens that pieces are small.
 
     Args:
         peers: The rank's side.
@@ -87,11 +75,12 @@ def few_combine_async_stage[
         open_send_back[dtype, hidden](ep, x, stage)
         opening.decide(ep)
         if opening.passed():
-            _tell_headers[layout, reduce](ep, x, epoch)
+            tell_headers[layout, reduce](ep, x, epoch)
     opening.settle()
-    send_sums_as_cells[dtype, hidden, layout, reduce](
+    send_sums_as_cells[dtype, hidden, layout, reduce, narrow](
         ep, x, epoch, stage, Share(), opening
     )
+    tell_rows[layout, reduce](ep, x, epoch, opening)
     give_shared[dtype, hidden](ep, x, opening)
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch, ep.head.failed())
@@ -105,6 +94,7 @@ def few_combine_wait_stage[
     hidden: Int,
     layout: StaticString,
     reduce: StaticString,
+    narrow: Bool,
 ](
     peers: ByValue[Peers],
     output: ByValue[CombineOutput[ids_dtype]],
@@ -120,6 +110,7 @@ def few_combine_wait_stage[
         hidden: H.
         layout: Output layout of the dispatch.
         reduce: "expert" or "source".
+        narrow: Whether there are so few tokens that pieces are small.
 
     Args:
         peers: The rank's side.
@@ -136,7 +127,14 @@ def few_combine_wait_stage[
         open_receive_back(ep, output.value, ep.last_sent(), stage)
     if may_go_on(ep.head):
         receive_back_as_cells[
-            dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+            dtype,
+            out_dtype,
+            bias_dtype,
+            ids_dtype,
+            hidden,
+            layout,
+            reduce,
+            narrow,
         ](ep, output.value, epoch, stage, Share())
     if is_last_cta(ep, sending=False):
         close_receive_back[out_bytes](ep, output.value, epoch, ep.head.failed())
@@ -150,6 +148,7 @@ def few_combine_stage[
     hidden: Int,
     layout: StaticString,
     reduce: StaticString,
+    narrow: Bool,
 ](
     peers: ByValue[Peers],
     input: ByValue[CombineInput],
@@ -165,6 +164,7 @@ def few_combine_stage[
         hidden: H.
         layout: Output layout of the dispatch.
         reduce: "expert" or "source".
+        narrow: Whether there are so few tokens that pieces are small.
 
     Args:
         peers: The rank's side.
@@ -189,17 +189,25 @@ def few_combine_stage[
         opening.decide(ep)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():
-            _tell_headers[layout, reduce](ep, x, sent)
+            tell_headers[layout, reduce](ep, x, sent)
     opening.settle()
-    send_sums_as_cells[dtype, hidden, layout, reduce](
+    send_sums_as_cells[dtype, hidden, layout, reduce, narrow](
         ep, x, sent, STAGE_COMBINE, Share(), opening
     )
+    tell_rows[layout, reduce](ep, x, sent, opening)
     give_shared[dtype, hidden](ep, x, opening)
     if opening.passed():
         if y.shared_rows.present():
             y.shared_rows = x.rows  # the copy may not be there yet
         receive_back_as_cells[
-            dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+            dtype,
+            out_dtype,
+            bias_dtype,
+            ids_dtype,
+            hidden,
+            layout,
+            reduce,
+            narrow,
         ](ep, y, epoch, STAGE_COMBINE, last_warps_first())
     mark[MARK_COMBINE_ENDED](ep)
     if is_last_cta(ep, sending=False):
@@ -213,7 +221,7 @@ def _shape[
     dtype: DType, hidden: Int, cells: Int
 ](ctx: DeviceContext, peers: Peers, tokens: Int) raises -> Shape:
     """As many CTAs as have a piece for each warp."""
-    comptime pieces = pieces_of[dtype, hidden, cells]()
+    comptime pieces = Cut[dtype, hidden, cells].pieces
     return Shape(
         ctx,
         peers.s,
@@ -243,19 +251,24 @@ def few_combine_async[
         What the driver raises.
     """
     var tokens = peers.s.n_ranks * peers.s.max_tokens
-    var shape = _shape[dtype, hidden, SENT_CELLS](ctx, peers, tokens)
-    queue(ctx, peers.s).enqueue_function(
-        ctx.compile_function[
-            few_combine_async_stage[dtype, hidden, layout, reduce]
-        ](func_attribute=shape.memory()),
-        ByValue(peers),
-        ByValue(x),
-        stage,
-        grid_dim=shape.ctas,
-        block_dim=shape.threads,
-        shared_mem_bytes=shape.shared_bytes,
-        attributes=precedence(ctx, peers.s),
-    )
+    comptime for narrow in [True, False]:
+        if narrow == peers.s.narrow:
+            comptime stage_of = few_combine_async_stage[
+                dtype, hidden, layout, reduce, narrow
+            ]
+            var shape = _shape[dtype, hidden, sent_cells[narrow]()](
+                ctx, peers, tokens
+            )
+            queue(ctx, peers.s).enqueue_function(
+                ctx.compile_function[stage_of](func_attribute=shape.memory()),
+                ByValue(peers),
+                ByValue(x),
+                stage,
+                grid_dim=shape.ctas,
+                block_dim=shape.threads,
+                shared_mem_bytes=shape.shared_bytes,
+                attributes=precedence(ctx, peers.s),
+            )
 
 
 def few_combine_wait[
@@ -292,21 +305,31 @@ def few_combine_wait[
     Raises:
         What the driver raises.
     """
-    var shape = _shape[dtype, hidden, CELLS_A_LANE](ctx, peers, max(1, x.rows))
-    queue(ctx, peers.s).enqueue_function(
-        ctx.compile_function[
-            few_combine_wait_stage[
-                dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+    comptime for narrow in [True, False]:
+        if narrow == peers.s.narrow:
+            comptime stage_of = few_combine_wait_stage[
+                dtype,
+                out_dtype,
+                bias_dtype,
+                ids_dtype,
+                hidden,
+                layout,
+                reduce,
+                narrow,
             ]
-        ](func_attribute=shape.memory()),
-        ByValue(peers),
-        ByValue(x),
-        stage,
-        grid_dim=shape.ctas,
-        block_dim=shape.threads,
-        shared_mem_bytes=shape.shared_bytes,
-        attributes=precedence(ctx, peers.s),
-    )
+            var shape = _shape[dtype, hidden, received_cells[narrow]()](
+                ctx, peers, max(1, x.rows)
+            )
+            queue(ctx, peers.s).enqueue_function(
+                ctx.compile_function[stage_of](func_attribute=shape.memory()),
+                ByValue(peers),
+                ByValue(x),
+                stage,
+                grid_dim=shape.ctas,
+                block_dim=shape.threads,
+                shared_mem_bytes=shape.shared_bytes,
+                attributes=precedence(ctx, peers.s),
+            )
 
 
 def few_combine[
@@ -344,18 +367,28 @@ def few_combine[
         What the driver raises.
     """
     var tokens = peers.s.n_ranks * peers.s.max_tokens
-    var shape = _shape[dtype, hidden, SENT_CELLS](ctx, peers, tokens)
-    queue(ctx, peers.s).enqueue_function(
-        ctx.compile_function[
-            few_combine_stage[
-                dtype, out_dtype, bias_dtype, ids_dtype, hidden, layout, reduce
+    comptime for narrow in [True, False]:
+        if narrow == peers.s.narrow:
+            comptime stage_of = few_combine_stage[
+                dtype,
+                out_dtype,
+                bias_dtype,
+                ids_dtype,
+                hidden,
+                layout,
+                reduce,
+                narrow,
             ]
-        ](func_attribute=shape.memory()),
-        ByValue(peers),
-        ByValue(x),
-        ByValue(y),
-        grid_dim=shape.ctas,
-        block_dim=shape.threads,
-        shared_mem_bytes=shape.shared_bytes,
-        attributes=precedence(ctx, peers.s),
-    )
+            var shape = _shape[dtype, hidden, sent_cells[narrow]()](
+                ctx, peers, tokens
+            )
+            queue(ctx, peers.s).enqueue_function(
+                ctx.compile_function[stage_of](func_attribute=shape.memory()),
+                ByValue(peers),
+                ByValue(x),
+                ByValue(y),
+                grid_dim=shape.ctas,
+                block_dim=shape.threads,
+                shared_mem_bytes=shape.shared_bytes,
+                attributes=precedence(ctx, peers.s),
+            )

@@ -4,12 +4,13 @@ A warp takes some channels of a token, awaits the cells of all terms of their su
 in the same order as `receive_sums.mojo`: biases, the shared expert's row, then what came, k or ranks ascending.
 """
 
-from max.gpu import WARP_SIZE, lane_id
+from max.gpu import lane_id
 from max.gpu.primitives import warp
 from max.gpu.sync import syncwarp
 from std.bit import count_trailing_zeros
 from std.sys import size_of
 
+from ..cell import Cell, of_full_cell
 from ..combine_tensors import (
     CombineOutput,
     check_header,
@@ -17,13 +18,14 @@ from ..combine_tensors import (
     travels_by_row,
 )
 from ..launch import Endpoint
-from ..layout import CELL_PAYLOAD, partial_offset, row_offset
+from ..layout import partial_offset, row_offset
 from ..numeric import accumulate, quotient, store_f32
 from ..routing import NO_EXPERT, everyone, normal_id
 from ..signal import NO_SIGNAL, Waiter
 from ..team import WarpTeam, zero_bytes
 from ..tokens import given_tokens
-from .cells import Cells, add_payload, first_cell, piece_channels, pieces_of
+from .cells import Cells, Cut, add_row
+from .few_counts import check_rows
 from .routing import ballot, destination_of_lanes
 from .share import Share
 from .timeline import (
@@ -32,10 +34,22 @@ from .timeline import (
     mark,
 )
 
-comptime TERMS_AHEAD = 8
-"""Terms of a sum whose cells are awaited at once."""
-comptime CELLS_A_LANE = 2
-"""Cells of a lane in a piece."""
+
+@always_inline
+def received_cells[narrow: Bool]() -> Int:
+    """Cells of a lane in a piece.
+
+    Parameters:
+        narrow: Whether there are so few tokens that pieces are small.
+
+    Returns:
+        How many.
+    """
+    return 1 if narrow else 4
+
+
+comptime CELLS_AHEAD = 8
+"""Cells of a lane that are awaited at once, of several terms of a sum."""
 
 
 struct Arrivals(TrivialRegisterPassable):
@@ -90,6 +104,7 @@ def _receive_sums[
     ids_dtype: DType,
     hidden: Int,
     by_row: Bool,
+    narrow: Bool,
 ](
     ep: Endpoint[False],
     x: CombineOutput[ids_dtype],
@@ -107,6 +122,7 @@ def _receive_sums[
         ids_dtype: Type of the ids.
         hidden: H.
         by_row: Whether a row came for each choice, and not one from each rank.
+        narrow: Whether pieces are small.
 
     Args:
         ep: The rank.
@@ -116,26 +132,24 @@ def _receive_sums[
         waiter: The launch's waiter.
         share: The calling warp's pieces.
     """
-    comptime V = CELL_PAYLOAD // size_of[Scalar[dtype]]()
-    comptime unit = WARP_SIZE * V
-    comptime C = CELLS_A_LANE
-    comptime pieces = pieces_of[dtype, hidden, C]()
-    comptime A = TERMS_AHEAD
-    for i in range(share.first, T * pieces, share.stride):
-        var token = quotient(i, pieces)
-        var piece = i - token * pieces
-        var first = piece * piece_channels[dtype, C]() + Int(lane_id()) * V
+    comptime C = received_cells[narrow]()
+    comptime cut = Cut[dtype, hidden, C]
+    comptime V = cut.values
+    comptime A = CELLS_AHEAD // C
+    for i in range(share.first, T * cut.pieces, share.stride):
+        var token = quotient(i, cut.pieces)
+        var piece = i - token * cut.pieces
         var chunk = quotient(token, ep.s.tokens_per_signal)
         var terms = _terms_of[ids_dtype, by_row](ep, x, token)
         var sum = Array[SIMD[DType.float32, V], C](fill=0)
         comptime for c in range(C):
-            var channel = first + c * unit
+            var channel = cut.channel(piece, c)
             if channel < hidden:
                 sum[c] = _begin[dtype, bias_dtype, ids_dtype, hidden, V](
                     x, token, channel
                 )
         while terms.all != 0:
-            var some = Cells[A * C]()
+            var some = Cells[A * C, full=True]()
             var weights = Array[Float32, A](fill=1)
             var n = 0
             comptime for a in range(A):
@@ -157,11 +171,11 @@ def _receive_sums[
                         )
                     var cells = ep.recv[ep.me].unsafe_offset(row)
                     comptime for c in range(C):
-                        var channel = first + c * unit
+                        var channel = cut.channel(piece, c)
                         if channel < hidden:
                             some.want[a * C + c](
-                                first_cell(
-                                    cells, channel * size_of[Scalar[dtype]]()
+                                cells.unsafe_offset(
+                                    channel * size_of[Scalar[dtype]]()
                                 ),
                                 peer,
                             )
@@ -171,12 +185,15 @@ def _receive_sums[
             comptime for a in range(A):
                 if a < n:
                     comptime for c in range(C):
-                        sum[c] = add_payload[dtype, V](
-                            sum[c], some.payload[a * C + c], weights[a]
+                        comptime i = a * C + c
+                        sum[c] = add_row[dtype, V](
+                            sum[c],
+                            of_full_cell(Cell(some.payload[i], some.word[i])),
+                            weights[a],
                         )
         var y = x.y.bytes(token * row_bytes[out_dtype, hidden]())
         comptime for c in range(C):
-            var channel = first + c * unit
+            var channel = cut.channel(piece, c)
             if channel < hidden:
                 store_f32[out_dtype, V](y, channel, sum[c])
         mark[MARK_COMBINE_TOKEN_WRITTEN](ep)
@@ -191,6 +208,7 @@ def receive_back_as_cells[
     hidden: Int,
     layout: StaticString,
     reduce: StaticString,
+    narrow: Bool,
 ](
     ep: Endpoint[False],
     x: CombineOutput[ids_dtype],
@@ -208,6 +226,7 @@ def receive_back_as_cells[
         hidden: H.
         layout: Output layout of the dispatch.
         reduce: "expert" or "source".
+        narrow: Whether pieces are small.
 
     Args:
         ep: The rank.
@@ -232,9 +251,10 @@ def receive_back_as_cells[
     var missing = ballot(not fine)
     syncwarp()
     if missing == 0:
-        _receive_sums[dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row](
-            ep, x, T, epoch, waiter, share
-        )
+        check_rows[ids_dtype, by_row](ep, x, T, epoch, waiter, stage)
+        _receive_sums[
+            dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row, narrow
+        ](ep, x, T, epoch, waiter, share)
 
 
 @always_inline

@@ -4,26 +4,25 @@ A warp takes some channels of a token, loads those of all its rows here at once,
 sum as cells.
 """
 
-from max.gpu import WARP_SIZE, lane_id
+from max.gpu import lane_id
 from max.gpu.primitives import warp
 from std.bit import count_trailing_zeros
 from std.sys import size_of
 
-from ..cell import Cell, store_cell
+from ..cell import full_cell, store_cell
 from ..combine_tensors import CombineInput, row_bytes, travels_by_row
 from ..launch import Endpoint
 from ..layout import (
-    CELL_PAYLOAD,
+    CELL_BYTES,
     FIELD_ROW_MAP,
     KIND_SHAPE,
     partial_offset,
     row_offset,
 )
-from ..numeric import quotient, remainder, to_payload
+from ..numeric import quotient, remainder
 from ..peers import Bytes, typed
 from ..routing import NO_ROW, by_source
-from ..signal import word
-from .cells import add_payload, first_cell, piece_channels, pieces_of
+from .cells import Cut, add_row, to_row
 from .gathered_rows import rows_before
 from .opening import Opening
 from .routing import ballot
@@ -36,8 +35,19 @@ from .timeline import (
 
 comptime SENT_AT_ONCE = 4
 """Rows of a sum that leaves whose loads are under way at once: of a token, a rank has seldom more."""
-comptime SENT_CELLS = 4
-"""Cells of a lane in a piece that leaves."""
+
+
+@always_inline
+def sent_cells[narrow: Bool]() -> Int:
+    """Cells of a lane in a piece that leaves.
+
+    Parameters:
+        narrow: Whether there are so few tokens that pieces are small.
+
+    Returns:
+        How many.
+    """
+    return 2 if narrow else 4
 
 
 @always_inline
@@ -60,7 +70,11 @@ def _rows_of[
 
 @always_inline
 def send_sums_as_cells[
-    dtype: DType, hidden: Int, layout: StaticString, reduce: StaticString
+    dtype: DType,
+    hidden: Int,
+    layout: StaticString,
+    reduce: StaticString,
+    narrow: Bool,
 ](
     ep: Endpoint[False],
     x: CombineInput,
@@ -76,6 +90,7 @@ def send_sums_as_cells[
         hidden: H.
         layout: Output layout of the dispatch.
         reduce: "expert" or "source".
+        narrow: Whether pieces are small.
 
     Args:
         ep: The rank.
@@ -88,24 +103,22 @@ def send_sums_as_cells[
     comptime size = row_bytes[dtype, hidden]()
     comptime by_row = travels_by_row[layout, reduce]()
     comptime sums = not by_row and not by_source[layout]()
-    comptime V = CELL_PAYLOAD // size_of[Scalar[dtype]]()
-    comptime C = SENT_CELLS
+    comptime C = sent_cells[narrow]()
+    comptime cut = Cut[dtype, hidden, C]
+    comptime V = cut.values
     comptime A = SENT_AT_ONCE
-    comptime pieces = pieces_of[dtype, hidden, C]()
     var s = ep.s
     var lane = Int(lane_id())
     var buffer = ep.buffer(epoch)
-    var w = word(epoch, 0)
     var rows = x.rows.size // size
     var tokens: Int32 = 0  # lane r: T of source r
     if lane < s.n_ranks:
         tokens = x.num_tokens[lane]
     for i in range(
-        share.first, s.n_ranks * s.max_tokens * pieces, share.stride
+        share.first, s.n_ranks * s.max_tokens * cut.pieces, share.stride
     ):
-        var i_token = quotient(i, pieces)
-        var piece = i - i_token * pieces
-        var channel = piece * piece_channels[dtype, C]() + lane * V
+        var i_token = quotient(i, cut.pieces)
+        var piece = i - i_token * cut.pieces
         var t = quotient(i_token, s.n_ranks)
         var source = remainder(ep.me + i_token, s.n_ranks)
         if t >= Int(warp.shuffle_idx(tokens, UInt32(source))):
@@ -132,7 +145,7 @@ def send_sums_as_cells[
             continue
         var sum = Array[SIMD[DType.float32, V], C](fill=0)
         while left != 0:
-            var loaded = Array[UInt64, A * C](fill=0)
+            var loaded = Array[SIMD[DType.uint64, 2], A * C](fill=0)
             var weights = Array[Float32, A](fill=1)
             var which = Array[Int32, A](fill=-1)
             comptime for a in range(A):
@@ -145,16 +158,20 @@ def send_sums_as_cells[
                     )
                     weights[a] = warp.shuffle_idx(weight, k)
                     comptime for c in range(C):
-                        var at = channel + c * WARP_SIZE * V
+                        var at = cut.channel(piece, c)
                         if at < hidden:
                             loaded[a * C + c] = typed[DType.uint64](
                                 from_, 0
-                            ).unsafe_load[invariant=False](at // V)
+                            ).unsafe_load[
+                                width=2, alignment=16, invariant=False
+                            ](
+                                2 * (at // V)
+                            )
             comptime for a in range(A):
                 if which[a] >= 0:
                     comptime if sums:
                         comptime for c in range(C):
-                            sum[c] = add_payload[dtype, V](
+                            sum[c] = add_row[dtype, V](
                                 sum[c], loaded[a * C + c], weights[a]
                             )
                     else:
@@ -166,8 +183,8 @@ def send_sums_as_cells[
                         comptime for c in range(C):
                             _store[dtype, hidden](
                                 ep.recv[source].unsafe_offset(to),
-                                channel + c * WARP_SIZE * V,
-                                Cell(loaded[a * C + c], w),
+                                cut.channel(piece, c),
+                                loaded[a * C + c],
                             )
         mark[MARK_COMBINE_SUM_READY](ep)
         if not opening.passed():
@@ -179,14 +196,18 @@ def send_sums_as_cells[
             comptime for c in range(C):
                 _store[dtype, hidden](
                     to,
-                    channel + c * WARP_SIZE * V,
-                    Cell(to_payload[dtype, V](sum[c]), w),
+                    cut.channel(piece, c),
+                    to_row[dtype, V](sum[c]),
                 )
         mark[MARK_COMBINE_SUMS_ARRIVED](ep)
 
 
 @always_inline
-def _store[dtype: DType, hidden: Int](to: Bytes, channel: Int, cell: Cell):
+def _store[
+    dtype: DType, hidden: Int
+](to: Bytes, channel: Int, row: SIMD[DType.uint64, 2]):
     """Store a cell of a row, if the row has it."""
     if channel < hidden:
-        store_cell(first_cell(to, channel * size_of[Scalar[dtype]]()), cell)
+        store_cell(
+            to.unsafe_offset(channel * size_of[Scalar[dtype]]()), full_cell(row)
+        )

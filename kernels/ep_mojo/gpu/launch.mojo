@@ -162,8 +162,11 @@ struct Peers(TrivialRegisterPassable):
         return Endpoint[has_table](self.counters, s, self.recv, self.count)
 
 
-def uses_cells(ctx: DeviceContext, s: Settings) raises -> Bool:
+def uses_cells[has_table: Bool](ctx: DeviceContext, s: Settings) raises -> Bool:
     """Whether a launch is that of the kernel that sends and receives cells: all ranks decide alike.
+
+    Parameters:
+        has_table: True for dispatch, False for combine.
 
     Args:
         ctx: The device.
@@ -175,7 +178,8 @@ def uses_cells(ctx: DeviceContext, s: Settings) raises -> Bool:
     Raises:
         What the driver raises.
     """
-    return s.in_cells and ctx.api() == "cuda"
+    var few = s.in_cells if has_table else s.rows_in_cells
+    return few and ctx.api() == "cuda"
 
 
 @always_inline

@@ -22,14 +22,16 @@ from .shared_rows import finish_stores, release_slots, store_row
 
 
 @always_inline
-def _store_as_cells[size: Int](row: Bytes, to: Bytes):
-    """Store a row that lies in shared memory as cells of no epoch."""
-    var payload = typed[DType.uint64](row, 0)
-    for i in range(Int(lane_id()), size // CELL_PAYLOAD, WARP_SIZE):
-        store_cell(
-            to.unsafe_offset(CELL_BYTES * i),
-            Cell(payload.unsafe_load[invariant=False](i), 0),
-        )
+def _store_as_cells[size: Int, marked: Bool](row: Bytes, to: Bytes):
+    """Store a row that lies in shared memory as marked cells of no epoch; or as many full cells that hold nothing."""
+    comptime payload = CELL_PAYLOAD if marked else CELL_BYTES
+    for i in range(Int(lane_id()), size // payload, WARP_SIZE):
+        var cell = Cell(0, 0)
+        comptime if marked:
+            cell.payload = typed[DType.uint64](row, 0).unsafe_load[
+                invariant=False
+            ](i)
+        store_cell(to.unsafe_offset(CELL_BYTES * i), cell)
 
 
 def push_stage[
@@ -63,8 +65,8 @@ def push_stage[
         release_slots()
         slot.load[size](rows.value.bytes(row * size))
         var to = ep.recv[peer].unsafe_offset(at)
-        if has_cells() and s.in_cells:
-            _store_as_cells[size](slot.row, to)
+        if has_cells() and (s.in_cells if dispatch else s.rows_in_cells):
+            _store_as_cells[size, dispatch](slot.row, to)
         else:
             store_row[size](slot.row, 1, to)
     finish_stores()

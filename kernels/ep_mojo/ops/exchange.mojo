@@ -65,7 +65,7 @@ def send_tokens[
                 peers, input, STAGE_DISPATCH_ASYNC, ctx
             )
         else:
-            if uses_cells(ctx, peers.s):
+            if uses_cells[True](ctx, peers.s):
                 few_dispatch_async[F, ids_dtype, encoded](
                     peers, input, STAGE_DISPATCH_ASYNC, ctx
                 )
@@ -133,7 +133,7 @@ def exchange[
     comptime if target == "gpu":
         _check_aligned_input[F, encoded](input)
         check_aligned("tokens", output.tokens)
-        if uses_cells(ctx, peers.s):
+        if uses_cells[True](ctx, peers.s):
             few_dispatch[F, ids_dtype, encoded, layout](
                 peers, input, output, ctx
             )
@@ -200,7 +200,7 @@ def exchange_sums[
         check_aligned("y", output.y)
         check_aligned("bias0", output.bias0)
         check_aligned("bias1", output.bias1)
-        if uses_cells(ctx, peers.s):
+        if uses_cells[False](ctx, peers.s):
             few_combine[
                 wire_dtype,
                 out_dtype,
@@ -265,7 +265,7 @@ def send_rows[
                 peers, input.rows, input.row_map, STAGE_COMBINE_ASYNC, ctx
             )
         else:
-            if uses_cells(ctx, peers.s):
+            if uses_cells[False](ctx, peers.s):
                 few_combine_async[dtype, hidden, layout, reduce](
                     peers, input, STAGE_COMBINE_ASYNC, ctx
                 )

@@ -50,7 +50,7 @@ def receive[
                 peers, output, STAGE_DISPATCH_WAIT, ctx
             )
         else:
-            if uses_cells(ctx, peers.s):
+            if uses_cells[True](ctx, peers.s):
                 few_dispatch_wait[F, layout](
                     peers, output, STAGE_DISPATCH_WAIT, ctx
                 )
@@ -115,7 +115,7 @@ def receive_sums[
                 wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden
             ](peers, output, STAGE_COMBINE_WAIT, ctx)
         else:
-            if uses_cells(ctx, peers.s):
+            if uses_cells[False](ctx, peers.s):
                 few_combine_wait[
                     wire_dtype,
                     out_dtype,

@@ -194,7 +194,8 @@ class EPConfig:
 
     @property
     def rows_in_cells(self) -> bool:
-        """Whether combine's rows travel as cells on GPUs that have these: Tmax * K is 2048 at most, as above."""
+        """Whether combine's rows travel as cells (on GPUs that have these, and unless peers may be masked): Tmax * K is
+        2048 at most, as above."""
         choices = layout.GATHERED_CHOICES if self.output_layout == "gathered" else self.top_k
         return self.slots == "rank" and self.max_tokens_per_rank * choices <= layout.CELL_CHOICES
 

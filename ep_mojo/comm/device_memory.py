@@ -22,6 +22,9 @@ from .windows import PARTS, RankMemory, part_bytes, restart_counters
 if TYPE_CHECKING:
     from max.driver import Buffer, Device
 
+CLEARED_AT_ONCE = 1 << 24
+"""Bytes of zeros that the host sends to a device in one copy."""
+
 
 class DeviceMemory(RankMemory):
     """One rank's windows and counters in the memory of a GPU."""
@@ -58,16 +61,23 @@ class DeviceMemory(RankMemory):
 
     def restart(self, epoch: int) -> None:
         """See `RankMemory.restart`."""
-        counters = self.counters
-        restart_counters(counters, epoch)
-        self.write("counters", counters)
+        if self.cfg.rows_in_cells:  # what nobody has read would be taken for rows of a later round
+            self._clear("combine_recv")
         if self.cfg.slots == "rank":
             credits = np.full(self.cfg.n_ranks, layout.word(epoch, 0), np.uint64)
             for name in ("dispatch_count", "combine_count"):
                 self.write(name, credits)
-            if self.cfg.rows_in_cells:  # what nobody has read would be taken for rows of a later round
-                self.write("combine_recv", np.zeros(part_bytes(self.cfg)["combine_recv"], np.uint8))
         self.synchronize()
+        counters = self.counters  # last: a rank with a record goes on with nothing
+        restart_counters(counters, epoch)
+        self.write("counters", counters)
+        self.synchronize()
+
+    def _clear(self, part: str) -> None:
+        size = part_bytes(self.cfg)[part]
+        zeros = np.zeros(min(size, CLEARED_AT_ONCE), np.uint8)
+        for at in range(0, size, CLEARED_AT_ONCE):
+            self.write(part, zeros[: size - at], at)
 
     def put_address(self, index: int, address: int) -> None:
         """See `RankMemory.put_address`."""

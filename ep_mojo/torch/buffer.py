@@ -209,7 +209,7 @@ class Buffer(LowLatencyCalls):
     ) -> torch.Tensor:
         """This rank's own receive window of dispatch, as it is: for looking at. Peers write it in every round.
 
-        Rows of few tokens (R·T·K up to 1024) have room for cells, twice their bytes, which GPUs write: see
+        Messages of few tokens (R·T·K up to 1024) have room for cells, twice their bytes, which GPUs write: see
         docs/protocol.md.
 
         Args:

@@ -122,7 +122,8 @@ class LowLatencyCalls:
 
         Args:
             x: bfloat16 [L, R*Tmax, H], in the rows of the dispatch.
-            topk_idx: int64 [T, K], as given to the dispatch.
+            topk_idx: int64 [T, K], as given to the dispatch. Other choices are found out, by a later call, where rows
+                travel as cells (T·K up to 2048 on GPUs): ShapeError, or PeerTimeoutError.
             topk_weights: float32 [T, K].
             handle: Of that dispatch.
             use_logfmt: False.

@@ -3,7 +3,7 @@
 Normal mode, bytes a token of a rank: every rank has room for each token of every other (dispatch) and for one row from
 each (combine), beside the routing table and a signal for every few tokens. The table is counted with `MAX_TOP_K`
 choices, so that the largest T follows from `num_nvl_bytes`, the row and R alone. Where there are few tokens
-(`EPConfig.few_tokens`), windows have room for cells, and take up to twice as much.
+(`EPConfig.few_tokens`), windows have room for cells, and take up to half as much again.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ covers anything else, so no side needs an order: payload arrives earlier than be
 from std.sys import inlined_assembly, is_nvidia_gpu
 from std.sys.intrinsics import _RegisterPackType
 
-from .peers import Bytes, typed
+from .peers import Bytes
 
 
 @always_inline
@@ -92,14 +92,12 @@ def of_full_cell(cell: Cell) -> SIMD[DType.uint64, 2]:
 
 @always_inline
 def empty_cell(at: Bytes):
-    """Make room for the next full cell: zeros. The credit that this launch gives covers it.
+    """Make room for the next full cell: zeros, by the thread that has read what was there, and before it gives credit.
 
     Args:
         at: Its place in the rank's own window, aligned to 16.
     """
-    typed[DType.uint64](at, 0).unsafe_store[width=2, alignment=16](
-        0, SIMD[DType.uint64, 2](0)
-    )
+    store_cell(at, Cell(0, 0))
 
 
 @always_inline

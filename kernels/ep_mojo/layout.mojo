@@ -12,8 +12,9 @@ A rank owns four windows that its peers write (sizes in bytes, for `RankSlots`; 
 C = ceil(Tm / G) signals a source, one for each G tokens; S = rows a token, R or K. `recv_ptrs` holds the addresses of
 the recv windows, `recv_count_ptrs` those of the count windows. Regions and per-source blocks start at multiples of
 128 bytes, so that no two writers share a cache line. Where there are few tokens (`Settings.few_tokens`) each message
-and row has room for its cells, twice its bytes: GPUs that have cells (`cell.mojo`) use these alone, others the first
-half of the room, and signals.
+has room for its marked cells (`cell.mojo`), twice its bytes: GPUs that have them use these alone, others the first half
+of the room, and signals. Full cells take no more room than the row (`Settings.rows_in_cells`); between rounds all their
+places are zeros.
 
 `ExpertSlots` has exactly four arrays and one buffer: recv [L][R][Tm] messages, count u64 [L][R], combine recv [Tm][K]
 rows, combine count u64 [E].
@@ -32,9 +33,9 @@ comptime MAX_TOKENS = 4194304
 """The most tokens of a rank (2^22): twice as many and one bit fit a signal's value."""
 
 comptime CELL_BYTES = 16
-"""Bytes of a cell: 8 of payload, then a signal word."""
+"""Bytes of a cell."""
 comptime CELL_PAYLOAD = 8
-"""Bytes of its payload."""
+"""Bytes of payload in a marked cell."""
 
 comptime EXPERT_SLOTS_HEADER = 16
 """Bytes in front of an ExpertSlots message: token (i32), k mask (u32), 8 unused."""

@@ -32,7 +32,7 @@ comptime FEW_CHOICES = 1024
 comptime CELL_CHOICES = 2048
 """Tmax * K, at most, where combine's rows travel as cells; "gathered" as above."""
 comptime NARROW_TOKENS = 64
-"""R * Tmax, at most, where they are cut into small pieces."""
+"""R * Tmax, at most, where combine cuts rows that travel as cells into small pieces."""
 comptime GATHERED_CHOICES = 8
 """Choices that a token counts as which goes to all ranks."""
 
@@ -97,7 +97,7 @@ struct Settings(TrivialRegisterPassable):
     var rows_in_cells: Bool
     """So do combine's rows: `CELL_CHOICES` at most."""
     var narrow: Bool
-    """In small pieces: `NARROW_TOKENS` at most."""
+    """These are cut into small pieces: `NARROW_TOKENS` at most."""
 
     def __init__(out self, words: View[DType.int64]):
         """Read the settings tensor.

@@ -388,6 +388,7 @@ HANDLES = {
     "row": ("row_map", (0, 0, 0), lambda rows: rows, "row_map = {rows}.*0 to {last}"),
     "row-huge": ("row_map", (1, -1, -1), lambda rows: 2**31 - 1, "row_map = 2147483647.*0 to {last}"),
     "tokens": ("recv_num_tokens", 1, lambda rows: CFG.max_tokens_per_rank + 1, "recv_num_tokens = .*0 to"),
+    "tokens-huge": ("recv_num_tokens", 1, lambda rows: 2**31 - 1, "recv_num_tokens = 2147483647.*0 to"),
     "tokens-negative": ("recv_num_tokens", 0, lambda rows: -1, "recv_num_tokens = -1"),
 }
 

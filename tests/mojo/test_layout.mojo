@@ -111,6 +111,8 @@ def test_count_windows() raises:
         rank_slots(3, 10, 2, 4),
         rank_slots(8, 33, 3, 1),
         rank_slots(8, 43, 3, 1),
+        rank_slots(1, 682, 1, 4),
+        rank_slots(1, 683, 1, 4),
     ]:
         assert_equal(s.few_tokens, s.n_ranks * s.max_tokens * s.top_k <= 1024)
         assert_equal(s.rows_in_cells, s.max_tokens * s.top_k <= 2048)
@@ -136,9 +138,9 @@ def check_recv_windows(s: Settings) raises:
         for t in range(s.max_tokens):
             for r in range(s.n_ranks):
                 messages.mark(message_offset(s, b, r, t), s.message_stride())
-                partials.mark(partial_offset(s, b, r, t), s.row_stride())
+                partials.mark(partial_offset(s, b, r, t), s.row_bytes)
             for k in range(s.top_k):
-                rows.mark(row_offset(s, b, t, k), s.row_stride())
+                rows.mark(row_offset(s, b, t, k), s.row_bytes)
     assert_true(messages.full() and partials.full() and rows.full())
 
 

@@ -1,8 +1,9 @@
-"""Rows that travel as cells (`cell.mojo`), where there are few tokens: no signal, and nobody waits for what else the
-GPU has under way.
+"""What travels as cells (`cell.mojo`), where there are few tokens: no signal, and nobody waits for what else the GPU
+has under way.
 
-Cell i of a row holds its bytes from 8 * i on. `send_bytes` sends a row, and `receive_bytes` brings one into shared
-memory, with all threads of a CTA; `Cells` are those that a lane has named, and awaits all at once.
+Messages of dispatch are marked cells: cell i holds the bytes from 8 * i on. `send_bytes` sends one, and `receive_bytes`
+brings one into shared memory, with all threads of a CTA. Rows of combine are full cells, and a warp takes a piece of a
+row at a time (`Cut`). `Cells` are those that a lane has named, and awaits all at once.
 """
 
 from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
@@ -280,7 +281,10 @@ struct Cells[n: Int, full: Bool = False](Movable):
                     var cell = load_cell(self.at[i])
                     self.payload[i] = cell.payload
                     self.word[i] = cell.word
-            var seen: UInt64 = 0
+            # What was in an empty place is of the buffer's last round.
+            var seen = word(
+                epoch - min(epoch, UInt64(ep.s.num_buffers)), 0
+            ) if Self.full else UInt64(0)
             var peer: Int32 = 0
             comptime for i in range(Self.n):
                 if self.missing & UInt32(1 << i) != 0:

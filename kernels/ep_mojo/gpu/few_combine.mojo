@@ -67,7 +67,7 @@ def few_combine_async_stage[
     """
     if not peers.value.valid():
         return
-    var ep = peers.value.endpoint[False, cells=True]()
+    var ep = peers.value.endpoint[False]()
     var epoch = ep.last_sent() + 1
     var x = input.value
     var opening = Opening()
@@ -121,7 +121,7 @@ def few_combine_wait_stage[
     if not peers.value.valid():
         zero_output[out_bytes](output.value)
         return
-    var ep = peers.value.endpoint[False, cells=True]()
+    var ep = peers.value.endpoint[False]()
     var epoch = ep.next_wait()
     if thread_idx.x == 0:
         open_receive_back(ep, output.value, ep.last_sent(), stage)
@@ -175,7 +175,7 @@ def few_combine_stage[
     if not peers.value.valid():
         zero_output[out_bytes](output.value)
         return
-    var ep = peers.value.endpoint[False, cells=True]()
+    var ep = peers.value.endpoint[False]()
     var x = input.value
     var y = output.value
     var sent = ep.last_sent() + 1

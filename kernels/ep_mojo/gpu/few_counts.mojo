@@ -1,9 +1,9 @@
 """What ranks tell each other beside rows that travel back as cells (`few_combine.mojo`): headers, and how many rows.
 
-A full cell stays where it lies until it has been read. One that nobody awaits would be taken for one of a later round,
-so combine with other choices than those of its dispatch must not pass: whoever awaits a row that does not come waits
-until the deadline, and whoever awaits fewer rows than come finds out here. That word lies where the signal of chunk 0
-would. None of these words covers anything.
+A full cell stays where it lies until it has been read. One that nobody awaits would be taken for one of a later round.
+So a launch may not end well where choices of combine are not those of its dispatch, as far as they name other rows:
+either there are more or fewer than come, which is found out here; or some of them never come, and the deadline ends it.
+The word that says how many lies where the signal of chunk 0 would. None of these words covers anything.
 """
 
 from max.gpu import WARP_SIZE, block_idx, grid_dim, lane_id
@@ -60,8 +60,8 @@ def tell_rows[
         epoch: The launch's epoch.
         opening: What the first store waits for.
     """
-    if warp_index() != 0:
-        return
+    if warp_index() != 0 or not opening.passed():
+        return  # what the launch was given may be wrong
     comptime by_row = travels_by_row[layout, reduce]()
     var K = ep.s.top_k
     for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
@@ -77,8 +77,6 @@ def tell_rows[
                     mine += Int32(x.row_map[at + k] >= 0)
                 rows += mine if by_row else min(mine, 1)
         rows = warp.sum(rows)
-        if not opening.passed():
-            return
         if lane_id() == 0:
             tell(
                 ep.count[peer],
@@ -88,7 +86,7 @@ def tell_rows[
 
 
 @always_inline
-def check_rows[
+def compare_rows[
     ids_dtype: DType, by_row: Bool
 ](
     ep: Endpoint[False],
@@ -98,7 +96,7 @@ def check_rows[
     waiter: Waiter,
     stage: Int32,
 ):
-    """Record a failure where a peer sends more or fewer rows than this rank awaits; a warp of the first R CTAs does.
+    """Record a failure where a peer tells of more or fewer rows than this rank awaits; a warp of the first R CTAs does.
 
     Parameters:
         ids_dtype: Type of the ids.
@@ -117,7 +115,7 @@ def check_rows[
     var s = ep.s
     for peer in range(Int(block_idx.x), s.n_ranks, Int(grid_dim.x)):
         var awaited: Int32 = 0
-        if s.everywhere and not by_row:
+        if s.everywhere:
             awaited = Int32(T) if lane_id() == 0 else 0
         else:
             for t in range(Int(lane_id()), T, WARP_SIZE):

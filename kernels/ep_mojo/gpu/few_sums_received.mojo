@@ -1,6 +1,6 @@
 """What arrives in a combine of few tokens (`few_combine.mojo`).
 
-A warp takes some channels of a token, awaits the cells of all terms of their sum at once, and adds them in registers,
+A warp takes some channels of a token, awaits the cells of some terms of their sum at once, and adds them in registers,
 in the same order as `receive_sums.mojo`: biases, the shared expert's row, then what came, k or ranks ascending.
 """
 
@@ -25,7 +25,7 @@ from ..signal import NO_SIGNAL, Waiter
 from ..team import WarpTeam, zero_bytes
 from ..tokens import given_tokens
 from .cells import Cells, Cut, add_row
-from .few_counts import check_rows
+from .few_counts import compare_rows
 from .routing import ballot, destination_of_lanes
 from .share import Share
 from .timeline import (
@@ -48,7 +48,7 @@ def received_cells[narrow: Bool]() -> Int:
     return 1 if narrow else 4
 
 
-comptime CELLS_AHEAD = 8
+comptime CELLS_AT_ONCE = 8
 """Cells of a lane that are awaited at once, of several terms of a sum."""
 
 
@@ -58,7 +58,7 @@ struct Arrivals(TrivialRegisterPassable):
     var all: UInt64
     """The choices, or the ranks, that it comes from: a bit each."""
     var peers: UInt32
-    """Lane k: bit r is set where rank r sends the row of choice k. Not used for sums of ranks."""
+    """Lane k: the rank that sends the row of choice k. Not used for sums of ranks."""
     var weight: Float32
     """Lane k: the weight of choice k. Not used for sums of ranks."""
 
@@ -135,7 +135,7 @@ def _receive_sums[
     comptime C = received_cells[narrow]()
     comptime cut = Cut[dtype, hidden, C]
     comptime V = cut.values
-    comptime A = CELLS_AHEAD // C
+    comptime A = CELLS_AT_ONCE // C
     for i in range(share.first, T * cut.pieces, share.stride):
         var token = quotient(i, cut.pieces)
         var piece = i - token * cut.pieces
@@ -251,7 +251,7 @@ def receive_back_as_cells[
     var missing = ballot(not fine)
     syncwarp()
     if missing == 0:
-        check_rows[ids_dtype, by_row](ep, x, T, epoch, waiter, stage)
+        compare_rows[ids_dtype, by_row](ep, x, T, epoch, waiter, stage)
         _receive_sums[
             dtype, out_dtype, bias_dtype, ids_dtype, hidden, by_row, narrow
         ](ep, x, T, epoch, waiter, share)

@@ -18,7 +18,7 @@ from ..routing import NO_ROW, destination
 from ..settings import Settings
 from .choices import Choices
 from .launch import warp_index, warps
-from .shared_memory import SLOTS, shared_memory
+from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 
 
 comptime AHEAD = 4
@@ -141,11 +141,15 @@ def count_rows[
                 ](mine.ptr.unsafe_offset(Int(group[u])), Int32(1))
     barrier()
     for g in range(me, hist.groups, threads):
+        var n = Array[Int32, MAX_WARPS](fill=0)
+        comptime for w in range(MAX_WARPS):  # all loads first
+            if w < warps():
+                n[w] = hist.cells[w * hist.groups + g]
         var sum: Int32 = 0
-        for w in range(warps()):
-            var n = hist.cells[w * hist.groups + g]
-            hist.cells[w * hist.groups + g] = sum
-            sum += n
+        comptime for w in range(MAX_WARPS):
+            if w < warps():
+                hist.cells[w * hist.groups + g] = sum
+                sum += n[w]
         comptime if layout != "rank":
             if s.shared_expert and g == 0:
                 sum = Int32(choices.own)

@@ -7,6 +7,7 @@ from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier
 
+from ..numeric import quotient
 from ..peers import View
 from ..settings import Settings
 from .launch import warp_index
@@ -119,34 +120,44 @@ def _start_groups[
     row_offsets: View[DType.uint32],
     totals: View[DType.int32],
 ) -> Int:
-    """From rows before the piece to first rows, a lane a group; returns what `start_rows` does."""
+    """From rows before the piece to first rows, a lane some consecutive groups; returns what `start_rows` does."""
     var lane = Int(lane_id())
-    var carry = 0
+    var each = quotient(hist.groups + WARP_SIZE - 1, WARP_SIZE)
+    var begin = min(lane * each, hist.groups)
+    var end = min(begin + each, hist.groups)
+    var rows: Int32 = 0
     var largest: Int32 = 0
-    for base in range(0, hist.groups, WARP_SIZE):
-        var g = base + lane
-        var total = hist.totals[g] if g < hist.groups else Int32(0)
-        var size = total
-        comptime if layout == "expert":
-            var a = Int32(s.alignment)
-            size = (total + a - 1) // a * a
-        var first = Int32(carry) + warp.prefix_sum[exclusive=True](size)
-        carry += Int(warp.sum(size))
+    for g in range(begin, end):
+        rows += _rows_of_group[layout](s, hist.totals[g])
+        largest = max(largest, hist.totals[g])
+    var before = warp.prefix_sum[exclusive=True](rows)
+    var all = Int(warp.shuffle_idx(before + rows, UInt32(WARP_SIZE - 1)))
+    for g in range(begin, end):
+        var first = before
         comptime if layout == "expert_padded":
             first = Int32(g * s.n_ranks * s.max_tokens)
-            largest = max(largest, total)
-        if g < hist.groups:
-            hist.firsts[g] += first
-            if row_offsets.present():
-                row_offsets[g] = first.cast[DType.uint32]()
-                totals[g] = total
+        before += _rows_of_group[layout](s, hist.totals[g])
+        hist.firsts[g] += first
+        if row_offsets.present():
+            row_offsets[g] = first.cast[DType.uint32]()
+            totals[g] = hist.totals[g]
     comptime if layout == "expert_padded":
-        carry = hist.groups * s.n_ranks * s.max_tokens
+        all = hist.groups * s.n_ranks * s.max_tokens
     if row_offsets.present() and lane == 0:
-        row_offsets[hist.groups] = UInt32(carry)
+        row_offsets[hist.groups] = UInt32(all)
     comptime if layout == "expert_padded":
         return Int(warp.max(largest))
-    return carry
+    return all
+
+
+@always_inline
+def _rows_of_group[layout: StaticString](s: Settings, total: Int32) -> Int32:
+    """Rows of a group, those that only fill up included."""
+    comptime if layout == "expert":
+        if s.alignment > 1:
+            var a = s.alignment
+            return Int32(quotient(Int(total) + a - 1, a) * a)
+    return total
 
 
 @always_inline

@@ -13,9 +13,11 @@ from ..cell import tell
 from ..combine_tensors import CombineInput, CombineOutput, travels_by_row
 from ..launch import Endpoint
 from ..layout import FIELD_ROWS, KIND_SHAPE, combine_header
-from ..routing import destination, normal_id
+from ..peers import View
+from ..routing import NO_EXPERT, destination, normal_id
+from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter, word
-from .launch import warp_index
+from .launch import warp_index, warps
 from .opening import Opening
 
 
@@ -44,6 +46,89 @@ def tell_headers[
         )
 
 
+comptime CHOICES_AHEAD = 8
+"""Choices of a token whose loads are under way at once."""
+
+
+@always_inline
+def rows_sent[
+    by_row: Bool
+](row_map: View[DType.int32], T: Int, top_k: Int, lane: Int, lanes: Int) -> Int:
+    """How many rows, or sums, leave for a source; a lane's part of them.
+
+    Parameters:
+        by_row: Whether each row travels, and not one sum for each token.
+
+    Args:
+        row_map: Int32 [T, K], of the source.
+        T: Its tokens.
+        top_k: K.
+        lane: The calling lane.
+        lanes: How many share the tokens.
+
+    Returns:
+        Of the calling lane's tokens.
+    """
+    var rows = 0
+    for t in range(lane, T, lanes):
+        var found = 0
+        for first in range(0, top_k, CHOICES_AHEAD):
+            var row = Array[Int32, CHOICES_AHEAD](fill=-1)
+            comptime for u in range(CHOICES_AHEAD):
+                if first + u < top_k:
+                    row[u] = row_map[t * top_k + first + u]
+            comptime for u in range(CHOICES_AHEAD):
+                found += Int(row[u] >= 0)
+        rows += found if by_row else min(found, 1)
+    return rows
+
+
+@always_inline
+def rows_awaited[
+    ids_dtype: DType, by_row: Bool
+](
+    s: Settings,
+    ids: View[ids_dtype],
+    T: Int,
+    peer: Int,
+    lane: Int,
+    lanes: Int,
+) -> Int:
+    """How many rows, or sums, come from a peer; a lane's part of them.
+
+    Parameters:
+        ids_dtype: Type of the ids.
+        by_row: Whether each row travels, and not one sum for each token.
+
+    Args:
+        s: The settings.
+        ids: [T, K].
+        T: The rank's tokens.
+        peer: The peer.
+        lane: The calling lane.
+        lanes: How many share the tokens.
+
+    Returns:
+        Of the calling lane's tokens.
+    """
+    var K = s.top_k
+    var wanted = UInt32(1) << UInt32(peer)
+    var rows = 0
+    for t in range(lane, T, lanes):
+        var found = 0
+        for first in range(0, K, CHOICES_AHEAD):
+            var id = Array[Int16, CHOICES_AHEAD](fill=NO_EXPERT)
+            comptime for u in range(CHOICES_AHEAD):
+                if first + u < K:
+                    id[u] = normal_id(
+                        ids[t * K + first + u].cast[DType.int64](), s.n_experts
+                    )
+            comptime for u in range(CHOICES_AHEAD):
+                found += Int(destination(id[u], s.n_local_experts()) == wanted)
+        rows += found if by_row else min(found, 1)
+    return rows
+
+
 @always_inline
 def tell_rows[
     layout: StaticString, reduce: StaticString
@@ -60,28 +145,33 @@ def tell_rows[
         epoch: The launch's epoch.
         opening: What the first store waits for.
     """
-    if warp_index() != 0 or not opening.passed():
+    # Of the last warps, which send least, the one that has not opened the launch.
+    if warp_index() != max(0, warps() - 2) or not opening.passed():
         return  # what the launch was given may be wrong
     comptime by_row = travels_by_row[layout, reduce]()
-    var K = ep.s.top_k
+    var block = ep.s.max_tokens * ep.s.top_k
     for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
         var T = Int(x.num_tokens[peer])
-        var rows: Int32 = 0
-        comptime if layout == "gathered":
-            rows = Int32(T) if lane_id() == 0 else 0
-        else:
-            for t in range(Int(lane_id()), T, WARP_SIZE):
-                var at = (peer * ep.s.max_tokens + t) * K
-                var mine: Int32 = 0
-                for k in range(K):
-                    mine += Int32(x.row_map[at + k] >= 0)
-                rows += mine if by_row else min(mine, 1)
-        rows = warp.sum(rows)
+        var rows = T
+        comptime if layout != "gathered":
+            rows = Int(
+                warp.sum(
+                    Int32(
+                        rows_sent[by_row](
+                            x.row_map.part(peer * block, block),
+                            T,
+                            ep.s.top_k,
+                            Int(lane_id()),
+                            WARP_SIZE,
+                        )
+                    )
+                )
+            )
         if lane_id() == 0:
             tell(
                 ep.count[peer],
                 ep.window.signal(ep.buffer(epoch), ep.me, 0),
-                word(epoch, Int(rows)),
+                word(epoch, rows),
             )
 
 
@@ -112,32 +202,26 @@ def compare_rows[
     """
     if warp_index() != 0:
         return
-    var s = ep.s
-    for peer in range(Int(block_idx.x), s.n_ranks, Int(grid_dim.x)):
-        var awaited: Int32 = 0
-        if s.everywhere:
-            awaited = Int32(T) if lane_id() == 0 else 0
-        else:
-            for t in range(Int(lane_id()), T, WARP_SIZE):
-                var mine: Int32 = 0
-                for k in range(s.top_k):
-                    var id = x.ids[t * s.top_k + k].cast[DType.int64]()
-                    mine += Int32(
-                        destination(
-                            normal_id(id, s.n_experts), s.n_local_experts()
+    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
+        var awaited = T
+        if not ep.s.everywhere:
+            awaited = Int(
+                warp.sum(
+                    Int32(
+                        rows_awaited[ids_dtype, by_row](
+                            ep.s, x.ids, T, peer, Int(lane_id()), WARP_SIZE
                         )
-                        == UInt32(1) << UInt32(peer)
                     )
-                awaited += mine if by_row else min(mine, 1)
-        awaited = warp.sum(awaited)
+                )
+            )
         if lane_id() == 0:
             var told = ep.chunk_of(waiter, epoch, peer, 0)
-            if told != NO_SIGNAL and told != Int(awaited):
+            if told != NO_SIGNAL and told != awaited:
                 ep.head.fail(
                     KIND_SHAPE,
                     stage,
                     peer=peer,
                     chunk=FIELD_ROWS,
                     value=told,
-                    limit=Int(awaited),
+                    limit=awaited,
                 )

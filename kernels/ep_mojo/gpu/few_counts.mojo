@@ -14,7 +14,6 @@ from ..combine_tensors import CombineInput, CombineOutput, travels_by_row
 from ..launch import Endpoint
 from ..layout import FIELD_ROWS, KIND_SHAPE, combine_header
 from ..peers import View
-from ..routing import NO_EXPERT, destination, normal_id
 from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter, word
 from .launch import warp_index, warps
@@ -74,11 +73,10 @@ def rows_sent[
         var found = 0
         for first in range(0, top_k, CHOICES_AHEAD):
             var row = Array[Int32, CHOICES_AHEAD](fill=-1)
+            comptime for u in range(CHOICES_AHEAD):  # no branch between loads
+                row[u] = row_map[t * top_k + min(first + u, top_k - 1)]
             comptime for u in range(CHOICES_AHEAD):
-                if first + u < top_k:
-                    row[u] = row_map[t * top_k + first + u]
-            comptime for u in range(CHOICES_AHEAD):
-                found += Int(row[u] >= 0)
+                found += Int((row[u] >= 0) & (first + u < top_k))
         rows += found if by_row else min(found, 1)
     return rows
 
@@ -112,19 +110,18 @@ def rows_awaited[
         Of the calling lane's tokens.
     """
     var K = s.top_k
-    var wanted = UInt32(1) << UInt32(peer)
+    var begin = Int64(peer * s.n_local_experts())  # the peer's experts
+    var end = begin + Int64(s.n_local_experts())
     var rows = 0
     for t in range(lane, T, lanes):
         var found = 0
         for first in range(0, K, CHOICES_AHEAD):
-            var id = Array[Int16, CHOICES_AHEAD](fill=NO_EXPERT)
+            var id = Array[Int64, CHOICES_AHEAD](fill=0)
+            comptime for u in range(CHOICES_AHEAD):  # no branch between loads
+                id[u] = ids[t * K + min(first + u, K - 1)].cast[DType.int64]()
             comptime for u in range(CHOICES_AHEAD):
-                if first + u < K:
-                    id[u] = normal_id(
-                        ids[t * K + first + u].cast[DType.int64](), s.n_experts
-                    )
-            comptime for u in range(CHOICES_AHEAD):
-                found += Int(destination(id[u], s.n_local_experts()) == wanted)
+                var here = (id[u] >= begin) & (id[u] < end)
+                found += Int(here & (first + u < K))
         rows += found if by_row else min(found, 1)
     return rows
 

@@ -187,17 +187,21 @@ class EPConfig:
         return self.hidden_size * DTYPE_BYTES[self.combine_dtype]
 
     @property
+    def _counted_choices(self) -> int:
+        """Tmax * K, where a gathered token counts as `GATHERED_CHOICES`."""
+        per_token = layout.GATHERED_CHOICES if self.output_layout == "gathered" else self.top_k
+        return self.max_tokens_per_rank * per_token
+
+    @property
     def few_tokens(self) -> bool:
         """Whether dispatch's windows have room for cells: R * Tmax * K is 1024 at most, gathered tokens count K = 8."""
-        choices = layout.GATHERED_CHOICES if self.output_layout == "gathered" else self.top_k
-        return self.slots == "rank" and self.n_ranks * self.max_tokens_per_rank * choices <= layout.FEW_CHOICES
+        return self.slots == "rank" and self.n_ranks * self._counted_choices <= layout.FEW_CHOICES
 
     @property
     def rows_in_cells(self) -> bool:
         """Whether combine's rows travel as cells (on GPUs that have these, and unless peers may be masked): Tmax * K is
         2048 at most, as above."""
-        choices = layout.GATHERED_CHOICES if self.output_layout == "gathered" else self.top_k
-        return self.slots == "rank" and self.max_tokens_per_rank * choices <= layout.CELL_CHOICES
+        return self.slots == "rank" and self._counted_choices <= layout.CELL_CHOICES
 
     @property
     def dispatch_message_stride(self) -> int:

@@ -79,30 +79,28 @@ def record_to_error(record: layout.Record, cfg: EPConfig) -> EPError:
 
 def _peer_mismatch(record: layout.Record, where: str) -> ShapeError:
     """What a peer's combine header says does not fit this rank's combine_wait."""
-    if record.chunk == layout.FIELD_REDUCE:
-        modes = ("expert", "source")
-        return ShapeError(
-            where,
-            field=f"reduce of rank {record.peer}",
-            value=modes[record.value & 1],
-            allowed=f"{modes[record.limit & 1]}, as here",
-            remedy=f"give all ranks the same reduce, or set EPConfig.reduce; then {RESET}",
-        )
-    if record.chunk == layout.FIELD_ROWS:
-        return ShapeError(
-            where,
-            field=f"rows that rank {record.peer} sends back",
-            value=record.value,
-            allowed=f"{record.limit}: what the choices of this combine await from it",
-            remedy=f"combine with the topk_ids of the dispatch, unchanged; then {RESET}",
-        )
-    return ShapeError(
-        where,
-        field=f"tokens of this rank in the handle of rank {record.peer}",
-        value=record.value,
-        allowed=f"{record.limit}: the tokens of this combine",
-        remedy=f"combine with the handle, topk_ids and num_tokens of one dispatch on all ranks; then {RESET}",
-    )
+    modes = ("expert", "source")
+    field, value, allowed, fix = {
+        layout.FIELD_REDUCE: (
+            f"reduce of rank {record.peer}",
+            modes[record.value & 1],
+            f"{modes[record.limit & 1]}, as here",
+            "give all ranks the same reduce, or set EPConfig.reduce",
+        ),
+        layout.FIELD_ROWS: (
+            f"rows that rank {record.peer} sends back",
+            record.value,
+            f"{record.limit}: what the choices of this combine await from it",
+            "combine with the topk_ids of the dispatch, unchanged",
+        ),
+        layout.FIELD_HANDLE_TOKENS: (
+            f"tokens of this rank in the handle of rank {record.peer}",
+            record.value,
+            f"{record.limit}: the tokens of this combine",
+            "combine with the handle, topk_ids and num_tokens of one dispatch on all ranks",
+        ),
+    }[record.chunk]
+    return ShapeError(where, field=field, value=value, allowed=allowed, remedy=f"{fix}; then {RESET}")
 
 
 def _signal_name(chunk: int) -> str:

@@ -59,7 +59,7 @@ def full_cell(row: SIMD[DType.uint64, 2]) -> Cell:
         in one of them: NaN too.
     """
     var cell = Cell(row[0] ^ FULL_LOW, row[1] ^ FULL_HIGH)
-    if cell.payload | cell.word == 0:
+    if not is_full(cell):
         cell.payload = 1
     return cell
 

@@ -96,8 +96,6 @@ struct Settings(TrivialRegisterPassable):
     """Messages and tables travel as cells (`cell.mojo`), on targets that have them. Not where peers may be masked."""
     var rows_in_cells: Bool
     """So do combine's rows: `CELL_CHOICES` at most."""
-    var narrow: Bool
-    """These are cut into small pieces: `NARROW_TOKENS` at most."""
 
     def __init__(out self, words: View[DType.int64]):
         """Read the settings tensor.
@@ -137,7 +135,6 @@ struct Settings(TrivialRegisterPassable):
             and not self.shrinks
             and choices <= CELL_CHOICES
         )
-        self.narrow = self.n_ranks * self.max_tokens <= NARROW_TOKENS
 
     def __init__(
         out self,
@@ -187,7 +184,6 @@ struct Settings(TrivialRegisterPassable):
         self.few_tokens = False
         self.in_cells = False
         self.rows_in_cells = False
-        self.narrow = False
 
     def words(self) -> StaticTuple[Int64, SETTINGS_WORDS]:
         """The settings as the words of a settings tensor.
@@ -257,6 +253,15 @@ struct Settings(TrivialRegisterPassable):
             Bytes: of a message, or of its cells where there are few tokens.
         """
         return (1 + Int(self.few_tokens)) * self.message_bytes
+
+    @always_inline
+    def narrow(self) -> Bool:
+        """Whether combine cuts rows that travel as cells into small pieces.
+
+        Returns:
+            True up to `NARROW_TOKENS`.
+        """
+        return self.n_ranks * self.max_tokens <= NARROW_TOKENS
 
     @always_inline
     def n_signals(self, tokens: Int) -> Int:

@@ -65,6 +65,18 @@ def sent_back(engine, reduce, rnd=None):
     return play
 
 
+def refused_until_reset(engine, play, ids, error, text):
+    """Rank 1 sums with other choices than it has sent with: nothing comes of it, and after a reset nothing is left."""
+    play.rounds[0].case.topk_ids[1] = ids
+    for rank in range(engine.cfg.n_ranks):
+        play.step("receive_back", rank)
+    assert not play.outputs[0][1].any()
+    fails(engine, error, text, [1])
+    engine.comm.reset()
+    for seed in range(3):
+        assert_right(engine, seed)
+
+
 @pytest.mark.parametrize("reduce", REDUCE_MODES)
 def test_combine_awaits_fewer_rows_than_come(engine, reduce):
     """What nobody reads would lie there for a later round: an error, and nothing of it is left after a reset."""
@@ -73,14 +85,8 @@ def test_combine_awaits_fewer_rows_than_come(engine, reduce):
     play = sent_back(engine, reduce)
     ids = play.rounds[0].case.topk_ids[1].copy()
     ids[0] = -1
-    play.rounds[0].case.topk_ids[1] = ids
-    for rank in range(engine.cfg.n_ranks):
-        play.step("receive_back", rank)
-    assert not play.outputs[0][1].any()
-    fails(engine, ep.ShapeError, "rows that rank . sends back = .*rank 1, combine_wait.*topk_ids", [1])
-    engine.comm.reset()
-    for seed in range(3):
-        assert_right(engine, seed)
+    text = "rows that rank . sends back = .*rank 1, combine_wait.*topk_ids"
+    refused_until_reset(engine, play, ids, ep.ShapeError, text)
 
 
 def test_combine_awaits_as_many_sums_as_come_but_others(engine):
@@ -92,14 +98,7 @@ def test_combine_awaits_as_many_sums_as_come_but_others(engine):
     ranks = [set(row // engine.cfg.n_local_experts) for row in ids]
     other = next(t for t, found in enumerate(ranks) if found != ranks[0])
     ids[[0, other]] = ids[[other, 0]]
-    play.rounds[0].case.topk_ids[1] = ids
-    for rank in range(engine.cfg.n_ranks):
-        play.step("receive_back", rank)
-    assert not play.outputs[0][1].any()
-    fails(engine, ep.OrderError, "rank 1, combine_wait", [1])
-    engine.comm.reset()
-    for seed in range(3):
-        assert_right(engine, seed)
+    refused_until_reset(engine, play, ids, ep.OrderError, "rank 1, combine_wait")
 
 
 @pytest.mark.parametrize("reduce", REDUCE_MODES)

@@ -275,17 +275,17 @@ struct Cells[n: Int, full: Bool = False](Movable):
             False when the rank has failed.
         """
         var spins = 0
+        # Of one that is missing. What was in an empty place is of the buffer's last round.
+        var seen = word(
+            epoch - min(epoch, UInt64(ep.s.num_buffers)), 0
+        ) if Self.full else UInt64(0)
+        var peer: Int32 = 0
         while self.missing != 0:
             comptime for i in range(Self.n):
                 if self.missing & UInt32(1 << i) != 0:
                     var cell = load_cell(self.at[i])
                     self.payload[i] = cell.payload
                     self.word[i] = cell.word
-            # What was in an empty place is of the buffer's last round.
-            var seen = word(
-                epoch - min(epoch, UInt64(ep.s.num_buffers)), 0
-            ) if Self.full else UInt64(0)
-            var peer: Int32 = 0
             comptime for i in range(Self.n):
                 if self.missing & UInt32(1 << i) != 0:
                     if self._is_there(i, epoch):

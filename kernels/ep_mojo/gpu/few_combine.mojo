@@ -252,7 +252,7 @@ def few_combine_async[
     """
     var tokens = peers.s.n_ranks * peers.s.max_tokens
     comptime for narrow in [True, False]:
-        if narrow == peers.s.narrow:
+        if narrow == peers.s.narrow():
             comptime stage_of = few_combine_async_stage[
                 dtype, hidden, layout, reduce, narrow
             ]
@@ -306,7 +306,7 @@ def few_combine_wait[
         What the driver raises.
     """
     comptime for narrow in [True, False]:
-        if narrow == peers.s.narrow:
+        if narrow == peers.s.narrow():
             comptime stage_of = few_combine_wait_stage[
                 dtype,
                 out_dtype,
@@ -368,7 +368,7 @@ def few_combine[
     """
     var tokens = peers.s.n_ranks * peers.s.max_tokens
     comptime for narrow in [True, False]:
-        if narrow == peers.s.narrow:
+        if narrow == peers.s.narrow():
             comptime stage_of = few_combine_stage[
                 dtype,
                 out_dtype,

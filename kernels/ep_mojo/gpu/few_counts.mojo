@@ -50,6 +50,52 @@ comptime CHOICES_AHEAD = 8
 
 
 @always_inline
+def count_travelling[
+    dtype: DType, //, by_row: Bool
+](
+    choices: View[dtype],
+    begin: Int64,
+    end: Int64,
+    T: Int,
+    top_k: Int,
+    lane: Int,
+    lanes: Int,
+) -> Int:
+    """How many rows, or sums, travel for some tokens: of choices whose value lies in a range; a lane's part of them.
+
+    Parameters:
+        dtype: Type of the choices.
+        by_row: Whether each row travels, and not one sum for each token.
+
+    Args:
+        choices: [T, K].
+        begin: The least value in the range.
+        end: The one behind the largest.
+        T: The tokens.
+        top_k: K.
+        lane: The calling lane.
+        lanes: How many share the tokens.
+
+    Returns:
+        Of the calling lane's tokens.
+    """
+    var rows = 0
+    for t in range(lane, T, lanes):
+        var found = 0
+        for first in range(0, top_k, CHOICES_AHEAD):
+            var value = Array[Int64, CHOICES_AHEAD](fill=0)
+            comptime for u in range(CHOICES_AHEAD):  # no branch between loads
+                value[u] = choices[t * top_k + min(first + u, top_k - 1)].cast[
+                    DType.int64
+                ]()
+            comptime for u in range(CHOICES_AHEAD):
+                var here = (value[u] >= begin) & (value[u] < end)
+                found += Int(here & (first + u < top_k))
+        rows += found if by_row else min(found, 1)
+    return rows
+
+
+@always_inline
 def rows_sent[
     by_row: Bool
 ](row_map: View[DType.int32], T: Int, top_k: Int, lane: Int, lanes: Int) -> Int:
@@ -68,17 +114,9 @@ def rows_sent[
     Returns:
         Of the calling lane's tokens.
     """
-    var rows = 0
-    for t in range(lane, T, lanes):
-        var found = 0
-        for first in range(0, top_k, CHOICES_AHEAD):
-            var row = Array[Int32, CHOICES_AHEAD](fill=-1)
-            comptime for u in range(CHOICES_AHEAD):  # no branch between loads
-                row[u] = row_map[t * top_k + min(first + u, top_k - 1)]
-            comptime for u in range(CHOICES_AHEAD):
-                found += Int((row[u] >= 0) & (first + u < top_k))
-        rows += found if by_row else min(found, 1)
-    return rows
+    return count_travelling[by_row](
+        row_map, 0, Int64.MAX, T, top_k, lane, lanes
+    )
 
 
 @always_inline
@@ -109,21 +147,9 @@ def rows_awaited[
     Returns:
         Of the calling lane's tokens.
     """
-    var K = s.top_k
     var begin = Int64(peer * s.n_local_experts())  # the peer's experts
     var end = begin + Int64(s.n_local_experts())
-    var rows = 0
-    for t in range(lane, T, lanes):
-        var found = 0
-        for first in range(0, K, CHOICES_AHEAD):
-            var id = Array[Int64, CHOICES_AHEAD](fill=0)
-            comptime for u in range(CHOICES_AHEAD):  # no branch between loads
-                id[u] = ids[t * K + min(first + u, K - 1)].cast[DType.int64]()
-            comptime for u in range(CHOICES_AHEAD):
-                var here = (id[u] >= begin) & (id[u] < end)
-                found += Int(here & (first + u < K))
-        rows += found if by_row else min(found, 1)
-    return rows
+    return count_travelling[by_row](ids, begin, end, T, s.top_k, lane, lanes)
 
 
 @always_inline

@@ -55,11 +55,14 @@ def row_alignment[size: Int, width: Int]() -> Int:
 
 @always_inline
 def load_f32[
-    dtype: DType, width: Int
-](row: Bytes, i: Int) -> SIMD[DType.float32, width]:
+    space: AddressSpace, //, dtype: DType, width: Int
+](row: Pointer[UInt8, MutUntrackedOrigin, address_space=space], i: Int) -> SIMD[
+    DType.float32, width
+]:
     """Load values of a row and widen them, exactly.
 
     Parameters:
+        space: Where the row is.
         dtype: The row's type, bfloat16 or float32.
         width: How many.
 
@@ -173,13 +176,18 @@ def of_payload[
 
 @always_inline
 def store_f32[
-    dtype: DType, width: Int, streams: Bool = False
-](row: Bytes, i: Int, value: SIMD[DType.float32, width]):
+    space: AddressSpace, //, dtype: DType, width: Int, streams: Bool = False
+](
+    row: Pointer[UInt8, MutUntrackedOrigin, address_space=space],
+    i: Int,
+    value: SIMD[DType.float32, width],
+):
     """Round values once (to nearest even) and store them. NaN stays NaN, subnormals stay subnormal.
 
     NVIDIA GPUs from sm_90 on round by an instruction of theirs, to the same bits but for NaN, which has one pattern.
 
     Parameters:
+        space: Where the row is.
         dtype: The row's type, bfloat16 or float32.
         width: How many.
         streams: Whether the store goes past the caches; then it is aligned to its size, up to 64 bytes.
@@ -213,13 +221,17 @@ def store_f32[
 
 @always_inline
 def accumulate[
-    dtype: DType, width: Int
-](acc: SIMD[DType.float32, width], row: Bytes, i: Int, weight: Float32) -> SIMD[
-    DType.float32, width
-]:
+    space: AddressSpace, //, dtype: DType, width: Int
+](
+    acc: SIMD[DType.float32, width],
+    row: Pointer[UInt8, MutUntrackedOrigin, address_space=space],
+    i: Int,
+    weight: Float32,
+) -> SIMD[DType.float32, width]:
     """Add a weighted row: fma(w, x, acc), rounded once.
 
     Parameters:
+        space: Where the row is.
         dtype: The row's type.
         width: How many values.
 

@@ -145,21 +145,24 @@ struct View[dtype: DType](TrivialRegisterPassable):
 
 @always_inline
 def typed[
-    dtype: DType
-](base: Bytes, offset: Int) -> Pointer[Scalar[dtype], MutUntrackedOrigin]:
-    """A typed pointer at a byte offset of a window.
+    space: AddressSpace, //, dtype: DType
+](
+    base: Pointer[UInt8, MutUntrackedOrigin, address_space=space], offset: Int
+) -> Pointer[Scalar[dtype], MutUntrackedOrigin, address_space=space]:
+    """A typed pointer at a byte offset of a window, or of shared memory.
 
     Parameters:
+        space: Where both point to.
         dtype: Element type.
 
     Args:
-        base: Start of the window.
+        base: Its start.
         offset: Byte offset from `layout.mojo`.
 
     Returns:
         The pointer.
     """
-    return Pointer[Scalar[dtype], MutUntrackedOrigin](
+    return Pointer[Scalar[dtype], MutUntrackedOrigin, address_space=space](
         unsafe_from_address=Int(base.unsafe_offset(offset))
     )
 

@@ -6,16 +6,16 @@ A small data-flow analysis over the control-flow graph of each function. On some
     dirty      an ordinary store to what may be shared memory that no proxy fence has followed
     unfenced   a store that no fence at system scope has followed
     reading    a bulk store whose source may still be read, since no `wait_group` of either kind has followed
-    acquired   an acquire that no proxy fence has followed
+    acquired   an acquire that no full proxy fence has followed
     shared     a barrier of the CTA behind dirty stores, and none behind a fence since: other threads' may be unfenced
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
-store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired; an
-ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at paths:
-any non-coherent or relaxed load but that of a cell, a release at a scope below the device, an mbarrier at which threads
-meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and jumps that this
-analysis does not follow. In kernels where threads write shared memory for one another's bulk stores, such a store
-while shared is an error, too.
+store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired, or an
+arrival at an mbarrier, which hands that on, in a kernel with bulk stores to peers; an ordinary store to what may be
+shared memory, or a bulk load into it, while it may be read. And without looking at paths: any non-coherent or relaxed
+load but that of a cell, a release at a scope below the device, an mbarrier at which threads meet without order, fewer
+signals than the kernel has, arithmetic that flushes or approximates, and jumps that this analysis does not follow. In
+kernels where threads write shared memory for one another's bulk stores, such a store while shared is an error, too.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def errors(function: Function, writes_for_others: bool = False) -> list[str]:
         for text in lines
         if re.search(pattern, text)
     ]
+    hands_on = not any(CELL in text for text in lines)  # with cells peers get no bulk stores
     states: dict[int, int] = {0: 0}
     work = [0]
     while work:
@@ -115,6 +116,8 @@ def errors(function: Function, writes_for_others: bool = False) -> list[str]:
     for i, state in sorted(states.items()):
         if i < len(lines):
             looked_at = state if writes_for_others else state & ~SHARED
+            if hands_on and looked_at & ACQUIRED and "mbarrier.arrive.release" in lines[i]:
+                found.append(f"{function.name}: hands on an acquire without a proxy fence: {lines[i]}")
             found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], looked_at)]
     return found
 

@@ -166,7 +166,7 @@ def test_a_message_is_fenced_by_those_who_wrote_it(kernels, name):
     """Threads put a message's payload into shared memory, and others store it to its rows in bulk."""
     ptx = kernels[name]
     assert not broken(ptx, writes_for_others=True)
-    fences = [m.span() for m in re.finditer(r"fence\.proxy\.async;", ptx)]
+    fences = [m.span() for m in re.finditer(r"fence\.proxy\.async\.shared::cta;", ptx)]
     without = [broken(ptx[:begin] + ptx[end:], writes_for_others=True) for begin, end in fences]
     assert any("other threads may have written" in text for found in without for text in found)
 
@@ -174,7 +174,9 @@ def test_a_message_is_fenced_by_those_who_wrote_it(kernels, name):
 BREAKS = {
     "no wait before the signal": ("cp.async.bulk.wait_group 0;", "", "under way"),
     "a wait for reading only": ("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;", "under way"),
-    "no proxy fence before a store": ("fence.proxy.async;", "", "without a proxy fence"),
+    "no proxy fence before a store": ("fence.proxy.async.shared::cta;", "", "without a proxy fence"),
+    "no proxy fence behind a credit": ("fence.proxy.async;", "", "hands on"),
+    "a fence of shared memory alone": ("fence.proxy.async;", "fence.proxy.async.shared::cta;", "hands on"),
     "no proxy fence before a load": ("fence.proxy.async;", "", "bulk load without"),
     "no wait before a slot is used again": ("cp.async.bulk.wait_group.read 0;", "", "a slot is written"),
     "a relaxed await": ("ld.acquire.sys", "ld.relaxed.sys", "acquires nothing"),

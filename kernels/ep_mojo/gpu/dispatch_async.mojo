@@ -35,7 +35,12 @@ from .precedence import precedence, queue
 from .routing import ballot, destination_of_lanes
 from .share import MAX_CREW, Crew, Share
 from .shared_memory import SLOT_ALIGNMENT
-from .shared_rows import finish_stores, release_slots, store_row
+from .shared_rows import (
+    finish_stores,
+    order_for_bulk,
+    release_slots,
+    store_row,
+)
 from .timeline import (
     MARK_IDS_READ,
     MARK_MESSAGES_ARRIVED,
@@ -187,6 +192,7 @@ def _tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
         var peer = Int(lane_id())
         var T = await_note(ep, waiter, epoch, WORK_TABLED, peer, peer=peer)
         left = T != NO_SIGNAL
+    order_for_bulk()
     return ballot(not left) == 0
 
 

@@ -45,6 +45,7 @@ from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import (
     SlotTeam,
     finish_stores,
+    order_for_bulk,
     release_slots,
 )
 from .timeline import (
@@ -142,6 +143,7 @@ def copy_rows[
         if begin >= T:
             continue
         var signal = ep.chunk_of(waiter, epoch, r, chunk)
+        order_for_bulk()  # the messages may be brought in then
         if ballot(signal == NO_SIGNAL) != 0:
             break
         var came = ballot(signal == MASKED) == 0

@@ -33,7 +33,12 @@ from .precedence import precedence, queue
 from .routing import ballot
 from .share import Share
 from .shared_memory import SLOT_ALIGNMENT
-from .shared_rows import finish_stores, release_slots, store_row
+from .shared_rows import (
+    finish_stores,
+    order_for_bulk,
+    release_slots,
+    store_row,
+)
 
 
 @always_inline
@@ -83,6 +88,7 @@ def _send_rows[
 ):
     """Store the rows, 32 at a time."""
     comptime size = row_bytes[dtype, hidden]()
+    order_for_bulk()
     var s = ep.s
     var n = min(src_info.size // 2, rows.size // size)
     var limit = s.n_ranks * s.max_tokens

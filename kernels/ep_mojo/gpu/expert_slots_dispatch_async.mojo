@@ -50,7 +50,12 @@ from .launch import (
 from .precedence import precedence, queue
 from .routing import AHEAD, ballot, run_of, same_lanes
 from .shared_memory import SLOT_ALIGNMENT
-from .shared_rows import finish_stores, release_slots, store_row
+from .shared_rows import (
+    finish_stores,
+    order_for_bulk,
+    release_slots,
+    store_row,
+)
 
 
 @always_inline
@@ -252,6 +257,7 @@ def _send_tokens[
     comptime if input_scales:
         comptime scale_of = input_scales.value()
         factor = scale_of[DType.float32](0)
+    order_for_bulk()
     var lane = Int(lane_id())
     var below = (UInt64(1) << UInt64(lane)) - 1
     for t in range(first, end):

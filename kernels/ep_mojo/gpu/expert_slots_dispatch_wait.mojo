@@ -43,6 +43,7 @@ from .notes import await_note
 from .precedence import precedence, queue
 from .routing import ballot
 from .share import Share
+from .shared_rows import order_for_bulk
 
 
 struct Blocks(Movable):
@@ -260,9 +261,9 @@ def _copy_messages[
     F: TokenFormat, layout: StaticString
 ](ep: Endpoint[True], blocks: Blocks, rows: Rows[F, layout]):
     """Copy messages to their rows, 32 of a block at a time."""
+    order_for_bulk()
     var s = ep.s
     var R = s.n_ranks
-    var out_ = rows.out
     var lane = Int(lane_id())
     var slot = warp_slot(warp_memory(slot_bytes[F]()), sending=False)
     var per_block = (s.max_tokens + WARP_SIZE - 1) // WARP_SIZE
@@ -290,12 +291,11 @@ def _copy_messages[
             source_token = b % R * s.max_tokens + token_of(mine)
         var rows_here = Int32(pop_count(mask))
         var mine = row + Int(warp.prefix_sum[exclusive=True](rows_here))
-        _note_rows(s, out_, mask, source_token, mine)
+        _note_rows(s, rows.out, mask, source_token, mine)
         for j in range(min(WARP_SIZE, n - begin)):
             var at = Int(warp.shuffle_idx(Int32(mine), UInt32(j)))
-            var copies = Int(warp.shuffle_idx(rows_here, UInt32(j)))
             slot.load[F.message_bytes](payload(message_of(ep, b, begin + j)))
-            for i in range(copies):
+            for i in range(Int(warp.shuffle_idx(rows_here, UInt32(j)))):
                 rows.put[WarpTeam](slot.row, at + i)
 
 

@@ -73,7 +73,7 @@ def few_combine_async_stage[
     var opening = Opening()
     if opening.opens():
         open_send_back[dtype, hidden](ep, x, stage)
-        opening.decide(ep)
+        opening.decide[bulk=False](ep)
         if opening.passed():
             tell_headers[layout, reduce](ep, x, epoch)
     opening.settle()
@@ -186,7 +186,7 @@ def few_combine_stage[
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
         open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
-        opening.decide(ep)
+        opening.decide[bulk=False](ep)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():
             tell_headers[layout, reduce](ep, x, sent)

@@ -90,7 +90,7 @@ def few_dispatch_async_stage[
     var opening = Opening()
     if opening.opens():
         open_send(ep, input.value, stage)
-        opening.decide(ep)
+        opening.decide[bulk=False](ep)
     opening.settle()
     send_tables_as_cells(ep, input.value, epoch, opening)
     # Those that send no table come first.
@@ -170,7 +170,7 @@ def few_dispatch_stage[
         open_send(ep, x, STAGE_DISPATCH)
         if lane_id() == 0:
             _ = ep.begin_wait(STAGE_DISPATCH, sent)
-        opening.decide(ep)
+        opening.decide[bulk=False](ep)
         mark[MARK_OPENED](ep)
     opening.settle()
     var cta = Int(block_idx.x)

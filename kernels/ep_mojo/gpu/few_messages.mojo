@@ -24,11 +24,11 @@ from .launch import warp_index, warps
 from .opening import Opening
 from .routing import ballot
 from .share import Share
-from .shared_memory import SLOTS, moves_in_bulk, shared_memory
+from .shared_memory import SLOTS, shared_memory
 from .shared_rows import (
     SlotTeam,
     finish_stores,
-    order_for_bulk,
+    order_shared_for_bulk,
     release_slots,
 )
 from .timeline import (
@@ -261,8 +261,7 @@ def receive_messages[
             few.message,
         ):
             few.failed[0] = 1
-        comptime if moves_in_bulk():
-            order_for_bulk()
+        order_shared_for_bulk()
         barrier()
         if few.failed[0] != 0:
             break

@@ -19,7 +19,12 @@ from .headers import await_tokens
 from .launch import warp_memory, warp_slot
 from .routing import ballot
 from .share import Share
-from .shared_rows import SlotTeam, finish_stores, release_slots
+from .shared_rows import (
+    SlotTeam,
+    finish_stores,
+    order_for_bulk,
+    release_slots,
+)
 from .timeline import (
     MARK_HEADER_SEEN,
     MARK_MESSAGE_LOADED,
@@ -103,7 +108,9 @@ def gather_rows[
         if begin >= T:
             continue
         var first = rows_before(tokens, r)
-        if ballot(ep.chunk_of(waiter, epoch, r, chunk) != 0) != 0:
+        var signal = ep.chunk_of(waiter, epoch, r, chunk)
+        order_for_bulk()  # the messages may be brought in then
+        if ballot(signal != 0) != 0:
             break
         mark[MARK_SIGNAL_SEEN](ep)
         for t in range(begin, min(begin + s.tokens_per_signal, T)):

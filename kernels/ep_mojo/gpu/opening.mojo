@@ -16,6 +16,7 @@ from ..peers import View
 from .launch import warp_index, warps
 from .routing import ballot
 from .share import begin_crews
+from .shared_rows import order_for_bulk
 from .shared_memory import (
     OPENING_BARRIER,
     OPENING_WORD,
@@ -67,11 +68,14 @@ struct Opening(Copyable, Movable):
         return warp_index() == warps() - 1
 
     @always_inline
-    def decide[has_table: Bool](mut self, ep: Endpoint[has_table]):
+    def decide[
+        has_table: Bool, //, bulk: Bool = True
+    ](mut self, ep: Endpoint[has_table]):
         """Let the launch go on unless the rank has failed; the opening warp calls this once, when all lanes are done.
 
         Parameters:
             has_table: True for dispatch, False for combine.
+            bulk: Whether peers get bulk stores: these come behind the credits then.
 
         Args:
             ep: The rank.
@@ -81,8 +85,13 @@ struct Opening(Copyable, Movable):
         if ep.s.shrinks:
             var peer = Int(lane_id())
             masked = ballot(peer < ep.s.n_ranks and ep.is_masked(peer))
+        var open: Int32 = 0
         if lane_id() == 0:
-            var open = Int32(not ep.head.failed())
+            open = Int32(not ep.head.failed())
+        comptime if bulk:
+            order_for_bulk()
+            syncwarp()
+        if lane_id() == 0:
             Self._word()[0] = open + 2 * masked.cast[DType.int32]()
             comptime if moves_in_bulk():
                 Self._barrier().arrive(1)

@@ -22,7 +22,6 @@ from .launch import warp_memory
 from .ring import Ring
 from .routing import ballot
 from .share import Share
-from .shared_memory import moves_in_bulk
 from .shared_rows import order_for_bulk
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
 from .sums import Batch, Sums, add_row, sum_all
@@ -218,8 +217,7 @@ struct TokenSums[
             signal = self.ep.chunk_of(
                 waiter, self.epoch, lane, Int(batch.chunk)
             )
-        comptime if moves_in_bulk():
-            order_for_bulk()  # the rows may be brought in then
+        order_for_bulk()  # the rows may be brought in then
         if ballot(signal == NO_SIGNAL) != 0:
             return False
         comptime if Self.by_row:

@@ -21,12 +21,14 @@ from .shared_memory import (
     RING_ROWS,
     MAX_WARPS,
     SharedBarrier,
+    SharedBytes,
+    in_shared,
     moves_in_bulk,
     shared_address,
     shared_memory,
 )
 from .launch import warp_index
-from .shared_rows import order_for_bulk, order_reads_for_bulk
+from .shared_rows import order_for_bulk, order_shared_for_bulk
 
 
 struct Ring[row_bytes: Int](Movable):
@@ -102,7 +104,7 @@ struct Ring[row_bytes: Int](Movable):
             if lane_id() == 0:
                 var barrier = self._barrier(self.next)
                 barrier.expect(n)
-                order_reads_for_bulk()
+                order_shared_for_bulk()
                 inlined_assembly[
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3]; // ring",
                     NoneType,
@@ -122,7 +124,7 @@ struct Ring[row_bytes: Int](Movable):
             self.next = 0
 
     @always_inline
-    def take(self) -> Bytes:
+    def take(self) -> SharedBytes:
         """Wait for the oldest row.
 
         Returns:
@@ -130,7 +132,7 @@ struct Ring[row_bytes: Int](Movable):
         """
         comptime if moves_in_bulk():
             self._barrier(self.oldest).wait(self.phase)
-        return self._row(self.oldest)
+        return in_shared(self._row(self.oldest))
 
     @always_inline
     def release(mut self):

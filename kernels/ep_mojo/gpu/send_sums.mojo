@@ -21,7 +21,7 @@ from .ring import Ring
 from .routing import ballot
 from .share import MAX_CREW, Crew, Share
 from .launch import warp_memory
-from .shared_memory import RING_ROWS
+from .shared_memory import RING_ROWS, in_shared
 from .shared_rows import finish_stores, release_slots, store_slice
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
 from .sums import Batch, Sums, sum_all
@@ -230,13 +230,14 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         comptime item = size_of[Scalar[Self.wire]]()
         comptime V = WarpTeam.sum_width
         release_slots()
+        var slice = in_shared(self.slice)
         comptime for block in range(blocks(units)):
             if block == 0 or Int32(block * BLOCK * UNIT) < span.size:
                 comptime for u in range(
                     block * BLOCK, min(units, (block + 1) * BLOCK)
                 ):
                     store_f32[Self.wire, V](
-                        self.slice, u * UNIT + Int(lane_id()) * V, sum[u]
+                        slice, u * UNIT + Int(lane_id()) * V, sum[u]
                     )
         mark[MARK_COMBINE_SUM_READY](self.ep)
         if not self.opening.passed():

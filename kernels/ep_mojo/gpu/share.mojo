@@ -14,7 +14,7 @@ from .shared_memory import (
     moves_in_bulk,
     shared_memory,
 )
-from .shared_rows import RowSlot, order_for_bulk
+from .shared_rows import RowSlot, order_shared_for_bulk
 
 
 @always_inline
@@ -193,7 +193,7 @@ struct Crew(Movable):
         before bulk stores of it."""
         comptime if moves_in_bulk():
             if self.size > 1:
-                order_for_bulk()
+                order_shared_for_bulk()
                 syncwarp()
                 var barrier = _crew_barrier(self.leader)
                 if lane_id() == 0:

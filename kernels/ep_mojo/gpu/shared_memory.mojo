@@ -91,6 +91,28 @@ def shared_address(p: Bytes) -> UInt32:
     )
 
 
+comptime SharedBytes = Pointer[
+    UInt8, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
+"""Shared memory, which is loaded and stored by the instructions that know it: ordinary pointers are looked at first."""
+
+
+@always_inline
+def in_shared(p: Bytes) -> SharedBytes:
+    """The same place, as what it is.
+
+    Args:
+        p: An ordinary pointer into shared memory.
+
+    Returns:
+        The pointer.
+    """
+    comptime if is_nvidia_gpu():
+        return SharedBytes(unsafe_from_address=Int(shared_address(p)))
+    else:
+        return p.unsafe_address_space_cast[AddressSpace.SHARED]()
+
+
 struct SharedBarrier(TrivialRegisterPassable):
     """An mbarrier, on sm_90 and newer: a phase ends when all its arrivals have come, and the bytes that were announced.
 

@@ -9,11 +9,13 @@ the same, and so is what the caller must do:
     SlotTeam       copies slot -> global on the way of a format
     finish_stores  all stores of the calling lane have arrived: only now may it publish a signal that covers them
     release_slots  the slots may be written again
-    order_for_bulk the fence between ordinary accesses and bulk copies, for those that need one more
+    order_for_bulk the fence between ordinary accesses and bulk copies: behind an acquire, before what it covers moves
+    order_shared_for_bulk  the same for shared memory alone, which costs next to nothing
 
 Rules of order, held by the PTX test (docs/protocol.md): ordinary stores to a slot come before a proxy fence and a warp
 barrier, before any bulk store of it; a full `wait_group 0`, by the lane that started them, comes between bulk stores
-and the signal; a proxy fence comes between an acquire and a bulk load of what it covers.
+and the signal; `order_for_bulk` comes between an acquire and a bulk load of what it covers, and between the acquire of
+a credit and the bulk stores that it allows.
 """
 
 from max.gpu import lane_id
@@ -29,16 +31,21 @@ from .shared_memory import SharedBarrier, moves_in_bulk, shared_address
 
 @always_inline
 def order_for_bulk():
-    """Order what this thread has done or seen before bulk copies that come after it: a fence between the proxies."""
-    inlined_assembly["fence.proxy.async;", NoneType, constraints="~{memory}"]()
+    """Order what this thread has done or seen, in any memory, before bulk copies that come after it: a fence between
+    the proxies. It waits for what the thread has stored, as a fence at device scope does: not for each row."""
+    comptime if moves_in_bulk():
+        inlined_assembly[
+            "fence.proxy.async;", NoneType, constraints="~{memory}"
+        ]()
 
 
 @always_inline
-def order_reads_for_bulk():
-    """Order reads of shared memory that this thread has done or seen before bulk copies into it that come after it."""
-    inlined_assembly[
-        "fence.proxy.async.shared::cta;", NoneType, constraints="~{memory}"
-    ]()
+def order_shared_for_bulk():
+    """Order what this thread has done to shared memory, or read there, before bulk copies that come after it."""
+    comptime if moves_in_bulk():
+        inlined_assembly[
+            "fence.proxy.async.shared::cta;", NoneType, constraints="~{memory}"
+        ]()
 
 
 struct RowSlot(Movable):
@@ -78,12 +85,13 @@ struct RowSlot(Movable):
             n: Bytes.
 
         Args:
-            source: Global memory, aligned to 16. What an acquire of this warp covers may be loaded.
+            source: Global memory, aligned to 16. What an acquire covers may be loaded when who acquired it has called
+                `order_for_bulk` and met the warp.
         """
         syncwarp()  # nobody reads the slot any more
         comptime if moves_in_bulk() and n % 16 == 0:
             if lane_id() == 0 and self.mine:
-                order_for_bulk()
+                order_shared_for_bulk()
                 self.barrier.expect(n)
                 inlined_assembly[
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
@@ -107,7 +115,8 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
     """Store a row to as many places as there are bits; all lanes of the warp call this.
 
     Lane i stores to its own `target` where bit i is set. `finish_stores` comes before any signal. What the warp has
-    written to the slot with ordinary stores comes first, and so does what the credit covers: the peer's reads.
+    written to the slot with ordinary stores comes first; and so does what the credit covers, the peer's reads: whoever
+    acquired it has called `order_for_bulk` before the others met it.
 
     Parameters:
         n: Bytes.
@@ -118,7 +127,7 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
         target: The calling lane's place, aligned to 16.
     """
     comptime if moves_in_bulk() and n % 16 == 0:
-        order_for_bulk()
+        order_shared_for_bulk()
         syncwarp()
         if (targets >> UInt32(lane_id())) & 1 == 1:
             _store_in_bulk(row, target, n)
@@ -134,7 +143,7 @@ def store_row[n: Int](row: Bytes, targets: UInt32, target: Bytes):
 
 @always_inline
 def store_slice(slice: Bytes, target: Bytes, n: Int):
-    """Store a slice of a row; all lanes of the warp call this, and `finish_stores` comes before any signal.
+    """Store a slice of a row, as `store_row` does; all lanes of the warp call this.
 
     Args:
         slice: Shared memory that the warp has written with ordinary stores.
@@ -142,7 +151,7 @@ def store_slice(slice: Bytes, target: Bytes, n: Int):
         n: Bytes, a multiple of 16.
     """
     comptime if moves_in_bulk():
-        order_for_bulk()
+        order_shared_for_bulk()
         syncwarp()
         if lane_id() == 0:
             _store_in_bulk(slice, target, n)
@@ -222,7 +231,7 @@ struct SlotTeam(Team):
         comptime if moves_in_bulk():
             if n % 16 == 0 and Int(target) % 16 == 0:
                 if lane_id() == 0:
-                    order_for_bulk()
+                    order_shared_for_bulk()
                     _store_in_bulk(source, target, n)
                 return True
         return False

@@ -7,15 +7,17 @@ A small data-flow analysis over the control-flow graph of each function. On some
     unfenced   a store that no fence at system scope has followed
     reading    a bulk store whose source may still be read, since no `wait_group` of either kind has followed
     acquired   an acquire that no full proxy fence has followed
+    taken      a bulk load into a slot, whose last row lanes may have read since, that no proxy fence has followed
     shared     a barrier of the CTA behind dirty stores, and none behind a fence since: other threads' may be unfenced
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
-store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired, or an
-arrival at an mbarrier, which hands that on, in a kernel with bulk stores to peers; an ordinary store to what may be
-shared memory, or a bulk load into it, while it may be read. And without looking at paths: any non-coherent or relaxed
-load but that of a cell, a release at a scope below the device, an mbarrier at which threads meet without order, fewer
-signals than the kernel has, arithmetic that flushes or approximates, and jumps that this analysis does not follow. In
-kernels where threads write shared memory for one another's bulk stores, such a store while shared is an error, too.
+store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired or taken;
+while acquired an arrival at an mbarrier, which hands that on, and a bulk store, in kernels whose peers get no cells;
+an ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at
+paths: any non-coherent or relaxed load but that of a cell, a release at a scope below the device, an mbarrier at
+which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and
+jumps that this analysis does not follow. In kernels where threads write shared memory for one another's bulk stores,
+such a store while shared is an error, too.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-PENDING, DIRTY, UNFENCED, READING, ACQUIRED, SHARED = 1, 2, 4, 8, 16, 32
+PENDING, DIRTY, UNFENCED, READING, ACQUIRED, SHARED, TAKEN = 1, 2, 4, 8, 16, 32, 64
 FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
     r"\bld\.(relaxed(?!\.sys\.global\.b128)|volatile|mmio)": "a load that acquires nothing",
@@ -118,6 +120,8 @@ def errors(function: Function, writes_for_others: bool = False) -> list[str]:
             looked_at = state if writes_for_others else state & ~SHARED
             if hands_on and looked_at & ACQUIRED and "mbarrier.arrive.release" in lines[i]:
                 found.append(f"{function.name}: hands on an acquire without a proxy fence: {lines[i]}")
+            if hands_on and looked_at & ACQUIRED and "cp.async.bulk.global.shared::cta" in lines[i]:
+                found.append(f"{function.name}: a bulk store that may overtake what allows it: {lines[i]}")
             found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], looked_at)]
     return found
 
@@ -140,9 +144,11 @@ def _after(text: str, state: int) -> int:
     elif text.startswith("cp.async.bulk.wait_group.read 0;"):
         state &= ~READING
     elif text.startswith("fence.proxy.async;"):
-        state &= ~(DIRTY | ACQUIRED)
+        state &= ~(DIRTY | ACQUIRED | TAKEN)
     elif "fence.proxy.async" in text:
-        state &= ~DIRTY
+        state &= ~(DIRTY | TAKEN)
+    elif "cp.async.bulk.shared::cluster.global" in text:
+        state |= TAKEN
     elif "ld.acquire" in text:
         state |= ACQUIRED
     elif re.match(r"^fence\.(sc|acq_rel)\.sys;", text):
@@ -182,6 +188,8 @@ def _broken(text: str, state: int) -> list[str]:
         found.append("a slot is written while a bulk store may read it")
     if "cp.async.bulk.shared::cluster.global" in text and state & ACQUIRED:
         found.append("a bulk load without a proxy fence before it")
+    if "cp.async.bulk.shared::cluster.global" in text and state & TAKEN:
+        found.append("a bulk load of a slot that lanes may be reading")
     return found
 
 

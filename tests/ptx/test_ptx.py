@@ -175,6 +175,7 @@ BREAKS = {
     "no wait before the signal": ("cp.async.bulk.wait_group 0;", "", "under way"),
     "a wait for reading only": ("cp.async.bulk.wait_group 0;", "cp.async.bulk.wait_group.read 0;", "under way"),
     "no proxy fence before a store": ("fence.proxy.async.shared::cta;", "", "without a proxy fence"),
+    "no proxy fence before a slot is loaded again": ("fence.proxy.async.shared::cta;", "", "may be reading"),
     "no proxy fence behind a credit": ("fence.proxy.async;", "", "hands on"),
     "a fence of shared memory alone": ("fence.proxy.async;", "fence.proxy.async.shared::cta;", "hands on"),
     "no proxy fence before a load": ("fence.proxy.async;", "", "bulk load without"),
@@ -194,6 +195,15 @@ def test_a_broken_rule_is_found(kernels, name):
     ptx = kernels["dispatch fused fp8"]
     assert old in ptx
     assert any(text in error for error in broken(ptx.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    "name", ["dispatch_async bf16", "combine_async expert", "combine fused", "expert slots combine_async"]
+)
+def test_the_opening_fences_what_it_has_acquired(kernels, name):
+    ptx = kernels[name]
+    without = ptx.replace("fence.proxy.async;", "", 1)
+    assert any("hands on" in error or "before it" in error for error in broken(without))
 
 
 @pytest.mark.parametrize("store", ["st", "st.release.gpu"])

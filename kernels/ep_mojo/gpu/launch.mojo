@@ -37,6 +37,7 @@ from .shared_memory import (
     SLOTS,
     VERDICT,
     shared_memory,
+    shared_place,
 )
 from .shared_rows import RowSlot
 
@@ -290,7 +291,7 @@ def slot_of(warp: Int, row: Bytes, sending: Bool) -> RowSlot:
     """
     var i = warp + MAX_WARPS * Int(sending)
     return RowSlot(
-        row, shared_memory(BARRIERS + i * BARRIER_BYTES), warp == warp_index()
+        row, shared_place(BARRIERS + i * BARRIER_BYTES), warp == warp_index()
     )
 
 

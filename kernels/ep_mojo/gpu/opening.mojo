@@ -23,6 +23,7 @@ from .shared_memory import (
     SharedBarrier,
     moves_in_bulk,
     shared_memory,
+    shared_place,
 )
 
 
@@ -51,7 +52,7 @@ struct Opening(Copyable, Movable):
     @always_inline
     @staticmethod
     def _barrier() -> SharedBarrier:
-        return SharedBarrier(shared_memory(OPENING_BARRIER))
+        return SharedBarrier(shared_place(OPENING_BARRIER))
 
     @always_inline
     @staticmethod

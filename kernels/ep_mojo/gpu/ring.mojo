@@ -24,8 +24,7 @@ from .shared_memory import (
     SharedBytes,
     in_shared,
     moves_in_bulk,
-    shared_address,
-    shared_memory,
+    shared_place,
 )
 from .launch import warp_index
 from .shared_rows import order_for_bulk, order_shared_for_bulk
@@ -38,7 +37,7 @@ struct Ring[row_bytes: Int](Movable):
         row_bytes: Bytes from one to the next, a multiple of `SLOT_ALIGNMENT`.
     """
 
-    var memory: Bytes
+    var at: SharedBytes
     """The first one's."""
     var barriers: Int32
     """Byte offset in shared memory of an mbarrier for each."""
@@ -59,7 +58,7 @@ struct Ring[row_bytes: Int](Movable):
             sending: Whether this is the sending or the receiving half of the launch; each has mbarriers of its own.
         """
         var i = warp_index() + MAX_WARPS * Int(sending)
-        self.memory = memory
+        self.at = in_shared(memory)
         self.barriers = Int32(RING_BARRIERS + i * RING_ROWS * BARRIER_BYTES)
         self.next = 0
         self.oldest = 0
@@ -75,12 +74,12 @@ struct Ring[row_bytes: Int](Movable):
     @always_inline
     def _barrier(self, row: Int32) -> SharedBarrier:
         return SharedBarrier(
-            shared_memory(Int(self.barriers + row * Int32(BARRIER_BYTES)))
+            shared_place(Int(self.barriers + row * Int32(BARRIER_BYTES)))
         )
 
     @always_inline
-    def _row(self, row: Int32) -> Bytes:
-        return self.memory.unsafe_offset(Int(row * Int32(Self.row_bytes)))
+    def _row(self, row: Int32) -> SharedBytes:
+        return self.at.unsafe_offset(Int(row * Int32(Self.row_bytes)))
 
     @always_inline
     def has_room(self) -> Bool:
@@ -110,13 +109,18 @@ struct Ring[row_bytes: Int](Movable):
                     NoneType,
                     constraints="r,l,r,r,~{memory}",
                 ](
-                    shared_address(self._row(self.next)),
+                    UInt32(Int(self._row(self.next))),
                     UInt64(Int(source)),
                     Int32(n),
-                    shared_address(barrier.at),
+                    UInt32(Int(barrier.at)),
                 )
         else:
-            copy_bytes[WarpTeam](source, self._row(self.next), n)
+            var row = self._row(self.next)
+            copy_bytes[WarpTeam](
+                source,
+                row.unsafe_address_space_cast[AddressSpace.GENERIC](),
+                n,
+            )
             syncwarp()
         self.under_way += 1
         self.next += 1
@@ -132,7 +136,7 @@ struct Ring[row_bytes: Int](Movable):
         """
         comptime if moves_in_bulk():
             self._barrier(self.oldest).wait(self.phase)
-        return in_shared(self._row(self.oldest))
+        return self._row(self.oldest)
 
     @always_inline
     def release(mut self):

@@ -12,7 +12,7 @@ from .shared_memory import (
     MAX_WARPS,
     SharedBarrier,
     moves_in_bulk,
-    shared_memory,
+    shared_place,
 )
 from .shared_rows import RowSlot, order_shared_for_bulk
 
@@ -97,7 +97,7 @@ def begin_crews():
 @always_inline
 def _crew_barrier(leader: Int) -> SharedBarrier:
     return SharedBarrier(
-        shared_memory(CREW_BARRIERS + leader // 2 * BARRIER_BYTES)
+        shared_place(CREW_BARRIERS + leader // 2 * BARRIER_BYTES)
     )
 
 

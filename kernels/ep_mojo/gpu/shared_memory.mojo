@@ -51,9 +51,31 @@ def moves_in_bulk() -> Bool:
     return is_sm_90_or_newer()
 
 
+comptime SharedBytes = Pointer[
+    UInt8, MutUntrackedOrigin, address_space=AddressSpace.SHARED
+]
+"""Shared memory, which is loaded and stored by the instructions that know it: ordinary pointers are looked at first."""
+
+
+@always_inline
+def shared_place(offset: Int) -> SharedBytes:
+    """The launch's dynamic shared memory.
+
+    Args:
+        offset: Byte offset in it.
+
+    Returns:
+        A pointer.
+    """
+    var base = external_memory[
+        UInt8, address_space=AddressSpace.SHARED, alignment=SLOT_ALIGNMENT
+    ]()
+    return SharedBytes(unsafe_from_address=Int(base) + offset)
+
+
 @always_inline
 def shared_memory(offset: Int) -> Bytes:
-    """The launch's dynamic shared memory as an ordinary pointer.
+    """The same as an ordinary pointer.
 
     Args:
         offset: Byte offset in it.
@@ -61,16 +83,15 @@ def shared_memory(offset: Int) -> Bytes:
     Returns:
         The pointer.
     """
-    var base = external_memory[
-        UInt8, address_space=AddressSpace.SHARED, alignment=SLOT_ALIGNMENT
-    ]()
     comptime if is_nvidia_gpu():
         var generic = inlined_assembly[
             "cvta.shared.u64 $0, $1;", UInt64, constraints="=l,l"
-        ](UInt64(Int(base)))
+        ](UInt64(Int(shared_place(0))))
         return Bytes(unsafe_from_address=Int(generic) + offset)
     else:
-        var generic = base.unsafe_address_space_cast[AddressSpace.GENERIC]()
+        var generic = shared_place(0).unsafe_address_space_cast[
+            AddressSpace.GENERIC
+        ]()
         return Bytes(unsafe_from_address=Int(generic) + offset)
 
 
@@ -89,12 +110,6 @@ def shared_address(p: Bytes) -> UInt32:
             "cvta.to.shared.u64 $0, $1;", UInt64, constraints="=l,l"
         ](UInt64(Int(p)))
     )
-
-
-comptime SharedBytes = Pointer[
-    UInt8, MutUntrackedOrigin, address_space=AddressSpace.SHARED
-]
-"""Shared memory, which is loaded and stored by the instructions that know it: ordinary pointers are looked at first."""
 
 
 @always_inline
@@ -119,11 +134,11 @@ struct SharedBarrier(TrivialRegisterPassable):
     What a thread did before it arrived is visible to all that have waited for the phase.
     """
 
-    var at: Bytes
+    var at: SharedBytes
     """Where it is."""
 
     @always_inline
-    def __init__(out self, at: Bytes):
+    def __init__(out self, at: SharedBytes):
         """Name it.
 
         Args:
@@ -142,7 +157,7 @@ struct SharedBarrier(TrivialRegisterPassable):
             "mbarrier.init.shared::cta.b64 [$0], $1;",
             NoneType,
             constraints="r,r,~{memory}",
-        ](shared_address(self.at), Int32(arrivals))
+        ](UInt32(Int(self.at)), Int32(arrivals))
         inlined_assembly[
             "fence.mbarrier_init.release.cluster;",
             NoneType,
@@ -160,7 +175,7 @@ struct SharedBarrier(TrivialRegisterPassable):
             "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], $1;",
             NoneType,
             constraints="r,r,~{memory}",
-        ](shared_address(self.at), Int32(arrivals))
+        ](UInt32(Int(self.at)), Int32(arrivals))
 
     @always_inline
     def expect(self, bytes: Int):
@@ -173,7 +188,7 @@ struct SharedBarrier(TrivialRegisterPassable):
             "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
             NoneType,
             constraints="r,r,~{memory}",
-        ](shared_address(self.at), Int32(bytes))
+        ](UInt32(Int(self.at)), Int32(bytes))
 
     @always_inline
     def wait(self, parity: UInt32):
@@ -190,4 +205,4 @@ struct SharedBarrier(TrivialRegisterPassable):
             ),
             NoneType,
             constraints="r,r,~{memory}",
-        ](shared_address(self.at), parity)
+        ](UInt32(Int(self.at)), parity)

@@ -26,7 +26,12 @@ from std.sys import inlined_assembly
 
 from ..peers import Bytes
 from ..team import Team, WarpTeam, copy_bytes
-from .shared_memory import SharedBarrier, moves_in_bulk, shared_address
+from .shared_memory import (
+    SharedBarrier,
+    SharedBytes,
+    moves_in_bulk,
+    shared_address,
+)
 
 
 @always_inline
@@ -60,7 +65,7 @@ struct RowSlot(Movable):
     var mine: Bool
     """Whether the calling warp loads; one of another warp of its crew waits for that, and meets it before each load."""
 
-    def __init__(out self, row: Bytes, barrier: Bytes, mine: Bool):
+    def __init__(out self, row: Bytes, barrier: SharedBytes, mine: Bool):
         """Take the slot; all lanes of a warp call this at once.
 
         Args:
@@ -101,7 +106,7 @@ struct RowSlot(Movable):
                     shared_address(self.row),
                     UInt64(Int(source)),
                     Int32(n),
-                    shared_address(self.barrier.at),
+                    UInt32(Int(self.barrier.at)),
                 )
             self.barrier.wait(self.phase)
             self.phase ^= 1

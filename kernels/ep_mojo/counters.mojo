@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 7
+comptime LAYOUT_VERSION: Int32 = 8
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""
@@ -76,6 +76,9 @@ comptime HEAD_MASKS_CHECK = 50
 """(u64) The complement of `HEAD_MASKS`, without which it counts as 0."""
 comptime HEAD_COMBINE_BEGUN = 52
 """(u64) Epoch of the last combine on a GPU of which headers have left, where peers can be masked."""
+comptime TICKETS = 54
+"""Two words, 0 between launches: chunks that the warps of a GPU launch have taken beyond their first ones; combine's,
+then dispatch's. See `gpu/turns.mojo`."""
 
 comptime KIND_TIMEOUT: Int32 = 1
 """A peer's signal did not come within the deadline."""

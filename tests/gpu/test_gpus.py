@@ -10,6 +10,7 @@ from graph.virtual import Round, random_round
 from unit.cases import make_case
 
 import ep_mojo as ep
+from ep_mojo import layout as offsets
 from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits, to_buffer, to_numpy
 
 FUSED = Variant("bf16", "expert", "expert", "fused")
@@ -120,6 +121,20 @@ def test_few_tokens_on_few_sms(machine, more):
             rnd = draw(FUSED, cfg, seed)
             outputs = comm.execute(machine.graphs[FUSED.name], *arguments(rnd))
             assert not differences(cfg, rnd, outputs)
+
+
+@pytest.mark.parametrize("variant", [FUSED_MOST, SPLIT_MOST], ids=["fused", "split"])
+@pytest.mark.parametrize("more", [0, 1], ids=["together", "apart"])
+def test_warps_take_many_chunks_each(machine, variant, more):
+    """Every warp sends, then copies; or, with more than 2R CTAs, some send while others copy."""
+    R = machine.n_ranks
+    cfg = variant.config(R, n_sms=2 * R + 1 if more else R, tokens_per_signal=1)
+    with ep.Communicator.gpus(cfg) as comm:
+        for seed in range(4):
+            rnd = draw(variant, cfg, seed, ragged=seed != 1)
+            outputs = comm.execute(machine.graphs[variant.name], *arguments(rnd))
+            assert not differences(cfg, rnd, outputs)
+        assert not any(m.counters[offsets.TICKETS : offsets.TICKETS + 2].any() for m in comm.memories)
 
 
 @MODES

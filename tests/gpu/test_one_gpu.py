@@ -7,6 +7,7 @@ from graph.test_conformance import (  # noqa: F401
     test_blocks_of_more_messages_than_lanes,
     test_budget_of_workers,
     test_float32_rows_and_a_hidden_size_between_vectors,
+    test_many_chunks_for_each_worker,
     test_more_payload_than_one_worker_takes,
     test_round,
     test_so_many_tokens_that_several_ctas_map_a_source,

@@ -7,6 +7,7 @@ from graph.virtual import Play, Round, random_round
 from unit.cases import make_case
 
 import ep_mojo as ep
+from ep_mojo import layout as offsets
 from ep_mojo import reference
 
 BF16 = ep.BF16()
@@ -79,6 +80,21 @@ def test_budget_of_workers(stages, n_sms, tokens):
     """On a GPU many tokens are mapped by CTAs together, here fewer than there are sources."""
     cfg = config(FP8_HIDDEN, "expert", ep.BlockwiseFP8(), max_tokens_per_rank=tokens, n_sms=n_sms, tokens_per_signal=3)
     play(stages, cfg, [random_round(cfg, 5, ragged=False)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_chunks_for_each_worker(stages, layout):
+    """On a GPU 1200 for 16 warps, which take them as they come free; in one round most are empty, in one a source's."""
+    cfg = config(8, layout, max_tokens_per_rank=400, tokens_per_signal=1, n_sms=2)
+    rounds = [random_round(cfg, seed, ragged=False) for seed in range(4)]
+    for rnd, tokens in zip(rounds[1:], [(7, 0, 2), (400, 0, 399), (400, 400, 400)], strict=True):
+        rnd.case.num_tokens = [np.array([n], np.int32) for n in tokens]
+        rnd.solve()
+    with Engine(stages, cfg) as engine:
+        differences = Play(engine, rounds).run(np.random.default_rng(0))
+        engine.comm.check()
+        assert not differences, "\n".join(differences)
+        assert not any(m.counters[offsets.TICKETS : offsets.TICKETS + 2].any() for m in engine.comm.memories)
 
 
 @pytest.mark.parametrize("scale", ["float32", "ue8m0"])

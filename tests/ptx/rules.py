@@ -30,7 +30,7 @@ FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
     r"\bld\.(relaxed(?!\.sys\.global\.b128)|volatile|mmio)": "a load that acquires nothing",
     r"\bst\.release\.(cta|cluster)": "release at too small a scope",
-    r"\batom\.relaxed\.gpu": "an arrival without acquire and release",
+    r"(?<!ticket\.)\batom\.relaxed\.gpu": "an arrival without acquire and release",
     r"\.(ftz|approx)\b|div\.full": "arithmetic that is not exact",
     r"\bmbarrier\.\S*\.(relaxed|cluster\.shared)": "an mbarrier that orders nothing, or of other CTAs",
     r"\bbar(rier)?\.sync\s+[1-9%]": "a barrier of some threads other than an mbarrier",
@@ -41,6 +41,9 @@ RING = "ring."
 still read other shared memory."""
 ALONE = "alone."
 """In front of a store of a word that covers nothing (`cell.mojo`)."""
+TICKET = "ticket."
+"""In front of an atomic add that gives out numbers (`gpu/turns.mojo`): a number covers no memory, so nothing is to be
+ordered."""
 CELL = ".relaxed.sys.global.b128"
 """A load or store of a cell: whoever has its word has its payload."""
 LABEL = re.compile(r"^([$\w]+):$")
@@ -64,7 +67,7 @@ def functions(ptx: str) -> list[Function]:
         line = raw.split("//")[0].strip()
         if not line:
             continue
-        for mark in (RING, ALONE):
+        for mark in (RING, ALONE, TICKET):
             if raw.rstrip().endswith(f"// {mark[:-1]}"):
                 line = mark + line
         if current is None:

@@ -117,6 +117,17 @@ def test_every_signal_is_a_release_at_system_scope(kernels):
         assert counts == (name != OUTSIDE_OF_ROUNDS), name
 
 
+def test_warps_take_tickets_where_they_receive_chunks(kernels):
+    """Few tokens have no chunks, ExpertSlots blocks; nothing else is a relaxed add at device scope."""
+    for name, ptx in kernels.items():
+        stage = name.removeprefix("gathered ")
+        takes = int(stage.startswith(("dispatch_wait", "dispatch fused")))
+        takes += 2 * stage.startswith(("combine_wait", "combine fused"))  # the first batch, and the next ones
+        found = re.findall(r"\batom\.relaxed\.gpu.*", ptx)
+        assert len(found) == takes, name
+        assert all(re.fullmatch(r"atom\.relaxed\.gpu\.global\.add\.u32 .*; // ticket", text) for text in found), name
+
+
 def test_only_rounds_that_leave_ranks_out_look_at_masks(kernels):
     for name, ptx in kernels.items():
         looks = any("Head_masked" in f.name for f in rules.functions(ptx))

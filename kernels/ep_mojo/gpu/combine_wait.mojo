@@ -1,9 +1,9 @@
 """The GPU's combine_wait: what came back is summed into the tokens' outputs.
 
-Each warp takes chunks of G own tokens. For a chunk it awaits the signals of the ranks that own one of its tokens'
-experts, lane r that of rank r, then sums every token from the window in float32: biases, shared row, then the rows of
-k ascending or of ranks ascending, rounded once. Rows past T come back zero. The last CTA gives the buffer back. Few
-tokens come as cells: `few_combine.mojo`.
+Each warp takes chunks of G own tokens, the first one by its number, further ones as it comes free (`Turns`). For a
+chunk it awaits the signals of the ranks that own one of its tokens' experts, lane r that of rank r, then sums every
+token from the window in float32: biases, shared row, then the rows of k ascending or of ranks ascending, rounded
+once. Rows past T come back zero. The last CTA gives the buffer back. Few tokens come as cells: `few_combine.mojo`.
 """
 
 from max.gpu import lane_id, thread_idx
@@ -35,6 +35,7 @@ from .receive_sums import receive_sums
 from .routing import ballot
 from .share import Share
 from .slices import combine_bytes
+from .turns import LATE, take_back
 
 
 @always_inline
@@ -85,14 +86,15 @@ def receive_back[
         x: Its tokens.
         epoch: The launch's epoch.
         stage: `STAGE_*`, for the failure record.
-        share: The calling warp's chunks.
+        share: The calling warp's first chunk, or `LATE`; and how many warps have one.
     """
     comptime out_bytes = row_bytes[out_dtype, hidden]()
     comptime by_row = travels_by_row[layout, reduce]()
     var waiter = ep.waiter(stage)
     var T = given_tokens(x.rows, x.num_tokens)
-    for t in range(T + share.first, x.rows, share.stride):
-        zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
+    if share.first != LATE:
+        for t in range(T + share.first, x.rows, share.stride):
+            zero_bytes[WarpTeam](x.y.bytes(t * out_bytes), out_bytes)
     var fine = True
     var masked = False
     if Int(lane_id()) < ep.s.n_ranks:
@@ -127,6 +129,7 @@ def close_receive_back[
     if failed:
         zero_output[out_bytes](x)
     if warp_index() == 0:
+        take_back(ep)
         ep.end_wait[WarpTeam](epoch, failed)
 
 

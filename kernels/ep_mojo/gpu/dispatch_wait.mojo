@@ -3,9 +3,9 @@
     CTA v < R * P  maps piece v, one of P of a source: awaits the header, counts its rows, notes that in the own
                    counters; when all pieces are counted, works out where each group begins and gives every choice its
                    row; notes that
-    every warp     takes chunks of a source: awaits map and signal, brings each message into shared memory once, and
-                   copies it to its rows from there, or zeroes these where the peer is lost meanwhile; then it marks
-                   its part of what no row fills
+    every warp     takes chunks of a source, the first by its number and further ones as it comes free (`turns.mojo`):
+                   awaits map and signal, brings each message into shared memory once, and copies it to its rows from
+                   there, or zeroes these where the peer is lost meanwhile; then it marks its part of what no row fills
 
 The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
 many come before it (see `routing.mojo` and `starts.mojo`). Few tokens come as cells: `few_dispatch.mojo`.
@@ -22,6 +22,7 @@ from ..launch import Endpoint
 from ..layout import WORK_MAPPED, align_up, message_offset
 from ..numeric import quotient, remainder
 from ..routing import NO_ROW, may_shrink
+from ..settings import Settings
 from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam, fill
 from .launch import (
@@ -55,6 +56,7 @@ from .timeline import (
     MARK_SIGNAL_SEEN,
     mark,
 )
+from .turns import Turns, take_back
 
 
 @always_inline
@@ -92,6 +94,16 @@ def keep_weights(
 
 
 @always_inline
+def _chunks_sent(s: Settings, out_: DispatchOutput) -> Int:
+    """How many chunks there are up to the last one of the longest source. A warp that has seen a piece mapped calls
+    this: before, all sources were counted."""
+    var T: Int32 = 0
+    if Int(lane_id()) < s.n_ranks:
+        T = out_.recv_num_tokens[Int(lane_id())]
+    return s.n_ranks * s.n_signals(Int(warp.max(T)))
+
+
+@always_inline
 def copy_rows[
     F: TokenFormat, layout: StaticString, warp_bytes: Int
 ](
@@ -114,7 +126,7 @@ def copy_rows[
         epoch: The launch's epoch.
         waiter: The launch's waiter.
         pieces: What CTAs map.
-        share: The calling warp's chunks, of all sources in turn.
+        share: The calling warp's first chunk, of all sources in turn, or `LATE`; and how many warps have one.
         rows: The outputs.
     """
     comptime assert F.message_bytes % 16 == 0, "message_bytes: a multiple of 16"
@@ -124,12 +136,12 @@ def copy_rows[
     var slot = warp_slot(warp_memory(warp_bytes), sending=False)
     var lane = Int(lane_id())
     var block = s.max_tokens * s.top_k
-    var items = s.n_ranks * s.n_signals(s.max_tokens)
+    var turns = Turns(ep, share, s.n_ranks * s.n_signals(s.max_tokens))
     var window = ep.recv[ep.me]
     var mapped: Int32 = -1  # lane v: T of piece v's source, once it is mapped
-    for i in range(share.first, items, share.stride):
-        var r = remainder(ep.me + i, s.n_ranks)
-        var chunk = quotient(i, s.n_ranks)
+    while turns.next():
+        var r = remainder(ep.me + turns.chunk, s.n_ranks)
+        var chunk = quotient(turns.chunk, s.n_ranks)
         var v = pieces.of(r, chunk)
         var T = Int(warp.shuffle_idx(mapped, UInt32(v)))
         if T < 0:
@@ -141,6 +153,8 @@ def copy_rows[
             mark[MARK_MAP_SEEN](ep)
         var begin = chunk * s.tokens_per_signal
         if begin >= T:
+            if not s.shrinks:  # else pieces of a source may differ in T
+                turns.chunks = _chunks_sent(s, out_)
             continue
         var signal = ep.chunk_of(waiter, epoch, r, chunk)
         order_for_bulk()  # the messages may be brought in then
@@ -316,6 +330,7 @@ def close_wait(
         out_: The outputs, cleared after a failure.
         failed: `head.failed()`.
     """
+    take_back(ep)
     if failed:
         out_.clear[WarpTeam]()
     ep.end_wait[WarpTeam](epoch, failed)

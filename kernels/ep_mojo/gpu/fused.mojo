@@ -1,8 +1,10 @@
 """The fused stages on a GPU: both halves in one launch, for ranks that run at the same time.
 
-In dispatch some warps send while others copy what arrives (`DispatchRoles`). In combine every warp sends its part,
-then sums; where there are more chunks than two for each warp, some only sum (`CombineRoles`), so that the links do
-not rest meanwhile. Nothing of the sending half waits for a peer's receiving half of the same round.
+In dispatch some warps send while others copy what arrives (`DispatchRoles`); each warp has one chunk to copy at most
+by its number, and further ones are taken by whoever is free, those that have sent included. In combine every warp
+sends its part, then sums; where there are more chunks than two for each warp, some only sum (`CombineRoles`), so that
+the links do not rest meanwhile, and the others help them when they have sent. Nothing of the sending half waits for a
+peer's receiving half of the same round.
 """
 
 from max.gpu import lane_id
@@ -109,10 +111,9 @@ def dispatch_stage[
     var rows = Rows[F, layout](out_)
     if opening.passed():
         comptime if layout == "gathered":
-            if not roles.sends:
-                gather_rows[F, layout, 2 * token_slot_bytes[F]()](
-                    ep, epoch, waiter, roles.share, rows, STAGE_DISPATCH
-                )
+            gather_rows[F, layout, 2 * token_slot_bytes[F]()](
+                ep, epoch, waiter, roles.copying, rows, STAGE_DISPATCH
+            )
             if roles.sends or not roles.apart:
                 mark_behind[F, layout](ep, epoch, waiter, roles.share, rows)
         else:
@@ -122,9 +123,9 @@ def dispatch_stage[
                 )
             if not roles.sends:
                 keep_weights(ep, epoch, waiter, roles.share, out_)
-                copy_rows[F, layout, 2 * token_slot_bytes[F]()](
-                    ep, epoch, waiter, roles.pieces, roles.share, rows
-                )
+            copy_rows[F, layout, 2 * token_slot_bytes[F]()](
+                ep, epoch, waiter, roles.pieces, roles.copying, rows
+            )
             if roles.sends or not roles.apart:
                 mark_rest[F, layout](ep, epoch, waiter, roles.share, rows)
     mark[MARK_ENDED](ep)
@@ -238,7 +239,7 @@ def combine_stage[
             ep, x, sent, STAGE_COMBINE, roles.sending, opening
         )
     give_shared[dtype, hidden](ep, x, opening)
-    if roles.sums and opening.passed():
+    if opening.passed():
         if y.shared_rows.present():
             y.shared_rows = x.rows  # the copy may not be there yet
         receive_back[

@@ -1,8 +1,9 @@
 """The GPU's dispatch_wait with layout "gathered": every token of every rank becomes a row, ranks ascending, no gaps.
 
 Nothing has to be mapped. Each warp awaits all headers, lane r that of source r; with their T it knows where the rows of
-each source begin. Then it takes chunks of a source: awaits the signal, brings each message into shared memory, copies
-it to its row, and writes what the row's token has chosen, from the table that the header has covered.
+each source begin. Then it takes chunks of a source, the first by its number and further ones as it comes free
+(`turns.mojo`): awaits the signal, brings each message into shared memory, copies it to its row, and writes what the
+row's token has chosen, from the table that the header has covered.
 """
 
 from max.gpu import lane_id
@@ -32,6 +33,7 @@ from .timeline import (
     MARK_SIGNAL_SEEN,
     mark,
 )
+from .turns import Turns
 
 
 @always_inline
@@ -71,7 +73,7 @@ def gather_rows[
         ep: The rank.
         epoch: The launch's epoch.
         waiter: The launch's waiter.
-        share: The calling warp's chunks, of all sources in turn.
+        share: The calling warp's first chunk, of all sources in turn, or `LATE`; and how many warps have one.
         rows: The outputs.
         stage: `STAGE_*`, for the failure record.
     """
@@ -99,10 +101,11 @@ def gather_rows[
     var buffer = ep.buffer(epoch)
     var slot = warp_slot(warp_memory(warp_bytes), sending=False)
     var window = ep.recv[ep.me]
-    var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
-    for i in range(share.first, items, share.stride):
-        var r = remainder(ep.me + i, s.n_ranks)
-        var chunk = quotient(i, s.n_ranks)
+    var chunks = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
+    var turns = Turns(ep, share, chunks)
+    while turns.next():
+        var r = remainder(ep.me + turns.chunk, s.n_ranks)
+        var chunk = quotient(turns.chunk, s.n_ranks)
         var T = Int(warp.shuffle_idx(tokens, UInt32(r)))
         var begin = chunk * s.tokens_per_signal
         if begin >= T:

@@ -25,6 +25,7 @@ from .share import Share
 from .shared_rows import order_for_bulk
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
 from .sums import Batch, Sums, add_row, sum_all
+from .turns import LATE, Turns
 from .timeline import (
     MARK_COMBINE_SIGNALS_SEEN,
     MARK_COMBINE_TOKEN_WRITTEN,
@@ -74,10 +75,8 @@ struct TokenSums[
     """The launch's waiter."""
     var width: Int
     """Lanes of a token in a batch: ranks, or choices."""
-    var chunk: Int
-    """The chunk that is fetched from next."""
-    var stride: Int
-    """From one of the warp's chunks to the next."""
+    var turns: Turns
+    """The warp's chunks; the one that is fetched from next."""
     var done: Int
     """Tokens of it that have been fetched."""
     var awaited: Int
@@ -95,8 +94,7 @@ struct TokenSums[
         epoch: UInt64,
         waiter: Waiter,
         masked: UInt32,
-        first: Int,
-        stride: Int,
+        share: Share,
     ):
         """Begin.
 
@@ -107,8 +105,7 @@ struct TokenSums[
             epoch: The launch's epoch.
             waiter: The launch's waiter.
             masked: Ranks of which nothing is added.
-            first: The warp's first chunk.
-            stride: From one of its chunks to the next.
+            share: The warp's first chunk, or `LATE`, and how many warps have one, as `stride`.
         """
         self.ep = ep
         self.x = x
@@ -117,8 +114,7 @@ struct TokenSums[
         self.buffer = ep.buffer(epoch)
         self.waiter = waiter
         self.width = ep.s.top_k if Self.by_row else ep.s.n_ranks
-        self.chunk = first
-        self.stride = stride
+        self.turns = Turns(ep, share, ep.s.n_signals(T))
         self.done = 0
         self.awaited = -1
         self.arrived = 0
@@ -136,20 +132,20 @@ struct TokenSums[
         """
         var s = self.ep.s
         var G = s.tokens_per_signal
-        var begin = self.chunk * G + self.done
-        if begin >= self.T:
+        if self.done == 0 and not self.turns.next():
             return False
-        var end = min((self.chunk + 1) * G, self.T)
+        var chunk = self.turns.chunk
+        var begin = chunk * G + self.done
+        var end = min((chunk + 1) * G, self.T)
         var width = self.width
         var n = min(quotient(WarpTeam.lanes, width), end - begin)
-        batch.chunk = Int32(self.chunk)
+        batch.chunk = Int32(chunk)
         batch.token = Int32(begin)
         batch.tokens = Int32(n)
         batch.ends = begin + n == end
         self.done += n
         if batch.ends:
             self.done = 0
-            self.chunk += self.stride
         var index = quotient(Int(lane_id()), width)
         var which = Int(lane_id()) - index * width
         var t = begin + index
@@ -355,12 +351,14 @@ def receive_sums[
         epoch: The launch's epoch.
         waiter: The launch's waiter.
         masked: Ranks of which nothing is added.
-        share: The calling warp's chunks.
+        share: The calling warp's first chunk, or `LATE`; and how many warps have one.
     """
     comptime size = slice_bytes[dtype, hidden]()
     var chunks = max(1, ep.s.n_signals(T))
     # Few tokens: several warps sum one row, each a part of its channels.
-    var parts = max(1, min(MAX_PARTS, quotient(share.stride, chunks)))
+    var parts = 1
+    if share.first != LATE:
+        parts = max(1, min(MAX_PARTS, quotient(share.stride, chunks)))
     var part = quotient(share.first, chunks) if parts > 1 else 0
     if part >= parts:
         return
@@ -376,8 +374,10 @@ def receive_sums[
         epoch,
         waiter,
         masked,
-        share.first - part * chunks,
-        share.stride,
+        Share(
+            share.first - part * chunks if parts > 1 else share.first,
+            share.stride,
+        ),
     )
     sum_all(
         sums,

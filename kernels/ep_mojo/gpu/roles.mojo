@@ -6,6 +6,7 @@ from ..settings import Settings
 from .launch import warp_index, warps
 from .pieces import Pieces
 from .share import Share, last_warps_first
+from .turns import LATE
 
 comptime AT_ONCE = 4 * 1024 * 1024
 """Bytes of messages that a launch has on their way to each destination, where there are many. Measured, as is what
@@ -20,9 +21,12 @@ struct DispatchRoles(TrivialRegisterPassable):
     """Who does what in a fused dispatch.
 
     The first R CTAs send the tables. As many as there are pieces, these among them, map and then copy; in the others
-    some warps send, then mark what no row fills, while the rest copies. Half of them send where each CTA has one chunk
-    of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the links are no faster,
-    and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first and copies then.
+    some warps send, then help to copy and mark what no row fills, while the rest copies. Half of them send where each
+    CTA has one chunk of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the
+    links are no faster, and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first
+    and copies then.
+
+    Warps that do not send have a first chunk each to copy; all further ones go to whoever comes free (`Turns`).
     """
 
     var apart: Bool
@@ -32,9 +36,11 @@ struct DispatchRoles(TrivialRegisterPassable):
     var maps: Bool
     """Whether the CTA maps pieces."""
     var sends: Bool
-    """Whether the warp sends, and does not copy."""
+    """Whether the warp sends before it copies, and others meanwhile."""
     var share: Share
     """The warp's part of its role's work."""
+    var copying: Share
+    """Its first chunk to copy, `LATE` where it sends, and how many warps have one."""
 
     @always_inline
     def __init__(out self, s: Settings):
@@ -57,18 +63,22 @@ struct DispatchRoles(TrivialRegisterPassable):
         self.apart = others >= mappers and warps() > 1
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders
+        var copiers = (warps() - senders) * others
+        var takers = copiers + warps() * mappers
         if not self.apart:
             self.share = Share()
+            self.copying = self.share
         elif self.sends:
             self.share = Share(
                 w * others + cta - mappers, senders * others, others
             )
+            self.copying = Share(LATE, takers)
         else:
-            var copiers = (warps() - senders) * others
             var first = copiers + w * mappers + cta
             if not self.maps:
                 first = (w - senders) * others + cta - mappers
-            self.share = Share(first, copiers + warps() * mappers)
+            self.share = Share(first, takers)
+            self.copying = self.share
 
 
 struct CombineRoles(TrivialRegisterPassable):
@@ -76,17 +86,15 @@ struct CombineRoles(TrivialRegisterPassable):
 
     Every warp sends, then sums; the first ones send most and the last ones sum most, so that with few tokens those who
     sum have nothing to send, and wait for signals by the time that these come. Where the R * ceil(Tmax / G) chunks are
-    more than `MANY_TURNS` for each warp, the last warps of each CTA only sum.
+    more than `MANY_TURNS` for each warp, the last warps of each CTA only sum, and the others help when they have sent.
     """
 
     var sends: Bool
     """Whether the warp sends."""
-    var sums: Bool
-    """Whether it sums its rank's tokens."""
     var sending: Share
     """Its part of what is sent."""
     var summing: Share
-    """Its part of the tokens."""
+    """Its first chunk of its rank's tokens to sum, or `LATE`, and how many warps have one."""
 
     @always_inline
     def __init__(out self, s: Settings):
@@ -101,7 +109,6 @@ struct CombineRoles(TrivialRegisterPassable):
         var summers = warps() // SUMMERS
         var senders = warps() - summers
         self.sends = True
-        self.sums = True
         self.sending = Share()
         self.summing = last_warps_first()
         if (
@@ -110,6 +117,8 @@ struct CombineRoles(TrivialRegisterPassable):
             > MANY_TURNS * ctas * warps()
         ):
             self.sends = w < senders
-            self.sums = not self.sends
             self.sending = Share(w * ctas + cta, senders * ctas, ctas)
-            self.summing = Share((w - senders) * ctas + cta, summers * ctas)
+            self.summing = Share(
+                LATE if self.sends else (w - senders) * ctas + cta,
+                summers * ctas,
+            )

@@ -223,6 +223,8 @@ def restart_counters(counters: np.ndarray, epoch: int) -> None:
     """Let a rank's own counters say that all rounds up to `epoch` are done, and that nothing has failed."""
     layout.put_epochs(counters, epoch)
     layout.clear_record(counters)
+    for first, words in ((layout.ARRIVED, 4), (layout.TICKETS, 2)):  # 0 between launches
+        counters[first : first + words] = 0
 
 
 def allocate(cfg: EPConfig, rank: int) -> RankMemory:

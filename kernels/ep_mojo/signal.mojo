@@ -176,7 +176,7 @@ def take_ticket(base: Bytes, offset: Int) -> UInt32:
 
 
 @always_inline
-def take_back_tickets(base: Bytes, offset: Int):
+def clear_tickets_at(base: Bytes, offset: Int):
     """Set the word of tickets to 0 again. Who calls this has acquired that nobody takes one any more.
 
     Args:

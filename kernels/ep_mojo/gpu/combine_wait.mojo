@@ -33,9 +33,9 @@ from .launch import (
 from .precedence import precedence, queue
 from .receive_sums import receive_sums
 from .routing import ballot
-from .share import Share
+from .share import LATE, Share
 from .slices import combine_bytes
-from .turns import LATE, take_back
+from .turns import clear_tickets
 
 
 @always_inline
@@ -115,7 +115,8 @@ def receive_back[
 def close_receive_back[
     out_bytes: Int
 ](ep: Endpoint[False], x: CombineOutput, epoch: UInt64, failed: Bool):
-    """Close the receiving half; the last CTA calls this.
+    """Close the receiving half, and set its tickets to 0, which launches of few tokens take none of; the last CTA calls
+    this.
 
     Parameters:
         out_bytes: Bytes of a row.
@@ -129,7 +130,7 @@ def close_receive_back[
     if failed:
         zero_output[out_bytes](x)
     if warp_index() == 0:
-        take_back(ep)
+        clear_tickets(ep)
         ep.end_wait[WarpTeam](epoch, failed)
 
 

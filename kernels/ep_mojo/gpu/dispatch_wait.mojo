@@ -56,7 +56,7 @@ from .timeline import (
     MARK_SIGNAL_SEEN,
     mark,
 )
-from .turns import Turns, take_back
+from .turns import Turns, clear_tickets
 
 
 @always_inline
@@ -322,7 +322,8 @@ def give_nothing(out_: DispatchOutput):
 def close_wait(
     ep: Endpoint[True], epoch: UInt64, out_: DispatchOutput, failed: Bool
 ):
-    """Close the receiving half; the first warp of the last CTA calls this.
+    """Close the receiving half, and set its tickets to 0, which launches of few tokens take none of; the first warp of
+    the last CTA calls this.
 
     Args:
         ep: The rank.
@@ -330,7 +331,7 @@ def close_wait(
         out_: The outputs, cleared after a failure.
         failed: `head.failed()`.
     """
-    take_back(ep)
+    clear_tickets(ep)
     if failed:
         out_.clear[WarpTeam]()
     ep.end_wait[WarpTeam](epoch, failed)

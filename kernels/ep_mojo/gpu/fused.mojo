@@ -1,6 +1,6 @@
 """The fused stages on a GPU: both halves in one launch, for ranks that run at the same time.
 
-In dispatch some warps send while others copy what arrives (`DispatchRoles`); each warp has one chunk to copy at most
+In dispatch some warps send while others copy what arrives (`DispatchRoles`); each warp has at most one chunk to copy
 by its number, and further ones are taken by whoever is free, those that have sent included. In combine every warp
 sends its part, then sums; where there are more chunks than two for each warp, some only sum (`CombineRoles`), so that
 the links do not rest meanwhile, and the others help them when they have sent. Nothing of the sending half waits for a

@@ -21,16 +21,16 @@ from ..team import WarpTeam
 from .launch import warp_memory
 from .ring import Ring
 from .routing import ballot
-from .share import Share
+from .share import LATE, Share
 from .shared_rows import order_for_bulk
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
 from .sums import Batch, Sums, add_row, sum_all
-from .turns import LATE, Turns
 from .timeline import (
     MARK_COMBINE_SIGNALS_SEEN,
     MARK_COMBINE_TOKEN_WRITTEN,
     mark,
 )
+from .turns import Turns
 
 comptime MAX_PARTS = 4
 """Warps that share one row, at most."""
@@ -374,10 +374,7 @@ def receive_sums[
         epoch,
         waiter,
         masked,
-        Share(
-            share.first - part * chunks if parts > 1 else share.first,
-            share.stride,
-        ),
+        Share(share.first - part * chunks, share.stride),
     )
     sum_all(
         sums,

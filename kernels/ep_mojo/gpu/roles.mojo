@@ -5,8 +5,7 @@ from max.gpu import block_idx, grid_dim
 from ..settings import Settings
 from .launch import warp_index, warps
 from .pieces import Pieces
-from .share import Share, last_warps_first
-from .turns import LATE
+from .share import LATE, Share, last_warps_first
 
 comptime AT_ONCE = 4 * 1024 * 1024
 """Bytes of messages that a launch has on their way to each destination, where there are many. Measured, as is what
@@ -26,7 +25,8 @@ struct DispatchRoles(TrivialRegisterPassable):
     links are no faster, and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first
     and copies then.
 
-    Warps that do not send have a first chunk each to copy; all further ones go to whoever comes free (`Turns`).
+    Where roles are apart the warps that do not send have a first chunk each to copy, otherwise all; further ones go to
+    whoever comes free (`Turns`).
     """
 
     var apart: Bool
@@ -36,7 +36,7 @@ struct DispatchRoles(TrivialRegisterPassable):
     var maps: Bool
     """Whether the CTA maps pieces."""
     var sends: Bool
-    """Whether the warp sends before it copies, and others meanwhile."""
+    """Whether the warp sends while others copy; False where roles are not apart."""
     var share: Share
     """The warp's part of its role's work."""
     var copying: Share

@@ -31,10 +31,15 @@ def turned(skip: Int) -> Int:
     return remainder(Int(block_idx.x) + ctas - remainder(skip, ctas), ctas)
 
 
+comptime LATE = -1
+"""In place of a first piece: the warp has something else to do first, and takes whatever is left then (`Turns`)."""
+
+
 struct Share(TrivialRegisterPassable):
     """What part of some pieces of work the calling warp does: `for i in range(share.first, n, share.stride)`.
 
-    Neighbouring pieces go to different CTAs, so that little work spreads over many SMs.
+    Neighbouring pieces go to different CTAs, so that little work spreads over many SMs. Where `first` is `LATE` it is no
+    such range: only `Turns` takes it.
     """
 
     var first: Int

@@ -1,10 +1,11 @@
-"""Whose turn a chunk is: each warp has its first one by its number, so that little work waits for nothing, and takes
-every further one as it comes free, so that much work ends everywhere at about the same time.
+"""Whose turn a chunk is: a warp has its first one by its number, so that little work waits for nothing, and takes
+every further one as it comes free, so that much work ends everywhere at about the same time. Warps that have something
+else to do first have none by their number (`LATE`).
 
 A further chunk is a ticket from a counter in the rank's own counters: one atomic add of a lane. The add is relaxed, as
 a ticket covers no memory; what a warp reads of a chunk is covered by notes and signals, whoever takes it. The bulk
-stores of the chunk before are under way meanwhile. Chunks are given out in ascending order. Where warps have enough
-first ones for all, nobody takes a ticket. The last CTA sets the counter back (`take_back`).
+stores of the chunk before are under way meanwhile. Chunks are given out in ascending order. Where there are no more
+chunks than warps that have a first one, nobody takes a ticket. The last CTA sets the counter to 0 (`clear_tickets`).
 """
 
 from max.gpu import lane_id
@@ -13,11 +14,8 @@ from max.gpu.primitives import warp
 from ..counters import TICKETS
 from ..launch import Endpoint
 from ..peers import Bytes
-from ..signal import take_back_tickets, take_ticket
-from .share import Share
-
-comptime LATE = -1
-"""In place of a first chunk: the warp has something else to do first, and takes whatever is left then."""
+from ..signal import clear_tickets_at, take_ticket
+from .share import LATE, Share
 
 
 @always_inline
@@ -30,13 +28,13 @@ struct Turns(Movable):
     """The calling warp's chunks, one after the other: `while turns.next()`, then `turns.chunk`."""
 
     var chunk: Int
-    """The chunk that the warp has now."""
+    """The chunk that the warp has, behind a `next` that was True."""
     var first: Int
     """Its first one, or `LATE`; `LATE` when that has been taken."""
     var takers: Int
     """Warps that have a first chunk: 0 to `takers` - 1."""
     var chunks: Int
-    """How many there are for all."""
+    """How many there are for all. May be lowered to where only empty ones follow: chunks come in ascending order."""
     var counters: Bytes
     """Where tickets are counted."""
     var offset: Int
@@ -84,7 +82,7 @@ struct Turns(Movable):
 
 
 @always_inline
-def take_back[has_table: Bool](ep: Endpoint[has_table]):
+def clear_tickets[has_table: Bool](ep: Endpoint[has_table]):
     """Set the counter back to 0; a warp of the last CTA calls this, in a failed launch too.
 
     Parameters:
@@ -94,4 +92,4 @@ def take_back[has_table: Bool](ep: Endpoint[has_table]):
         ep: The rank.
     """
     if lane_id() == 0:
-        take_back_tickets(ep.head.base, _tickets[has_table]())
+        clear_tickets_at(ep.head.base, _tickets[has_table]())

@@ -84,7 +84,7 @@ def test_budget_of_workers(stages, n_sms, tokens):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_chunks_for_each_worker(stages, layout):
-    """On a GPU 1200 for 16 warps, which take them as they come free; in a round most are empty, in another a source's."""
+    """On a GPU 1200 for 16 warps, which take them as they come free; in a round most are empty, in one a source's."""
     cfg = config(8, layout, max_tokens_per_rank=400, tokens_per_signal=1, n_sms=2)
     rounds = [random_round(cfg, seed, reduce=mode, ragged=False) for seed, mode in enumerate(2 * REDUCE_MODES)]
     for rnd, tokens in zip(rounds[1:], [(7, 0, 2), (400, 0, 399), (400, 400, 400)], strict=True):

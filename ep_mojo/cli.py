@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return doctor.main(argv[1:])
     try:
-        args = make_parser().parse_args(argv)
+        args = parse(argv)
         return _program(args.program).main(args)
     except EPError as error:
         print(f"ep-mojo: {type(error).__name__}: {_with_options(args.program, error)}", file=sys.stderr)
@@ -80,8 +80,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all programs."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; an option that a program does not have is an error of that program, and shows its usage."""
+    parser, added = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        added[args.program].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of all programs, and that of each."""
     parser = argparse.ArgumentParser(
         prog="ep-mojo",
         description="Expert-parallel dispatch and combine for Mixture-of-Experts inference. Start with: ep-mojo demo",
@@ -92,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     _demo_arguments(added["demo"])
     _run_arguments(added["run"])
     _bench_arguments(added["bench"])
-    return parser
+    return parser, added
 
 
 def _program(name: str):
@@ -150,7 +159,7 @@ Run one expert-parallel layer on your own tokens and routing, check it, and writ
 
 arrays in the input file (numpy.savez); R ranks, T tokens a rank, H hidden size, K experts a token:
   x             [R, T, H]  float32 or float16 (rounded to bfloat16), or uint16 = bits of bfloat16
-  topk_ids      [R, T, K]  int32 or int64: experts of each token; -1 = none, an expert named twice counts twice
+  topk_ids      [R, T, K]  int32 or int64: experts of each token, twice counts twice; -1, or E and more = no expert
   topk_weights  [R, T, K]  float32: the router's weights
   num_tokens    [R]        int32 or int64, optional: tokens that count on each rank, the others come back as zeros
   w_gate, w_up  [E, F, H]  float32, optional: SwiGLU experts of any width F,

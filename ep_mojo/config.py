@@ -275,7 +275,7 @@ class EPConfig:
                 field="dispatch_format",
                 value=self.dispatch_format,
                 allowed="a BF16, BlockwiseFP8 or CustomFormat object",
-                remedy="pass an instance, for example BF16()",
+                remedy="pass an instance, for example BF16() or BlockwiseFP8()",
             )
         check_choice("output_layout", self.output_layout, OUTPUT_LAYOUTS)
         check_choice("reduce", self.reduce, REDUCE_MODES)

@@ -21,7 +21,7 @@ def gpus(monkeypatch):
 
 
 def parsed(*argv):
-    args = cli.make_parser().parse_args(["bench", *argv])
+    args = cli.parse(["bench", *argv])
     cli.fill_bench_defaults(args)
     return args
 

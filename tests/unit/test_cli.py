@@ -234,6 +234,13 @@ def test_unknown_program_or_option():
         assert ended.value.code == 2
 
 
+def test_an_unknown_option_shows_the_usage_of_its_program(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--colour"])
+    said = capsys.readouterr().err
+    assert said.startswith("usage: ep-mojo demo") and "unrecognized arguments: --colour" in said
+
+
 def test_formats_and_layouts_are_those_of_the_package():
     from ep_mojo.config import OUTPUT_LAYOUTS
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from ep_mojo.config import BF16, BlockwiseFP8, CustomFormat, EPConfig, fnv1a64
 from ep_mojo.errors import ConfigError, EPError, UnsupportedError
 from ep_mojo.formats import TokenFormat
+from ep_mojo.handle import Handle
 
 GOOD = {"hidden_size": 7168, "top_k": 8, "n_experts": 256, "max_tokens_per_rank": 128, "n_ranks": 8}
 INT8 = CustomFormat("my_formats.Int8Rows", "int8", message_size=7184, scale_dtype="float32", scale_count=1)
@@ -357,3 +359,9 @@ def test_bad_formats(cls, fields, name):
 def test_all_errors_are_ours():
     assert issubclass(ConfigError, EPError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_the_page_of_the_config_names_all_fields():
+    page = (Path(__file__).parents[2] / "docs/config.md").read_text()
+    for field in [*dataclasses.fields(EPConfig), *dataclasses.fields(Handle)]:
+        assert f"`{field.name}`" in page or field.name == "cfg", field.name

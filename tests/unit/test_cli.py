@@ -238,7 +238,8 @@ def test_an_unknown_option_shows_the_usage_of_its_program(capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", "--colour"])
     said = capsys.readouterr().err
-    assert said.startswith("usage: ep-mojo demo") and "unrecognized arguments: --colour" in said
+    assert said.startswith("usage: ep-mojo demo")
+    assert "unrecognized arguments: --colour" in said
 
 
 def test_formats_and_layouts_are_those_of_the_package():

@@ -38,8 +38,8 @@ comptime LATE = -1
 struct Share(TrivialRegisterPassable):
     """What part of some pieces of work the calling warp does: `for i in range(share.first, n, share.stride)`.
 
-    Neighbouring pieces go to different CTAs, so that little work spreads over many SMs. Where `first` is `LATE` it is no
-    such range: only `Turns` takes it.
+    Neighbouring pieces go to different CTAs, so that little work spreads over many SMs. Where `first` is `LATE` it is
+    no such range: only `Turns` takes it.
     """
 
     var first: Int

@@ -218,6 +218,7 @@ def optional_checks() -> list[Check]:
     return [
         _check_package("matplotlib", "matplotlib", "note", "matplotlib", "only for plots of ep-mojo bench"),
         _check_package("ml_dtypes", "ml_dtypes", "note", "ml_dtypes", "only for the fp8 figures of ep-mojo bench"),
+        _check_package("torch", "torch", "note", "torch", "only for Communicator.process_group and ep_mojo.torch"),
     ]
 
 

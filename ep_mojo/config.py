@@ -7,6 +7,7 @@ hidden_size, B num_buffers, G tokens_per_signal, C = ceil(Tmax / G) signals of o
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import struct
 from dataclasses import dataclass, field
@@ -103,6 +104,11 @@ class EPConfig:
     tokens_per_signal: int = 8
     n_sms: int | None = None
 
+    def __new__(cls, *given: Any, **fields: Any) -> EPConfig:
+        """A name that is no field is a `ConfigError` that names the nearest ones; copies come here without fields."""
+        cls._check_names(fields)
+        return super().__new__(cls)
+
     def __post_init__(self):
         self._check_choices()
         self._check_numbers()
@@ -118,15 +124,19 @@ class EPConfig:
         Raises:
             ConfigError: A name is not a field, or the result is not valid.
         """
-        names = [f.name for f in dataclasses.fields(self)]
-        for name, value in changes.items():
-            if name not in names:
-                raise ConfigError(
-                    "no such field", field=name, value=value, allowed=", ".join(names), remedy="check the spelling"
-                )
+        self._check_names(changes)
         if changes.get("slots", self.slots) != self.slots:
             changes = {"num_buffers": None, "reduce": None} | changes
         return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def _check_names(cls, given: dict[str, Any]) -> None:
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name, value in given.items():
+            if name not in names:
+                near = [n for n in names if name in n] or difflib.get_close_matches(name, names)
+                remedy = f"did you mean {' or '.join(near)}?" if near else "check the spelling"
+                raise ConfigError("no such field", field=name, value=value, allowed=", ".join(names), remedy=remedy)
 
     def __repr__(self) -> str:
         """Required fields, and the others where they differ from their defaults."""

@@ -201,6 +201,12 @@ def test_frozen_hashable_copyable_picklable():
     assert {config: 1}[copy.copy(config)] == 1
 
 
+@pytest.mark.parametrize(("name", "near"), [("layout", "output_layout"), ("topk", "top_k"), ("n_nodes", "")])
+def test_a_name_that_is_no_field(name, near):
+    with pytest.raises(ConfigError, match=rf"{name} = 1.*{near}.*(did you mean {near}|check the spelling)"):
+        make(**{name: 1})
+
+
 def test_replace():
     config = make()
     assert config.replace(top_k=4).top_k == 4

@@ -24,6 +24,7 @@ from .shared_memory import (
     SharedBytes,
     in_shared,
     moves_in_bulk,
+    shared_address,
     shared_place,
 )
 from .launch import warp_index
@@ -109,10 +110,10 @@ struct Ring[row_bytes: Int](Movable):
                     NoneType,
                     constraints="r,l,r,r,~{memory}",
                 ](
-                    UInt32(Int(self._row(self.next))),
+                    shared_address(self._row(self.next)),
                     UInt64(Int(source)),
                     Int32(n),
-                    UInt32(Int(barrier.at)),
+                    shared_address(barrier.at),
                 )
         else:
             var row = self._row(self.next)

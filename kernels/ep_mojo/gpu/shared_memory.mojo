@@ -128,6 +128,19 @@ def in_shared(p: Bytes) -> SharedBytes:
         return p.unsafe_address_space_cast[AddressSpace.SHARED]()
 
 
+@always_inline
+def shared_address(p: SharedBytes) -> UInt32:
+    """The same of a pointer that is of shared memory already.
+
+    Args:
+        p: The pointer.
+
+    Returns:
+        The address.
+    """
+    return UInt32(Int(p))
+
+
 struct SharedBarrier(TrivialRegisterPassable):
     """An mbarrier, on sm_90 and newer: a phase ends when all its arrivals have come, and the bytes that were announced.
 
@@ -157,7 +170,7 @@ struct SharedBarrier(TrivialRegisterPassable):
             "mbarrier.init.shared::cta.b64 [$0], $1;",
             NoneType,
             constraints="r,r,~{memory}",
-        ](UInt32(Int(self.at)), Int32(arrivals))
+        ](shared_address(self.at), Int32(arrivals))
         inlined_assembly[
             "fence.mbarrier_init.release.cluster;",
             NoneType,
@@ -175,7 +188,7 @@ struct SharedBarrier(TrivialRegisterPassable):
             "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], $1;",
             NoneType,
             constraints="r,r,~{memory}",
-        ](UInt32(Int(self.at)), Int32(arrivals))
+        ](shared_address(self.at), Int32(arrivals))
 
     @always_inline
     def expect(self, bytes: Int):
@@ -188,7 +201,7 @@ struct SharedBarrier(TrivialRegisterPassable):
             "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
             NoneType,
             constraints="r,r,~{memory}",
-        ](UInt32(Int(self.at)), Int32(bytes))
+        ](shared_address(self.at), Int32(bytes))
 
     @always_inline
     def wait(self, parity: UInt32):
@@ -205,4 +218,4 @@ struct SharedBarrier(TrivialRegisterPassable):
             ),
             NoneType,
             constraints="r,r,~{memory}",
-        ](UInt32(Int(self.at)), parity)
+        ](shared_address(self.at), parity)

@@ -106,7 +106,7 @@ struct RowSlot(Movable):
                     shared_address(self.row),
                     UInt64(Int(source)),
                     Int32(n),
-                    UInt32(Int(self.barrier.at)),
+                    shared_address(self.barrier.at),
                 )
             self.barrier.wait(self.phase)
             self.phase ^= 1

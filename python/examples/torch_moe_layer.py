@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="also where there are GPUs")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error("start it by torchrun --nproc-per-node 2 python/examples/torch_moe_layer.py, a process for each rank")
+        parser.error("a process for each rank: torchrun --nproc-per-node 2 python/examples/torch_moe_layer.py")
 
     on_gpus = not args.cpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if on_gpus:

@@ -104,7 +104,7 @@ def errors(function: Function, writes_for_others: bool = False) -> list[str]:
         for text in lines
         if re.search(pattern, text)
     ]
-    hands_on = not any(CELL in text for text in lines)  # with cells peers get no bulk stores
+    stores_to_peers = not any(CELL in text for text in lines)  # in bulk: not in kernels whose peers get cells
     states: dict[int, int] = {0: 0}
     work = [0]
     while work:
@@ -121,11 +121,7 @@ def errors(function: Function, writes_for_others: bool = False) -> list[str]:
     for i, state in sorted(states.items()):
         if i < len(lines):
             looked_at = state if writes_for_others else state & ~SHARED
-            if hands_on and looked_at & ACQUIRED and "mbarrier.arrive.release" in lines[i]:
-                found.append(f"{function.name}: hands on an acquire without a proxy fence: {lines[i]}")
-            if hands_on and looked_at & ACQUIRED and "cp.async.bulk.global.shared::cta" in lines[i]:
-                found.append(f"{function.name}: a bulk store that may overtake what allows it: {lines[i]}")
-            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], looked_at)]
+            found += [f"{function.name}: {why}: {lines[i]}" for why in _broken(lines[i], looked_at, stores_to_peers)]
     return found
 
 
@@ -173,8 +169,13 @@ def _may_be_shared(text: str) -> bool:
     return _is_store(text) and not re.search(r"\.(global|release)\b", text)
 
 
-def _broken(text: str, state: int) -> list[str]:
+def _broken(text: str, state: int, stores_to_peers: bool) -> list[str]:
     found = []
+    if stores_to_peers and state & ACQUIRED:
+        if "mbarrier.arrive.release" in text:
+            found.append("hands on an acquire without a proxy fence")
+        if "cp.async.bulk.global.shared::cta" in text:
+            found.append("a bulk store that may overtake what allows it")
     if re.search(r"\bst\.release\.(sys|gpu)", text) and state & PENDING:
         found.append("a signal while bulk stores may be under way")
     covers = CELL not in text and not text.startswith(ALONE)

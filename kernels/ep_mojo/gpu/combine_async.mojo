@@ -55,10 +55,11 @@ from .timeline import (
 
 
 @always_inline
-def open_send_back[
+def check_handle[
     dtype: DType, hidden: Int
 ](ep: Endpoint[False], x: CombineInput, stage: Int32):
-    """Open the sending half; the warp that opens calls this. Afterwards `head.failed()` says whether to.
+    """Record a failure where the handle names tokens that there cannot be; the warp that opens calls this before it
+    decides.
 
     Parameters:
         dtype: Type of the rows, and on the wire.
@@ -69,11 +70,9 @@ def open_send_back[
         x: The rows.
         stage: `STAGE_*`, for the failure record.
     """
-    if Int(lane_id()) < ep.s.n_ranks:  # before an acquire
+    if Int(lane_id()) < ep.s.n_ranks:
         var rows = x.rows.size // row_bytes[dtype, hidden]()
         _check_tokens(ep, x, Int(lane_id()), rows, stage)
-    syncwarp()
-    _ = ep.begin_send[WarpTeam](stage)
 
 
 @always_inline
@@ -317,8 +316,8 @@ def combine_async_stage[
     var x = input.value
     var opening = Opening()
     if opening.opens():
-        open_send_back[dtype, hidden](ep, x, stage)
-        opening.decide(ep)
+        check_handle[dtype, hidden](ep, x, stage)
+        opening.decide(ep, stage)
         if opening.passed():
             send_headers[layout, reduce](ep, x, epoch, opening)
     opening.settle()

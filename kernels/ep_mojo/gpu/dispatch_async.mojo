@@ -16,7 +16,7 @@ stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md. Fe
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim
 from max.gpu.host import DeviceContext
-from max.gpu.sync import barrier, syncwarp
+from max.gpu.sync import barrier
 
 from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
@@ -83,10 +83,10 @@ def encode_parts[F: TokenFormat, encoded: Bool]() -> Int:
 
 
 @always_inline
-def open_send[
+def check_tokens[
     ids_dtype: DType
 ](ep: Endpoint[True], x: DispatchInput[ids_dtype], stage: Int32):
-    """Open the sending half; the warp that opens calls this. Afterwards `head.failed()` says whether to.
+    """Record a failure where T is out of range; the warp that opens calls this before it decides.
 
     Parameters:
         ids_dtype: Type of the ids.
@@ -96,11 +96,9 @@ def open_send[
         x: Its tokens.
         stage: `STAGE_*`, for the failure record.
     """
-    if lane_id() == 0:  # before an acquire, which ends what the caches hold
+    if lane_id() == 0:
         var given = given_tokens(x.rows, x.num_tokens)
         _ = tokens_fit(ep, stage, x.rows, given)
-    syncwarp()
-    _ = ep.begin_send[WarpTeam](stage)
 
 
 @always_inline
@@ -344,8 +342,8 @@ def dispatch_async_stage[
     var epoch = ep.last_sent() + 1
     var opening = Opening()
     if opening.opens():
-        open_send(ep, input.value, stage)
-        opening.decide(ep)
+        check_tokens(ep, input.value, stage)
+        opening.decide(ep, stage)
     opening.settle()
     send_tables(ep, input.value, epoch, opening)
     send_messages[F, ids_dtype, encoded](

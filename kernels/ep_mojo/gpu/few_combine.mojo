@@ -19,7 +19,7 @@ from ..launch import Endpoint
 from ..layout import STAGE_COMBINE
 from ..team import WarpTeam
 from .cells import Cut
-from .combine_async import give_shared, open_send_back
+from .combine_async import give_shared, check_handle
 from .combine_wait import close_receive_back, open_receive_back, zero_output
 from .few_counts import tell_headers, tell_rows
 from .few_sums_received import receive_back_as_cells, received_cells
@@ -72,8 +72,8 @@ def few_combine_async_stage[
     var x = input.value
     var opening = Opening()
     if opening.opens():
-        open_send_back[dtype, hidden](ep, x, stage)
-        opening.decide[bulk=False](ep)
+        check_handle[dtype, hidden](ep, x, stage)
+        opening.decide[bulk=False](ep, stage)
         if opening.passed():
             tell_headers[layout, reduce](ep, x, epoch)
     opening.settle()
@@ -185,8 +185,8 @@ def few_combine_stage[
     if opening.opens():
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
-        open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
-        opening.decide[bulk=False](ep)
+        check_handle[dtype, hidden](ep, x, STAGE_COMBINE)
+        opening.decide[bulk=False](ep, STAGE_COMBINE)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():
             tell_headers[layout, reduce](ep, x, sent)

@@ -21,7 +21,7 @@ from ..launch import Endpoint
 from ..layout import STAGE_DISPATCH
 from ..signal import Waiter
 from ..team import WarpTeam
-from .dispatch_async import open_send, slot_bytes
+from .dispatch_async import check_tokens, slot_bytes
 from .dispatch_wait import close_wait, give_nothing, mark_rest
 from .few_messages import (
     Part,
@@ -89,8 +89,8 @@ def few_dispatch_async_stage[
     var epoch = ep.last_sent() + 1
     var opening = Opening()
     if opening.opens():
-        open_send(ep, input.value, stage)
-        opening.decide[bulk=False](ep)
+        check_tokens(ep, input.value, stage)
+        opening.decide[bulk=False](ep, stage)
     opening.settle()
     send_tables_as_cells(ep, input.value, epoch, opening)
     # Those that send no table come first.
@@ -167,10 +167,10 @@ def few_dispatch_stage[
     var opening = Opening()
     mark[MARK_BEGUN](ep)
     if opening.opens():
-        open_send(ep, x, STAGE_DISPATCH)
+        check_tokens(ep, x, STAGE_DISPATCH)
         if lane_id() == 0:
             _ = ep.begin_wait(STAGE_DISPATCH, sent)
-        opening.decide[bulk=False](ep)
+        opening.decide[bulk=False](ep, STAGE_DISPATCH)
         mark[MARK_OPENED](ep)
     opening.settle()
     var cta = Int(block_idx.x)

@@ -19,7 +19,7 @@ from ..routing import may_shrink
 from ..team import WarpTeam
 from .combine_async import (
     give_shared,
-    open_send_back,
+    check_handle,
     send_back,
     send_headers,
 )
@@ -29,7 +29,7 @@ from .combine_wait import (
     receive_back,
     zero_output,
 )
-from .dispatch_async import open_send, send_messages, send_tables
+from .dispatch_async import check_tokens, send_messages, send_tables
 from .dispatch_async import slot_bytes as token_slot_bytes
 from .dispatch_wait import (
     close_wait,
@@ -90,10 +90,10 @@ def dispatch_stage[
     var opening = Opening()
     mark[MARK_BEGUN](ep)
     if opening.opens():
-        open_send(ep, x, STAGE_DISPATCH)
+        check_tokens(ep, x, STAGE_DISPATCH)
         if lane_id() == 0:
             _ = ep.begin_wait(STAGE_DISPATCH, sent)
-        opening.decide(ep)
+        opening.decide(ep, STAGE_DISPATCH)
         mark[MARK_OPENED](ep)
     opening.settle()
     var roles = DispatchRoles(ep.s)
@@ -227,8 +227,8 @@ def combine_stage[
     if opening.opens():
         if lane_id() == 0:
             open_receive_back(ep, y, sent, STAGE_COMBINE)
-        open_send_back[dtype, hidden](ep, x, STAGE_COMBINE)
-        opening.decide(ep)
+        check_handle[dtype, hidden](ep, x, STAGE_COMBINE)
+        opening.decide(ep, STAGE_COMBINE)
         mark[MARK_COMBINE_OPENED](ep)
         if opening.passed():
             send_headers[layout, reduce](ep, x, sent, opening)

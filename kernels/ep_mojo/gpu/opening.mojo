@@ -1,18 +1,21 @@
 """The opening of a sending launch of RankSlots: one warp opens, while the others load and work out what they will
 store.
 
-    last warp      awaits the buffer's credits and checks what it was given, then `decide`
+    last warp      checks what it was given, then `decide`, which awaits the buffer's credits
     other warps    loads and sums into shared memory, `passed` in front of the first store to a peer
 
 Where there are no mbarriers the CTA meets at `settle`, and nothing overlaps. With the word come the peers that are
 masked by then, so that all warps of a CTA send to the same ones, each of which has given the buffer back.
 """
 
-from max.gpu import lane_id, thread_idx
+from max.gpu import WARP_SIZE, lane_id, thread_idx
 from max.gpu.sync import barrier, syncwarp
 
 from ..launch import Endpoint
-from ..peers import View
+from ..layout import REC_STATE
+from ..peers import MAX_RANKS, View
+from ..signal import FAILED, epoch_of, poll, value_of
+from ..team import WarpTeam
 from .launch import warp_index, warps
 from .routing import ballot
 from .share import begin_crews
@@ -25,6 +28,40 @@ from .shared_memory import (
     shared_memory,
     shared_place,
 )
+
+
+@always_inline
+def _stands_open[has_table: Bool](ep: Endpoint[has_table]) -> Bool:
+    """One look at all credits and at the failure record, by one load, a lane for each; a warp calls this.
+
+    Parameters:
+        has_table: True for dispatch, False for combine.
+
+    Args:
+        ep: The rank.
+
+    Returns:
+        True where every peer has given the buffer back and no failure is on record, as mostly. False says nothing.
+    """
+    comptime assert MAX_RANKS < WARP_SIZE, "a lane for each rank, and one more"
+    var epoch = ep.last_sent() + 1
+    var buffers = UInt64(ep.s.num_buffers)
+    # Loaded before, since an acquire ends what the caches hold.
+    var in_order = epoch - ep.next_wait() < buffers
+    var lane = Int(lane_id())
+    var good = True
+    if lane <= ep.s.n_ranks:
+        var base = ep.head.base
+        var offset = 4 * REC_STATE
+        if lane < ep.s.n_ranks:
+            base = ep.own_count()
+            offset = ep.window.credit(lane)
+        var w = poll(base, offset)
+        if lane == ep.s.n_ranks:
+            good = w.cast[DType.uint32]() == 0
+        elif epoch > buffers:
+            good = epoch_of(w) + buffers >= epoch and value_of(w) != FAILED
+    return in_order and not ep.s.shrinks and ballot(not good) == 0
 
 
 struct Opening(Copyable, Movable):
@@ -71,8 +108,9 @@ struct Opening(Copyable, Movable):
     @always_inline
     def decide[
         has_table: Bool, //, bulk: Bool = True
-    ](mut self, ep: Endpoint[has_table]):
-        """Let the launch go on unless the rank has failed; the opening warp calls this once, when all lanes are done.
+    ](mut self, ep: Endpoint[has_table], stage: Int32):
+        """Await the buffer's credits, and let the launch go on unless the rank has failed; the opening warp calls this
+        once, when its lanes have checked what they were given.
 
         Parameters:
             has_table: True for dispatch, False for combine.
@@ -80,14 +118,18 @@ struct Opening(Copyable, Movable):
 
         Args:
             ep: The rank.
+            stage: `STAGE_*`, for the failure record.
         """
         syncwarp()
+        var open = Int32(_stands_open(ep))
+        if open == 0:
+            _ = ep.begin_send[WarpTeam](stage)
+            syncwarp()
         var masked: UInt64 = 0
         if ep.s.shrinks:
             var peer = Int(lane_id())
             masked = ballot(peer < ep.s.n_ranks and ep.is_masked(peer))
-        var open: Int32 = 0
-        if lane_id() == 0:
+        if lane_id() == 0 and open == 0:
             open = Int32(not ep.head.failed())
         comptime if bulk:
             order_for_bulk()

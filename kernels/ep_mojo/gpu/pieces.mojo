@@ -8,7 +8,7 @@ a warp that copies knows the piece of a chunk before it knows the source's T.
 from ..counters import MAX_PIECES, MAX_SOURCE_PIECES
 from ..settings import Settings
 
-comptime LEAST_CHOICES = 2048
+comptime LEAST_CHOICES = 1024
 """Choices of a piece, at least, where a source has several: fewer are not worth another CTA."""
 comptime CTAS_A_PIECE = 4
 """CTAs of the launch for each piece, at least, where a source has several: most are to send and to copy."""

@@ -15,8 +15,9 @@ comptime UNIT = WarpTeam.lanes * WarpTeam.sum_width
 """Channels that a warp sums at a time."""
 
 
-comptime SLICE_UNITS = 10
-"""Units of bfloat16 that are summed in registers: with more of them registers do not suffice."""
+comptime SLICE_UNITS = 14
+"""Units of bfloat16 that are summed in registers: fewer slices are fewer loads to start and to await, and more units
+do not fit into registers."""
 comptime BLOCK = 7
 """Units that are summed without a look at how many there are, so that their loads overlap; where a slice is shorter,
 the rest of its room holds anything, and is summed for nothing."""

@@ -17,6 +17,12 @@ from .ring import Ring
 from .slices import BLOCK, UNIT, Slices, Span, blocks, slice_units
 
 
+comptime LANES = WarpTeam.lanes
+"""Lanes of a warp."""
+comptime Lanes = Scalar[DType.uint32 if LANES == 32 else DType.uint64]
+"""A bit for each lane of a warp: what is masked, counted and shifted for every row is no wider than it must be."""
+
+
 struct Batch(Copyable, Movable):
     """Some tokens of a chunk: what the calling warp sums next.
 
@@ -39,7 +45,7 @@ struct Batch(Copyable, Movable):
     """The lane's row, if it has one."""
     var weight: Float32
     """Its weight."""
-    var mask: UInt64
+    var mask: Lanes
     """Which lanes have one."""
     var peers: UInt32
     """Bit r is set in a lane whose row comes from rank r, where it comes from a peer."""
@@ -59,7 +65,7 @@ struct Batch(Copyable, Movable):
         self.peers = 0
 
     @always_inline
-    def lanes_of(self, index: Int, width: Int) -> UInt64:
+    def lanes_of(self, index: Int, width: Int) -> Lanes:
         """The lanes of a token that have a row.
 
         Args:
@@ -69,8 +75,12 @@ struct Batch(Copyable, Movable):
         Returns:
             One bit for each.
         """
-        var all = (UInt64(1) << UInt64(width)) - 1
-        return self.mask & (all << UInt64(index * width))
+        var first = self.mask >> Lanes(index * width)
+        if width == LANES:
+            return first
+        return (first & ((Lanes(1) << Lanes(width)) - 1)) << Lanes(
+            index * width
+        )
 
 
 trait Sums:
@@ -123,7 +133,7 @@ trait Sums:
         """
         ...
 
-    def wants(self, lanes: UInt64) -> Bool:
+    def wants(self, lanes: Lanes) -> Bool:
         """Whether a token has a sum.
 
         Args:
@@ -171,19 +181,45 @@ trait Sums:
 struct Feeder(TrivialRegisterPassable):
     """Which slice of which row is to be started next."""
 
-    var ahead: Bool
-    """Whether it belongs to the next batch."""
+    var row: UInt64
+    """Address of the slice in the lane's row."""
+    var bytes: Int32
+    """Bytes of it."""
+    var left: Lanes
+    """Lanes whose rows are still to be started in this slice."""
     var slice: Int32
     """Which slice of the rows."""
-    var mask: UInt64
-    """Lanes whose rows are still to be started in this slice."""
+    var ahead: Bool
+    """Whether the rows are those of the next batch."""
 
     @always_inline
     def __init__(out self):
         """Begin with nothing."""
-        self.ahead = False
+        self.row = 0
+        self.bytes = 0
+        self.left = 0
         self.slice = 0
-        self.mask = 0
+        self.ahead = False
+
+    @always_inline
+    def turn_to[
+        item: Int
+    ](mut self, batch: Batch, slices: Slices, slice: Int32):
+        """Go on to a slice of a batch.
+
+        Parameters:
+            item: Bytes of a channel.
+
+        Args:
+            batch: The batch.
+            slices: How its rows are divided.
+            slice: Which slice.
+        """
+        var span = slices.span(slice)
+        self.slice = slice
+        self.row = UInt64(Int(batch.row) + Int(span.begin) * item)
+        self.bytes = span.size * Int32(item)
+        self.left = batch.mask
 
 
 @always_inline
@@ -205,6 +241,7 @@ def sum_all[
     """
     comptime units = slice_units[S.dtype, S.channels]()
     comptime V = WarpTeam.sum_width
+    comptime item = size_of[Scalar[S.dtype]]()
     var slices = Slices(first, end, units)
     var next = Batch()
     var feeder = Feeder()
@@ -213,8 +250,7 @@ def sum_all[
     while good and more:
         if not feeder.ahead:
             good = sums.admit(next)
-            feeder.slice = 0
-            feeder.mask = next.mask
+            feeder.turn_to[item](next, slices, 0)
         var now = next.copy()
         feeder.ahead = False
         more = sums.fetch(next)
@@ -228,14 +264,14 @@ def sum_all[
                 var token = Int(now.token) + index
                 sums.begin[units](sum, token, span)
                 while lanes != 0:
-                    good = good and _feed[S, slice_size](
-                        sums, ring, feeder, slices, now, next, more
-                    )
+                    while ring.has_room():
+                        if not _feed(
+                            sums, ring, feeder, slices, now, next, more, good
+                        ):
+                            break
                     if not good:
                         break
-                    var lane = UInt32(count_trailing_zeros(lanes))
-                    lanes &= lanes - 1
-                    var weight = warp.shuffle_idx(now.weight, lane)
+                    var weight = warp.shuffle_idx(now.weight, _take(lanes))
                     var row = ring.take()
                     comptime for block in range(blocks(units)):
                         if (
@@ -259,6 +295,14 @@ def sum_all[
 
 
 @always_inline
+def _take(mut lanes: Lanes) -> UInt32:
+    """Take the first lane out of some."""
+    var lane = UInt32(count_trailing_zeros(lanes))
+    lanes &= lanes - 1
+    return lane
+
+
+@always_inline
 def _feed[
     S: Sums, slice_size: Int
 ](
@@ -269,33 +313,33 @@ def _feed[
     now: Batch,
     mut next: Batch,
     more: Bool,
+    mut good: Bool,
 ) -> Bool:
-    """Start rows while there is room, of `now` and, where there is `more`, then of `next`; False to give up."""
+    """Start one row, of `now` or, where there is `more`, of `next`; there must be room for it.
+
+    Returns:
+        Whether there was one. `good` is then as before; it becomes False where the launch gives up.
+    """
     comptime item = size_of[Scalar[S.dtype]]()
-    while ring.has_room():
-        if feeder.mask != 0:
-            var lane = UInt32(count_trailing_zeros(feeder.mask))
-            feeder.mask &= feeder.mask - 1
-            var row = UInt64(Int(next.row if feeder.ahead else now.row))
-            var span = slices.span(feeder.slice)
-            ring.start(
-                Bytes(
-                    unsafe_from_address=Int(warp.shuffle_idx(row, lane))
-                    + Int(span.begin) * item
-                ),
-                Int(span.size) * item,
-            )
-        elif feeder.slice + 1 < slices.n:
-            feeder.slice += 1
-            feeder.mask = next.mask if feeder.ahead else now.mask
+    while feeder.left == 0:
+        if feeder.slice + 1 < slices.n:
+            if feeder.ahead:
+                feeder.turn_to[item](next, slices, feeder.slice + 1)
+            else:
+                feeder.turn_to[item](now, slices, feeder.slice + 1)
         elif more and not feeder.ahead:
             if not sums.admit(next):
+                good = False
                 return False
             feeder.ahead = True
-            feeder.slice = 0
-            feeder.mask = next.mask
+            feeder.turn_to[item](next, slices, 0)
         else:
-            break
+            return False
+    var lane = _take(feeder.left)
+    ring.start(
+        Bytes(unsafe_from_address=Int(warp.shuffle_idx(feeder.row, lane))),
+        Int(feeder.bytes),
+    )
     return True
 
 

@@ -77,7 +77,8 @@ class EPConfig:
         shared_expert: Group 0 of the "expert" layout holds the rank's own tokens, for an expert that every rank has.
         num_buffers: B, rounds that may be in flight: 1 to 8. None = 2, or 1 with slots="expert".
         timeout_s: The longest wait of one launch in seconds, 0 = no limit.
-        tokens_per_signal: G, tokens that one signal covers: at least 1.
+        tokens_per_signal: G, tokens that one signal covers: at least 1. With 1 work spreads best; 8 is quicker for
+            thousands of tokens on few SMs, where each warp has many.
         n_sms: The most SMs (or CPU workers) that a launch may use; None = all. Each op of a graph may have its own.
 
     Raises:
@@ -101,7 +102,7 @@ class EPConfig:
     shared_expert: bool = False
     num_buffers: int = None  # type: ignore[assignment]  # replaced in __post_init__
     timeout_s: float = 30.0
-    tokens_per_signal: int = 8
+    tokens_per_signal: int = 1
     n_sms: int | None = None
 
     def __new__(cls, *given: Any, **fields: Any) -> EPConfig:

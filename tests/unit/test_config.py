@@ -273,7 +273,7 @@ def test_signals(tokens, per_signal, signals):
 
 
 def test_settings():
-    config = make(n_sms=20, alignment=4, shared_expert=True)
+    config = make(n_sms=20, alignment=4, shared_expert=True, tokens_per_signal=8)
     words = config.settings(virtual=True)
     assert words[:15] == [8, 256, 8, 128, 2, 4, 8, 7168, 14336, 14336, 8, 20, 1, 0, 1]
     assert words[15] == fnv1a64(b"bf16") >> 1

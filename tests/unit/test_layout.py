@@ -224,7 +224,7 @@ def test_head_round_trip():
 def test_hashes_of_a_known_config():
     """The same numbers stand in tests/mojo/test_layout.mojo: a Mojo program fits a communicator made in Python."""
     sizes = {"hidden_size": 256, "top_k": 4, "n_experts": 12, "max_tokens_per_rank": 20, "n_ranks": 3}
-    cfg = EPConfig(**sizes, slots="expert", dispatch_format=BlockwiseFP8())
+    cfg = EPConfig(**sizes, slots="expert", dispatch_format=BlockwiseFP8(), tokens_per_signal=8)
     assert (cfg.config_hash(), cfg.config_hash("dispatch"), cfg.config_hash("combine")) == HASHES
 
 

@@ -32,6 +32,8 @@ from .report import number_of
 ROUTINGS = ("uniform", "grouped", "zipf", "one")
 """See `choose`."""
 REPLAYS = 50
+MANY_TOKENS = 1024
+"""From so many on a launch on few SMs has several for each warp."""
 WARM_UP = 10
 ERROR_LIMIT = 5e-3
 """Largest relative error of a rank: bfloat16 keeps 8 bits, so one rounding is 2e-3."""
@@ -71,9 +73,21 @@ class Round:
             n_ranks=self.ranks,
             dispatch_format=BF16() if self.fmt == "bf16" else BlockwiseFP8(),
             reduce="expert",
-            tokens_per_signal=1,
+            tokens_per_signal=signal_tokens(self.tokens, sms),
             n_sms=sms or None,
         )
+
+
+def signal_tokens(tokens: int, sms: int) -> int:
+    """Tokens of a signal with which a round is quickest: docs/performance.md, "Tokens of a signal".
+
+    Args:
+        tokens: T.
+        sms: The most SMs of a launch, 0 = all.
+    """
+    if tokens < MANY_TOKENS or sms == 0 or sms > 96:
+        return 1
+    return 2 if sms > 48 else 4
 
 
 def gpus_to_use(asked: int = 0, least: int = 1, remedy: str = "see `python -m ep_mojo.doctor`") -> int:

@@ -25,7 +25,7 @@ tokens of them), and neither are refused."""
 NORMAL_BUFFERS = 1
 """Rounds of normal mode in flight: dispatch and combine alternate, so that the one buffer is free when it is needed."""
 TOKENS_PER_SIGNAL = 4
-"""In normal mode, whose launches have 24 SMs, or 64: docs/performance.md, "Tokens of a signal"."""
+"""In normal mode, whose launches mostly have 20 to 64 SMs: docs/performance.md, "Tokens of a signal"."""
 MARGIN_BYTES = 1 << 16
 """For headers, credits, and rounding up to whole pages."""
 LARGEST_BYTES = 1 << 50

@@ -48,7 +48,7 @@ comptime HEAD_TIMELINE_CHECK = 28
 comptime HEAD_NOTE = 30
 """(u64) Where a failure is noted beside the record, an Int32 that the host can read at any time; 0 = nowhere."""
 comptime REC_STATE = 32
-"""0 no failure, 1 being written, 2 set."""
+"""0 no failure, 1 being written, 2 set. Launches access it and the next word as one of 64 bits."""
 comptime REC_KIND = 33
 """One of `KIND_*`."""
 comptime REC_STAGE = 34

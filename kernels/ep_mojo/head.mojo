@@ -89,8 +89,8 @@ struct Head(TrivialRegisterPassable):
             True after the first failure.
         """
         return (
-            Atomic[Int32].load[ordering=Ordering.ACQUIRE](
-                typed[DType.int32](self.base, 4 * REC_STATE)
+            Atomic[UInt64].load[ordering=Ordering.ACQUIRE](
+                typed[DType.uint64](self.base, 4 * REC_STATE)
             )
             != 0
         )
@@ -120,11 +120,12 @@ struct Head(TrivialRegisterPassable):
             value: Size given or needed.
             limit: Size allowed.
         """
-        var state = typed[DType.int32](self.base, 4 * REC_STATE)
-        var empty: Int32 = 0
-        if not Atomic[Int32].compare_exchange(state, empty, Int32(1)):
+        # State and kind are one word, which is only accessed as a whole while launches run.
+        var word = typed[DType.uint64](self.base, 4 * REC_STATE)
+        var kind_bits = UInt64(kind.cast[DType.uint32]()) << 32
+        var empty: UInt64 = 0
+        if not Atomic[UInt64].compare_exchange(word, empty, kind_bits | 1):
             return
-        self.set_i32(REC_KIND, kind)
         self.set_i32(REC_STAGE, stage)
         self.set_i32(REC_RANK, self.i32(HEAD_MY_RANK))
         self.set_i32(REC_PEER, Int32(peer))
@@ -133,7 +134,7 @@ struct Head(TrivialRegisterPassable):
         self.set_u64(REC_SEEN, seen)
         self.set_u64(REC_VALUE, UInt64(value))
         self.set_u64(REC_LIMIT, UInt64(limit))
-        Atomic[Int32].store[ordering=Ordering.RELEASE](state, Int32(2))
+        Atomic[UInt64].store[ordering=Ordering.RELEASE](word, kind_bits | 2)
         var note = self.u64(HEAD_NOTE)
         if note != 0 and note == ~self.u64(HEAD_NOTE_CHECK):
             var word = View[DType.int32](Int(note), 1)

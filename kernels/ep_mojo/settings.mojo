@@ -167,7 +167,7 @@ struct Settings(TrivialRegisterPassable):
         self.max_tokens = max_tokens
         self.num_buffers = 1
         self.alignment = 1
-        self.tokens_per_signal = 8
+        self.tokens_per_signal = 1
         self.hidden_size = hidden_size
         self.message_bytes = message_bytes
         self.row_bytes = row_bytes

@@ -171,7 +171,7 @@ def test_hashes_are_those_of_python() raises:
     var s = expert_slots_settings[BlockwiseFP8[256], DType.bfloat16](
         n_ranks=3, n_experts=12, top_k=4, max_token_per_rank=20
     )
-    assert_equal(s.hash(CONFIG_UNHASHED), 0x9FD403025270D75C)
+    assert_equal(s.hash(CONFIG_UNHASHED), 0xBAB9379C541B6501)
     assert_equal(s.hash(DISPATCH_UNHASHED), 0x5F184D49D0F57588)
     assert_equal(s.hash(COMBINE_UNHASHED), 0x10E0B1A69EC88C98)
 

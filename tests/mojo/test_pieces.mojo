@@ -102,7 +102,7 @@ def test_how_many() raises:
     assert_equal(Pieces(settings(8, 4096), 132).of_source, 4)
     assert_equal(Pieces(settings(8, 4096), 24).of_source, 1)
     assert_equal(Pieces(settings(2, 4096), 24).of_source, 3)
-    assert_equal(Pieces(settings(3, 1030, 8, 5), 132).of_source, 4)
+    assert_equal(Pieces(settings(3, 1030, 8, 5), 132).of_source, 8)
     assert_equal(Pieces(settings(3, 1030, 8, 5), 30).of_source, 2)
     assert_equal(Pieces(settings(2, 4096, 8, 1500), 132).of_source, 3)
     assert_equal(Pieces(settings(2, 4096, 8, 5000), 132).of_source, 1)

@@ -7,12 +7,14 @@ A small data-flow analysis over the control-flow graph of each function. On some
     unfenced   a store that no fence at system scope has followed
     reading    a bulk store whose source may still be read, since no `wait_group` of either kind has followed
     acquired   an acquire that no full proxy fence has followed
+    apart      an acquire that no warp barrier has followed, nor one of the CTA
     taken      a bulk load into a slot, whose last row lanes may have read since, that no proxy fence has followed
     shared     a barrier of the CTA behind dirty stores, and none behind a fence since: other threads' may be unfenced
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
 store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired or taken;
 while acquired an arrival at an mbarrier, which hands that on, and a bulk store, in kernels whose peers get no cells;
+such an arrival while apart, in all;
 an ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at
 paths: any non-coherent or relaxed load but that of a cell, a release at a scope below the device, an mbarrier at
 which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and
@@ -25,7 +27,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-PENDING, DIRTY, UNFENCED, READING, ACQUIRED, SHARED, TAKEN = 1, 2, 4, 8, 16, 32, 64
+PENDING, DIRTY, UNFENCED, READING, ACQUIRED, SHARED, TAKEN, APART = (1 << i for i in range(8))
 FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
     r"\bld\.(relaxed(?!\.sys\.global\.b128)|volatile|mmio)": "a load that acquires nothing",
@@ -149,11 +151,14 @@ def _after(text: str, state: int) -> int:
     elif "cp.async.bulk.shared::cluster.global" in text:
         state |= TAKEN
     elif "ld.acquire" in text:
-        state |= ACQUIRED
+        state |= ACQUIRED | APART
     elif re.match(r"^fence\.(sc|acq_rel)\.sys;", text):
         state &= ~UNFENCED
+    elif text.startswith("bar.warp.sync"):
+        state &= ~APART
     elif re.match(r"^bar(rier)?\.sync\s+0;", text):
         state = state | SHARED if state & DIRTY else state & ~SHARED
+        state &= ~APART
     elif _is_store(text):
         state |= UNFENCED
         if _may_be_shared(text):
@@ -171,6 +176,8 @@ def _may_be_shared(text: str) -> bool:
 
 def _broken(text: str, state: int, stores_to_peers: bool) -> list[str]:
     found = []
+    if state & APART and "mbarrier.arrive.release" in text:
+        found.append("hands on what other lanes may have acquired, without a warp barrier")
     if stores_to_peers and state & ACQUIRED:
         if "mbarrier.arrive.release" in text:
             found.append("hands on an acquire without a proxy fence")

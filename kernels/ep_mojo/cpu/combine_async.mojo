@@ -74,13 +74,14 @@ def combine_async[
 
     var starts = Scratch[DType.int32](s.n_ranks)
     var start = starts.view()  # rows gathered before each source's
-    var per_source = s.n_signals(s.max_tokens)
-    var items = s.n_ranks * per_source
     var block = s.max_tokens * s.top_k
     var tokens = 0
+    var longest = 0
     for r in range(s.n_ranks):
         start[r] = Int32(tokens)
         tokens += Int(x.num_tokens[r])
+        longest = max(longest, Int(x.num_tokens[r]))
+    var items = s.n_ranks * s.n_signals(longest)
     var workers = n_workers(s, items, tokens * size)
     var streams = exceeds_caches(tokens * size)
 

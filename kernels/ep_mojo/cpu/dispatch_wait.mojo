@@ -108,15 +108,17 @@ def _receive[
     out_.src_info.fill(-1)
     var shared_first = Int(start[ep.me * groups])
     var tokens = 0
+    var longest = 0
     for r in range(s.n_ranks):
-        tokens += Int(out_.recv_num_tokens[r])
+        var T = Int(out_.recv_num_tokens[r])
+        tokens += T
+        longest = max(longest, T)
         comptime if layout != "gathered":
             map(r)
     out_.local_ids.fill(-1)
     out_.local_weights.fill(0)
 
-    var per_source = s.n_signals(s.max_tokens)
-    var items = s.n_ranks * per_source
+    var items = s.n_ranks * s.n_signals(longest)
     var workers = n_workers(s, items, tokens * F.message_bytes)
 
     @always_inline

@@ -58,7 +58,7 @@ def _stands_open[has_table: Bool](ep: Endpoint[has_table]) -> Bool:
             offset = ep.window.credit(lane)
         var w = poll(base, offset)
         if lane == ep.s.n_ranks:
-            good = w.cast[DType.uint32]() == 0
+            good = w == 0  # as `Head.failed` looks at it
         elif epoch > buffers:
             good = epoch_of(w) + buffers >= epoch and value_of(w) != FAILED
     return in_order and not ep.s.shrinks and ballot(not good) == 0
@@ -133,7 +133,7 @@ struct Opening(Copyable, Movable):
             open = Int32(not ep.head.failed())
         comptime if bulk:
             order_for_bulk()
-            syncwarp()
+        syncwarp()  # lane 0 hands on what any of them has acquired
         if lane_id() == 0:
             Self._word()[0] = open + 2 * masked.cast[DType.int32]()
             comptime if moves_in_bulk():

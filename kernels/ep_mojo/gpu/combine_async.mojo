@@ -44,7 +44,7 @@ from .opening import Opening
 from .precedence import precedence, queue
 from .routing import ballot
 from .send_sums import send_sums
-from .share import Share
+from .share import Share, chunks_of_all
 from .shared_rows import finish_stores, release_slots, store_row
 from .slices import combine_bytes
 from .timeline import (
@@ -141,7 +141,7 @@ def send_back[
         tokens = x.num_tokens[Int(lane_id())]
         if tokens < 0 or Int(tokens) > s.max_tokens:
             tokens = 0  # the opening will refuse it
-    var items = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
+    var items = chunks_of_all(s, tokens)
     comptime if sums:
         send_sums[dtype, hidden](
             ep, x, epoch, stage, tokens, items, share, opening

@@ -41,7 +41,7 @@ from .notes import await_note
 from .pieces import Pieces
 from .precedence import precedence, queue
 from .routing import ballot
-from .share import Share
+from .share import Share, chunks_of_all
 from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import (
     SlotTeam,
@@ -95,12 +95,11 @@ def keep_weights(
 
 @always_inline
 def _chunks_sent(s: Settings, out_: DispatchOutput) -> Int:
-    """How many chunks there are up to the last one of the longest source. A warp that has seen a piece mapped calls
-    this: before, all sources were counted."""
+    """`chunks_of_all`. A warp that has seen a piece mapped calls this: before, all sources were counted."""
     var T: Int32 = 0
     if Int(lane_id()) < s.n_ranks:
         T = out_.recv_num_tokens[Int(lane_id())]
-    return s.n_ranks * s.n_signals(Int(warp.max(T)))
+    return chunks_of_all(s, T)
 
 
 @always_inline

@@ -19,7 +19,7 @@ from ..team import WarpTeam
 from .headers import await_tokens
 from .launch import warp_memory, warp_slot
 from .routing import ballot
-from .share import Share
+from .share import Share, chunks_of_all
 from .shared_rows import (
     SlotTeam,
     finish_stores,
@@ -101,8 +101,7 @@ def gather_rows[
     var buffer = ep.buffer(epoch)
     var slot = warp_slot(warp_memory(warp_bytes), sending=False)
     var window = ep.recv[ep.me]
-    var chunks = s.n_ranks * s.n_signals(Int(warp.max(tokens)))
-    var turns = Turns(ep, share, chunks)
+    var turns = Turns(ep, share, chunks_of_all(s, tokens))
     while turns.next():
         var r = remainder(ep.me + turns.chunk, s.n_ranks)
         var chunk = quotient(turns.chunk, s.n_ranks)

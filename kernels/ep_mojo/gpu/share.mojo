@@ -1,10 +1,12 @@
 """Who of a launch does which pieces of work: a warp, or several warps of a CTA together."""
 
 from max.gpu import block_idx, grid_dim, lane_id
+from max.gpu.primitives import warp
 from max.gpu.sync import syncwarp
 
 from ..numeric import quotient, remainder
 from ..peers import Bytes
+from ..settings import Settings
 from .launch import memory_of, slot_of, warp_index, warps
 from .shared_memory import (
     BARRIER_BYTES,
@@ -29,6 +31,21 @@ def turned(skip: Int) -> Int:
     """
     var ctas = Int(grid_dim.x)
     return remainder(Int(block_idx.x) + ctas - remainder(skip, ctas), ctas)
+
+
+@always_inline
+def chunks_of_all(s: Settings, tokens: Int32) -> Int:
+    """How many chunks there are, counted over all sources in turn, up to the last one of the longest; a warp calls
+    this.
+
+    Args:
+        s: The settings.
+        tokens: Lane r: T of source r; 0 in the lanes behind.
+
+    Returns:
+        Their number: chunk i is the (i div R)-th of a source.
+    """
+    return s.n_ranks * s.n_signals(Int(warp.max(tokens)))
 
 
 comptime LATE = -1

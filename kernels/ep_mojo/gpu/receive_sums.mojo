@@ -24,7 +24,7 @@ from .routing import ballot
 from .share import LATE, Share
 from .shared_rows import order_for_bulk
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
-from .sums import Batch, Lanes, Sums, add_row, sum_all
+from .sums import Batch, LaneMask, Sums, add_row, sum_all
 from .timeline import (
     MARK_COMBINE_SIGNALS_SEEN,
     MARK_COMBINE_TOKEN_WRITTEN,
@@ -164,7 +164,7 @@ struct TokenSums[
                                 peers |= self._destination(t * s.top_k + k + u)
                 peers &= UInt32(1) << UInt32(which)
         batch.peers = peers
-        batch.mask = Lanes(ballot(peers != 0))
+        batch.mask = LaneMask(ballot(peers != 0))
         var at: Int
         comptime if Self.by_row:
             at = row_offset(s, self.buffer, t, which)
@@ -218,7 +218,7 @@ struct TokenSums[
             return False
         comptime if Self.by_row:
             self.masked |= UInt32(ballot(signal == MASKED))
-            batch.mask &= ~Lanes(ballot(batch.peers & self.masked != 0))
+            batch.mask &= ~LaneMask(ballot(batch.peers & self.masked != 0))
         syncwarp()
         mark[MARK_COMBINE_SIGNALS_SEEN](self.ep)
         return True
@@ -258,7 +258,7 @@ struct TokenSums[
             )
 
     @always_inline
-    def wants(self, lanes: Lanes) -> Bool:
+    def wants(self, lanes: LaneMask) -> Bool:
         """Every token has an output.
 
         Args:

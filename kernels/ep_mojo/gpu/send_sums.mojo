@@ -24,7 +24,7 @@ from .launch import warp_memory
 from .shared_memory import RING_ROWS, in_shared
 from .shared_rows import finish_stores, release_slots, store_slice
 from .slices import BLOCK, UNIT, Span, blocks, combine_bytes, slice_bytes
-from .sums import Batch, Lanes, Sums, sum_all
+from .sums import Batch, LaneMask, Sums, sum_all
 from .timeline import (
     MARK_COMBINE_SUM_READY,
     MARK_COMBINE_SUMS_ARRIVED,
@@ -152,7 +152,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
                     )
                 self.item = self.items
                 return False
-            batch.mask = Lanes(ballot(row >= 0))
+            batch.mask = LaneMask(ballot(row >= 0))
             batch.row = self.x.rows.bytes(max(0, Int(row)) * size)
             self.done += n
             if batch.ends:
@@ -195,7 +195,7 @@ struct SourceSums[wire: DType, hidden: Int](Movable, Sums):
         pass
 
     @always_inline
-    def wants(self, lanes: Lanes) -> Bool:
+    def wants(self, lanes: LaneMask) -> Bool:
         """Whether a token has rows here.
 
         Args:

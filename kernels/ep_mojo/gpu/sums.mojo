@@ -17,9 +17,9 @@ from .ring import Ring
 from .slices import BLOCK, UNIT, Slices, Span, blocks, slice_units
 
 
-comptime LANES = WarpTeam.lanes
-"""Lanes of a warp."""
-comptime Lanes = Scalar[DType.uint32 if LANES == 32 else DType.uint64]
+comptime LaneMask = Scalar[
+    DType.uint32 if WarpTeam.lanes == 32 else DType.uint64
+]
 """A bit for each lane of a warp: what is masked, counted and shifted for every row is no wider than it must be."""
 
 
@@ -45,7 +45,7 @@ struct Batch(Copyable, Movable):
     """The lane's row, if it has one."""
     var weight: Float32
     """Its weight."""
-    var mask: Lanes
+    var mask: LaneMask
     """Which lanes have one."""
     var peers: UInt32
     """Bit r is set in a lane whose row comes from rank r, where it comes from a peer."""
@@ -65,7 +65,7 @@ struct Batch(Copyable, Movable):
         self.peers = 0
 
     @always_inline
-    def lanes_of(self, index: Int, width: Int) -> Lanes:
+    def lanes_of(self, index: Int, width: Int) -> LaneMask:
         """The lanes of a token that have a row.
 
         Args:
@@ -75,10 +75,10 @@ struct Batch(Copyable, Movable):
         Returns:
             One bit for each.
         """
-        var first = self.mask >> Lanes(index * width)
-        if width == LANES:
+        var first = self.mask >> LaneMask(index * width)
+        if width == WarpTeam.lanes:
             return first
-        return (first & ((Lanes(1) << Lanes(width)) - 1)) << Lanes(
+        return (first & ((LaneMask(1) << LaneMask(width)) - 1)) << LaneMask(
             index * width
         )
 
@@ -133,7 +133,7 @@ trait Sums:
         """
         ...
 
-    def wants(self, lanes: Lanes) -> Bool:
+    def wants(self, lanes: LaneMask) -> Bool:
         """Whether a token has a sum.
 
         Args:
@@ -185,7 +185,7 @@ struct Feeder(TrivialRegisterPassable):
     """Address of the slice in the lane's row."""
     var bytes: Int32
     """Bytes of it."""
-    var left: Lanes
+    var left: LaneMask
     """Lanes whose rows are still to be started in this slice."""
     var slice: Int32
     """Which slice of the rows."""
@@ -295,7 +295,7 @@ def sum_all[
 
 
 @always_inline
-def _take(mut lanes: Lanes) -> UInt32:
+def _take(mut lanes: LaneMask) -> UInt32:
     """Take the first lane out of some."""
     var lane = UInt32(count_trailing_zeros(lanes))
     lanes &= lanes - 1

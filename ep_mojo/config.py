@@ -205,13 +205,19 @@ class EPConfig:
 
     @property
     def few_tokens(self) -> bool:
-        """Whether dispatch's windows have room for cells: R * Tmax * K is 1024 at most, gathered tokens count K = 8."""
+        """Whether messages have room for cells: R * Tmax * K is 1024 at most, gathered tokens count K = 8."""
         return self.slots == "rank" and self.n_ranks * self._counted_choices <= layout.FEW_CHOICES
 
     @property
+    def table_room(self) -> bool:
+        """Whether dispatch's count windows have room for tables as cells, as which these travel (on GPUs that have
+        cells, and unless peers may be masked): few tokens, or Tmax * K is 2048 at most, but with layout "gathered"."""
+        some = self.output_layout != "gathered" and self._counted_choices <= layout.CELL_CHOICES
+        return self.few_tokens or (self.slots == "rank" and some)
+
+    @property
     def rows_in_cells(self) -> bool:
-        """Whether combine's rows travel as cells (on GPUs that have these, and unless peers may be masked): Tmax * K is
-        2048 at most, as above."""
+        """Whether combine's rows travel as cells, there too: Tmax * K is 2048 at most, gathered tokens count K = 8."""
         return self.slots == "rank" and self._counted_choices <= layout.CELL_CHOICES
 
     @property

@@ -5,7 +5,7 @@ A rank owns four windows that its peers write. `DispatchWindow(cfg)` and `Combin
 
     RankSlots        dispatch recv    [B][R][Tmax] messages
                      dispatch count   credits u64[R] | headers u64[B][R] | signals u64[B][R][C] | ids i16 | weights f32
-                                      [| cells [B][R][Tmax * K], with few tokens]
+                                      [| cells [B][R][Tmax * K], up to Tmax * K = 2048]
                      combine recv     [B][Tmax * S] rows, S = cfg.combine_slots
                      combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
     ExpertSlots      dispatch recv    [L][R][Tmax] messages          dispatch count   u64 [L][R]
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .config import EPConfig
 
 MAGIC = 0x45504D4A
-LAYOUT_VERSION = 8
+LAYOUT_VERSION = 9
 ALIGNMENT = 128
 HEAD_WORDS = 64
 SETTINGS_WORDS = 17
@@ -49,7 +49,7 @@ CELL_PAYLOAD = 8
 FEW_CHOICES = 1024
 """R * Tmax * K, at most, where there are few tokens."""
 CELL_CHOICES = 2048
-"""Tmax * K, at most, where combine's rows travel as cells."""
+"""Tmax * K, at most, where routing tables and combine's rows travel as cells."""
 GATHERED_CHOICES = 8
 """Choices that a token counts as which goes to all ranks."""
 EXPERT_SLOTS_HEADER = 16
@@ -199,7 +199,7 @@ class _Window:
         self.weights = self.ids + blocks * self.ids_block
         self.weights_block = align_up(4 * table_pairs)
         self.cells = self.weights + blocks * self.weights_block
-        self.cells_block = align_up(CELL_BYTES * table_pairs) if cfg.few_tokens else 0
+        self.cells_block = align_up(CELL_BYTES * table_pairs) if cfg.table_room else 0
         self.count_bytes = self.cells + blocks * self.cells_block
 
     @property
@@ -253,7 +253,7 @@ class DispatchWindow(_Window):
         return (self._block(buffer, source) * self.cfg.max_tokens_per_rank + token) * self.cfg.dispatch_message_stride
 
     def table_cell(self, buffer: int, source: int, choice: int) -> int:
-        """A choice of `source` as a cell: id (i16) and weight (f32), T as the word's value. With few tokens alone."""
+        """A choice of `source` as a cell: id (i16) and weight (f32), T as the word's value. With `cfg.table_room`."""
         return self.cells + self._block(buffer, source) * self.cells_block + CELL_BYTES * choice
 
     def expert_slot(self, expert: int, source: int, slot: int) -> int:

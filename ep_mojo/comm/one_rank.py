@@ -174,7 +174,7 @@ class OneRankCommunicator(Communicator):
         """Let launches mask a peer that does not come, and go on without it.
 
         For output_layout="expert_padded" with reduce="source" and slots="rank". No launch may be under way here. All
-        ranks have to do it before their first launch, or none: few tokens travel otherwise then.
+        ranks have to do it before their first launch, or none: tables and few tokens travel otherwise then.
 
         Args:
             masks: Address of int32 [R] where the rank is: 1 for a peer to which nothing is sent, and of which nothing

@@ -51,11 +51,11 @@ def window_bytes(cfg: EPConfig) -> dict[str, int]:
         dispatch, combine = cfg.n_local_experts * ranks * tmax * (message + 16), tmax * k * y
         counts = 8 * cfg.n_local_experts * ranks + 8 * cfg.n_experts
     else:
-        room = 2 if cfg.few_tokens else 1  # for cells
+        room = 2 if cfg.few_tokens else 1  # for messages as cells
         dispatch, combine = buffers * ranks * tmax * room * message, buffers * tmax * cfg.combine_slots * y
         signals = align_up(8 * ranks) + align_up(8 * buffers * ranks) + buffers * ranks * align_up(8 * cfg.n_signals)
         tables = buffers * ranks * (align_up(2 * tmax * k) + align_up(4 * tmax * k))
-        tables += buffers * ranks * align_up(16 * tmax * k) * (room - 1)
+        tables += buffers * ranks * align_up(16 * tmax * k) * cfg.table_room  # as cells
         counts = 2 * signals + tables
     return {"dispatch_payload": dispatch, "combine_payload": combine, "total": dispatch + combine + counts}
 

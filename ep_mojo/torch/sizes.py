@@ -3,7 +3,8 @@
 Normal mode, bytes a token of a rank: every rank has room for each token of every other (dispatch) and for one row from
 each (combine), beside the routing table and a signal for every few tokens. The table is counted with `MAX_TOP_K`
 choices, so that the largest T follows from `num_nvl_bytes`, the row and R alone. Where there are few tokens
-(`EPConfig.few_tokens`), windows have room for cells, and take up to half as much again.
+(`EPConfig.few_tokens`), windows have room for cells, and take up to half as much again; where tables alone travel as
+cells (`EPConfig.table_room`), 16 bytes more for each choice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..comm.windows import block_bytes
 from ..config import MAX_RANKS, MAX_SMS, EPConfig
 from ..errors import CapacityError
 from ..formats import BF16, TokenFormat, align_up, check_int
-from ..layout import FEW_CHOICES, MAX_TOKENS, MAX_TOP_K
+from ..layout import CELL_CHOICES, FEW_CHOICES, MAX_TOKENS, MAX_TOP_K
 
 HINT_TOKENS = 8192
 """Tokens of a rank for which `get_nvl_buffer_size_hint` answers."""
@@ -98,8 +99,9 @@ def low_latency_bytes(tokens: int, hidden: int, n_ranks: int, n_experts: int) ->
 
 @functools.lru_cache(KEPT)
 def _bytes_of(tokens: int, hidden: int, n_ranks: int, n_experts: int) -> int:
-    few = FEW_CHOICES // (n_ranks * HINT_TOP_K)  # more tokens, which travel without cells, may take less
-    sizes = {tokens, max(1, min(tokens, few))}
+    # More tokens, of which less travels as cells, may take less.
+    most = (FEW_CHOICES // (n_ranks * HINT_TOP_K), CELL_CHOICES // HINT_TOP_K)
+    sizes = {tokens, *(max(1, min(tokens, n)) for n in most)}
     return max(block_bytes(low_latency_config(n, hidden, HINT_TOP_K, n_experts, n_ranks)) for n in sizes)
 
 

@@ -6,7 +6,7 @@ from .settings import Settings
 
 comptime MAGIC: Int32 = 0x45504D4A
 """First word of a valid counters head."""
-comptime LAYOUT_VERSION: Int32 = 8
+comptime LAYOUT_VERSION: Int32 = 9
 """Changes with any offset in this file."""
 comptime HEAD_WORDS = 64
 """Words (int32) of the counters head."""

@@ -5,16 +5,16 @@ A rank owns four windows that its peers write (sizes in bytes, for `RankSlots`; 
 
     dispatch recv    [B][R][Tm] messages                       slot = (source rank, the token's own index)
     dispatch count   credits u64[R] | headers u64[B][R] | signals u64[B][R][C] | ids i16[B][R][Tm*K] | weights f32[..]
-                     | with few tokens cells[B][R][Tm*K]
+                     | with Tm*K up to 2048 cells[B][R][Tm*K]
     combine recv     [B][Tm*S] rows                            slot = (expert's rank, token), or (token, k)
     combine count    credits u64[R] | headers u64[B][R] | signals u64[B][R][C]
 
 C = ceil(Tm / G) signals a source, one for each G tokens; S = rows a token, R or K. `recv_ptrs` holds the addresses of
 the recv windows, `recv_count_ptrs` those of the count windows. Regions and per-source blocks start at multiples of
-128 bytes, so that no two writers share a cache line. Where there are few tokens (`Settings.few_tokens`) each message
-has room for its marked cells (`cell.mojo`), twice its bytes: GPUs that have them use these alone, others the first half
-of the room, and signals. Full cells take no more room than the row (`Settings.rows_in_cells`); between rounds all their
-places are zeros.
+128 bytes, so that no two writers share a cache line. Tables of not too many choices have room for marked cells, too
+(`Settings.table_room`; `cell.mojo`). Where there are few tokens (`Settings.few_tokens`) so has each message, twice its
+bytes: GPUs that have cells use these alone, others the first half of the room, and signals. Full cells take no more
+room than the row (`Settings.rows_in_cells`); between rounds all their places are zeros.
 
 `ExpertSlots` has exactly four arrays and one buffer: recv [L][R][Tm] messages, count u64 [L][R], combine recv [Tm][K]
 rows, combine count u64 [E].
@@ -111,7 +111,7 @@ struct CountWindow[has_table: Bool](ImplicitlyCopyable, Movable):
         self.cells = self.weights + blocks * self.weights_block
         self.cells_block = (
             align_up(CELL_BYTES * s.max_tokens * s.top_k) if Self.has_table
-            and s.few_tokens else 0
+            and s.table_room else 0
         )
         self.total = self.cells + blocks * self.cells_block
 

@@ -30,7 +30,7 @@ comptime SLOTS_EVERYWHERE = 2
 comptime FEW_CHOICES = 1024
 """R * Tmax * K, at most, where there are few tokens; layout "gathered" counts as K = 8."""
 comptime CELL_CHOICES = 2048
-"""Tmax * K, at most, where combine's rows travel as cells; "gathered" as above."""
+"""Tmax * K, at most, where routing tables and combine's rows travel as cells; "gathered" as above."""
 comptime NARROW_TOKENS = 64
 """R * Tmax, at most, where combine cuts rows that travel as cells into small pieces."""
 comptime GATHERED_CHOICES = 8
@@ -91,9 +91,14 @@ struct Settings(TrivialRegisterPassable):
     var reduce: Int
     """`REDUCE_*`: the reduce mode of every combine, or that it may be either."""
     var few_tokens: Bool
-    """`FEW_CHOICES` at most, with RankSlots: dispatch's windows have room for cells, twice the bytes."""
+    """`FEW_CHOICES` at most, with RankSlots: dispatch's recv windows have room for cells, twice the bytes."""
+    var table_room: Bool
+    """Dispatch's count windows have room for the cells of tables: few tokens, or `CELL_CHOICES` at most, not gathered.
+    """
     var in_cells: Bool
     """Messages and tables travel as cells (`cell.mojo`), on targets that have them. Not where peers may be masked."""
+    var tables_in_cells: Bool
+    """Tables do, whether or not messages do too."""
     var rows_in_cells: Bool
     """So do combine's rows: `CELL_CHOICES` at most."""
 
@@ -129,7 +134,13 @@ struct Settings(TrivialRegisterPassable):
         self.few_tokens = (
             not self.expert_slots and self.n_ranks * choices <= FEW_CHOICES
         )
+        self.table_room = self.few_tokens or (
+            not self.expert_slots
+            and not self.everywhere
+            and choices <= CELL_CHOICES
+        )
         self.in_cells = self.few_tokens and not self.shrinks
+        self.tables_in_cells = self.table_room and not self.shrinks
         self.rows_in_cells = (
             not self.expert_slots
             and not self.shrinks
@@ -182,7 +193,9 @@ struct Settings(TrivialRegisterPassable):
         self.format_tag = format_tag
         self.reduce = REDUCE_SOURCE
         self.few_tokens = False
+        self.table_room = False
         self.in_cells = False
+        self.tables_in_cells = False
         self.rows_in_cells = False
 
     def words(self) -> StaticTuple[Int64, SETTINGS_WORDS]:

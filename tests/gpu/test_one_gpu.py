@@ -49,7 +49,7 @@ from graph.virtual import Play, random_round
 import ep_mojo as ep
 
 
-@pytest.fixture(params=[CFG.max_tokens_per_rank, 171, 683], ids=["as_cells", "rows_as_cells", "with_signals"])
+@pytest.fixture(params=[CFG.max_tokens_per_rank, 171, 683], ids=["as_cells", "not_messages", "with_signals"])
 def engine(request, stages):
     """In place of that of `test_order`: with few tokens, and with room for more and for many, kernels are others."""
     with Engine(stages, CFG.replace(max_tokens_per_rank=request.param)) as made:

@@ -16,7 +16,8 @@ FORMAT_NAMES = ("bf16", "fp8-float32-row", "fp8-ue8m0-column")
 # device doubles the tokens; that goes into combine as bias0.
 MODES = ("split", "fused")
 FEW, MANY, MOST = 13, 150, 513
-"""Tokens that travel as cells, so many that only combine's rows do, and that none do (`EPConfig.rows_in_cells`)."""
+"""Tokens that travel as cells, so many that only tables and combine's rows do, and that none do (`EPConfig.table_room`,
+`rows_in_cells`)."""
 
 
 @dataclass(frozen=True)

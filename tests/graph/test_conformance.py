@@ -62,13 +62,15 @@ def test_more_payload_than_one_worker_takes(stages, layout):
 
 @pytest.mark.parametrize("n_sms", [None, 30])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_so_many_tokens_that_several_ctas_map_a_source(stages, layout, n_sms):
+@pytest.mark.parametrize("most", [1030, 256], ids=["tables_stored", "tables_as_cells"])
+def test_so_many_tokens_that_several_ctas_map_a_source(stages, most, layout, n_sms):
     """On a GPU: 4 pieces of a source, or 2. Some of them are empty, one ends in the middle of a chunk."""
-    cfg = config(8, layout, top_k=8, max_tokens_per_rank=1030, tokens_per_signal=5, n_sms=n_sms)
+    cfg = config(8, layout, top_k=8, max_tokens_per_rank=most, tokens_per_signal=5, n_sms=n_sms)
+    assert cfg.table_room == (most == 256 and layout != "gathered")
     if layout == "expert":
         cfg = cfg.replace(alignment=8, shared_expert=True)
     rounds = [random_round(cfg, seed, ragged=False) for seed in range(3)]
-    for rnd, tokens in zip(rounds[1:], [(0, 1030, 3), (261, 517, 1029)], strict=True):
+    for rnd, tokens in zip(rounds[1:], [(0, most, 3), (most // 4 + 4, most // 2 + 2, most - 1)], strict=True):
         rnd.case.num_tokens = [np.array([n], np.int32) for n in tokens]
         rnd.solve()
     play(stages, cfg, rounds)

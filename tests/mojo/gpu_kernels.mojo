@@ -1,5 +1,4 @@
-"""Prints the assembly of every GPU kernel, each behind a line `//// NAME`. Build for EP_GPU_TARGET; runs without a
-GPU."""
+"""Prints the assembly of every GPU kernel, each behind `//// NAME`. Build for EP_GPU_TARGET; runs without a GPU."""
 
 from ep_mojo.formats import BF16, BlockwiseFP8
 from ep_mojo.gpu.combine_async import combine_async_stage
@@ -37,58 +36,90 @@ from std.sys.defines import get_defined_string
 comptime TARGET = get_gpu_target[get_defined_string["EP_GPU_TARGET"]()]()
 comptime BF = DType.bfloat16
 comptime F32 = DType.float32
+comptime Plain = BF16[7168]
+comptime Row = BlockwiseFP8[7168]
+comptime Column = BlockwiseFP8[7168, "ue8m0", True]
+
+
+def print_dispatch[cells: Bool]():
+    comptime prefix = "//// cell tables " if cells else "//// "
+    print(prefix + "dispatch_async bf16")
+    print(
+        compile_info[
+            dispatch_async_stage[Plain, DType.int32, False, cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch_async fp8")
+    print(
+        compile_info[
+            dispatch_async_stage[Row, DType.int64, False, cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch_async encoded")
+    print(
+        compile_info[
+            dispatch_async_stage[Row, DType.int32, True, cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch_wait bf16 expert")
+    print(
+        compile_info[
+            dispatch_wait_stage[Plain, "expert", cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch_wait fp8 expert_padded")
+    print(
+        compile_info[
+            dispatch_wait_stage[Column, "expert_padded", cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch_wait fp8 rank")
+    print(
+        compile_info[
+            dispatch_wait_stage[Row, "rank", cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch fused")
+    print(
+        compile_info[
+            dispatch_stage[Plain, DType.int32, False, "expert", cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch fused fp8")
+    print(
+        compile_info[
+            dispatch_stage[Column, DType.int32, False, "expert", cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
+    print(prefix + "dispatch fused padded")
+    print(
+        compile_info[
+            dispatch_stage[Column, DType.int64, False, "expert_padded", cells],
+            emission_kind="asm",
+            target=TARGET,
+        ]().asm
+    )
 
 
 def main():
-    comptime Plain = BF16[7168]
-    comptime Row = BlockwiseFP8[7168]
-    comptime Column = BlockwiseFP8[7168, "ue8m0", True]
-    print("//// dispatch_async bf16")
-    print(
-        compile_info[
-            dispatch_async_stage[Plain, DType.int32, False],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch_async fp8")
-    print(
-        compile_info[
-            dispatch_async_stage[Row, DType.int64, False],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch_async encoded")
-    print(
-        compile_info[
-            dispatch_async_stage[Row, DType.int32, True],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch_wait bf16 expert")
-    print(
-        compile_info[
-            dispatch_wait_stage[Plain, "expert"],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch_wait fp8 expert_padded")
-    print(
-        compile_info[
-            dispatch_wait_stage[Column, "expert_padded"],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch_wait fp8 rank")
-    print(
-        compile_info[
-            dispatch_wait_stage[Row, "rank"], emission_kind="asm", target=TARGET
-        ]().asm
-    )
+    print_dispatch[False]()
+    print_dispatch[True]()
     print("//// combine_async expert")
     print(
         compile_info[
@@ -133,34 +164,10 @@ def main():
             target=TARGET,
         ]().asm
     )
-    print("//// dispatch fused")
-    print(
-        compile_info[
-            dispatch_stage[Plain, DType.int32, False, "expert"],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch fused fp8")
-    print(
-        compile_info[
-            dispatch_stage[Column, DType.int32, False, "expert"],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
     print("//// combine fused")
     print(
         compile_info[
             combine_stage[BF, BF, BF, DType.int32, 7168, "expert", "expert"],
-            emission_kind="asm",
-            target=TARGET,
-        ]().asm
-    )
-    print("//// dispatch fused padded")
-    print(
-        compile_info[
-            dispatch_stage[Column, DType.int64, False, "expert_padded"],
             emission_kind="asm",
             target=TARGET,
         ]().asm
@@ -196,7 +203,7 @@ def main():
     print("//// gathered dispatch_wait")
     print(
         compile_info[
-            dispatch_wait_stage[Column, "gathered"],
+            dispatch_wait_stage[Column, "gathered", False],
             emission_kind="asm",
             target=TARGET,
         ]().asm
@@ -212,7 +219,7 @@ def main():
     print("//// gathered dispatch fused")
     print(
         compile_info[
-            dispatch_stage[Plain, DType.int32, False, "gathered"],
+            dispatch_stage[Plain, DType.int32, False, "gathered", False],
             emission_kind="asm",
             target=TARGET,
         ]().asm

@@ -100,7 +100,7 @@ def check_count_window[has_table: Bool](s: Settings) raises:
                 assert_equal(window.table_weights(b, r) % ALIGNMENT, 0)
                 marks.mark(window.table_ids(b, r), 2 * n)
                 marks.mark(window.table_weights(b, r), 4 * n)
-                if s.few_tokens:
+                if s.table_room:
                     for i in range(n):
                         marks.mark(window.table_cell(b, r, i), 16)
 
@@ -115,6 +115,9 @@ def test_count_windows() raises:
         rank_slots(1, 683, 1, 4),
     ]:
         assert_equal(s.few_tokens, s.n_ranks * s.max_tokens * s.top_k <= 1024)
+        assert_equal(s.table_room, s.max_tokens * s.top_k <= 2048)
+        assert_equal(s.tables_in_cells, s.table_room)
+        assert_equal(s.in_cells, s.few_tokens)
         assert_equal(s.rows_in_cells, s.max_tokens * s.top_k <= 2048)
         check_count_window[True](s)
         check_count_window[False](s)

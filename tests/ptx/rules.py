@@ -13,7 +13,7 @@ A small data-flow analysis over the control-flow graph of each function. On some
 
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
 store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired or taken;
-while acquired an arrival at an mbarrier, which hands that on, and a bulk store, in kernels whose peers get no cells;
+while acquired an arrival at an mbarrier, which hands that on, and a bulk store, but in kernels whose peers get none;
 such an arrival while apart, in all;
 an ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at
 paths: any non-coherent or relaxed load but that of a cell, a release at a scope below the device, an mbarrier at
@@ -91,12 +91,13 @@ def functions(ptx: str) -> list[Function]:
     return found
 
 
-def errors(function: Function, writes_for_others: bool = False) -> list[str]:
+def errors(function: Function, writes_for_others: bool = False, stores_to_peers: bool = True) -> list[str]:
     """What breaks a rule, one line each.
 
     Args:
         function: Of a kernel.
         writes_for_others: Whether threads write shared memory for bulk stores of other threads of the CTA.
+        stores_to_peers: Whether its bulk stores may go to peers, and so must come behind what the opening has acquired.
     """
     lines = function.lines
     labels = {m.group(1): i for i, text in enumerate(lines) if (m := LABEL.match(text))}
@@ -106,7 +107,6 @@ def errors(function: Function, writes_for_others: bool = False) -> list[str]:
         for text in lines
         if re.search(pattern, text)
     ]
-    stores_to_peers = not any(CELL in text for text in lines)  # in bulk: not in kernels whose peers get cells
     states: dict[int, int] = {0: 0}
     work = [0]
     while work:

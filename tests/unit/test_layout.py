@@ -60,7 +60,7 @@ def regions(cfg, window):
         if isinstance(window, DispatchWindow):
             yield window.table_ids(buffer, source), 2 * pairs
             yield window.table_weights(buffer, source), 4 * pairs
-            if cfg.few_tokens:
+            if cfg.table_room:
                 yield window.table_cell(buffer, source, 0), 16 * pairs
 
 
@@ -107,6 +107,21 @@ def test_few_tokens():
     assert [cfg.few_tokens for cfg in gathered] == [True, False]
     assert not config(slots="expert", max_tokens_per_rank=1).few_tokens
     assert (few[128].dispatch_message_stride, few[129].dispatch_message_stride) == (512, 256)
+
+
+def test_table_room():
+    """Tables travel as cells up to Tmax * K = 2048, at any number of ranks; gathered ones with few tokens alone."""
+    some = {n: config(n_ranks=8, n_experts=8, top_k=4, max_tokens_per_rank=n) for n in (1, 32, 33, 512, 513)}
+    assert [some[n].table_room for n in (1, 32, 33, 512, 513)] == [True, True, True, True, False]
+    assert [some[n].few_tokens for n in (1, 32, 33, 512, 513)] == [True, True, False, False, False]
+    assert some[512].dispatch_message_stride == some[513].dispatch_message_stride == 256
+    blocks = 2 * 8 * 16 * 4 * 512
+    assert DispatchWindow(some[512]).cells_block * 2 * 8 == blocks
+    assert DispatchWindow(some[513]).cells_block == 0
+    gathered = [config(n_ranks=2, top_k=1, max_tokens_per_rank=n, output_layout="gathered") for n in (64, 65)]
+    assert [cfg.table_room for cfg in gathered] == [True, False]
+    assert not config(slots="expert", max_tokens_per_rank=1).table_room
+    assert config(max_tokens_per_rank=200, output_layout="expert_padded").table_room
 
 
 def test_rows_in_cells():

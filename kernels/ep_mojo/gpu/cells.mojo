@@ -1,21 +1,18 @@
-"""What travels as cells (`cell.mojo`), where there are few tokens: no signal, and nobody waits for what else the GPU
-has under way.
+"""What travels as cells (`cell.mojo`): no signal, and nobody waits for what else the GPU has under way.
 
-Messages of dispatch are marked cells: cell i holds the bytes from 8 * i on. `send_bytes` sends one, and `receive_bytes`
+Routing tables are marked cells, a choice each (`tables.mojo`); of few tokens messages too: cell i holds the bytes from
+8 * i on. `send_bytes` sends one, and `receive_bytes`
 brings one into shared memory, with all threads of a CTA. Rows of combine are full cells, and a warp takes a piece of a
 row at a time (`Cut`). `Cells` are those that a lane has named, and awaits all at once.
 """
 
 from max.gpu import WARP_SIZE, block_dim, lane_id, thread_idx
-from max.gpu.sync import syncwarp
 from std.math import fma
-from std.memory import bitcast
 from std.sys import size_of
 
 from ..cell import Cell, empty_cell, is_full, load_cell, store_cell
-from ..dispatch_tensors import DispatchOutput, put_choice
 from ..launch import Endpoint
-from ..layout import CELL_BYTES, CELL_PAYLOAD, CHUNK_HEADER
+from ..layout import CELL_BYTES, CELL_PAYLOAD
 from ..numeric import of_payload, to_payload
 from ..peers import Bytes, typed
 from ..signal import (
@@ -156,48 +153,6 @@ def send_bytes[
                     target.unsafe_offset(CELL_BYTES * i), Cell(some[a], w)
                 )
     return True
-
-
-struct Choice(TrivialRegisterPassable):
-    """What the cell of a routing table holds."""
-
-    var id: Int16
-    """The expert, or `NO_EXPERT`."""
-    var weight: Float32
-    """Its weight."""
-
-    @always_inline
-    def __init__(out self, id: Int16, weight: Float32):
-        """Make it.
-
-        Args:
-            id: The expert.
-            weight: Its weight.
-        """
-        self.id = id
-        self.weight = weight
-
-    @always_inline
-    def __init__(out self, payload: UInt64):
-        """Read it.
-
-        Args:
-            payload: Of the cell.
-        """
-        self.id = payload.cast[DType.int16]()
-        self.weight = bitcast[DType.float32](
-            (payload >> 32).cast[DType.uint32]()
-        )
-
-    @always_inline
-    def payload(self) -> UInt64:
-        """What the cell is to hold.
-
-        Returns:
-            8 bytes.
-        """
-        var high = bitcast[DType.uint32](self.weight).cast[DType.uint64]() << 32
-        return high | self.id.cast[DType.uint16]().cast[DType.uint64]()
 
 
 struct Cells[n: Int, full: Bool = False](Movable):
@@ -359,40 +314,3 @@ def receive_bytes[
             if i < cells:
                 typed[DType.uint64](row, 0).unsafe_store(i, some.payload[a])
     return True
-
-
-@always_inline
-def localise_cells[
-    layout: StaticString
-](
-    ep: Endpoint[True],
-    waiter: Waiter,
-    epoch: UInt64,
-    source: Int,
-    token: Int,
-    row: Int,
-    out_: DispatchOutput,
-):
-    """`localise`, by a warp, from the cells of the source's table.
-
-    Parameters:
-        layout: Output layout.
-
-    Args:
-        ep: The rank.
-        waiter: The launch's waiter.
-        epoch: The launch's epoch.
-        source: The source.
-        token: Its token.
-        row: The row.
-        out_: The outputs.
-    """
-    var K = ep.s.top_k
-    for k in range(Int(lane_id()), K, WARP_SIZE):
-        var at = ep.window.table_cell(ep.buffer(epoch), source, token * K + k)
-        var cell = Cells[1]()
-        cell.want[0](ep.own_count().unsafe_offset(at), source)
-        if cell.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
-            var choice = Choice(cell.payload[0])
-            put_choice[layout](ep, row * K + k, choice.id, choice.weight, out_)
-    syncwarp()

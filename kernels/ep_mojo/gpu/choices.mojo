@@ -3,7 +3,6 @@
 A choice is an entry of a routing table: token * K + k.
 """
 
-from ..dispatch_tensors import table_ids
 from ..launch import Endpoint
 from ..numeric import quotient
 from ..peers import View
@@ -55,7 +54,7 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
     var rank: Int
     """The rank whose output it is."""
     var ids: View[DType.int16]
-    """Of a piece: its source's table. Of all: [R, Tmax, K], in shared memory."""
+    """Of a piece: its source's table, or that piece of it. Of all: [R, Tmax, K], in shared memory."""
     var tokens: View[DType.int32]
     """Of all: T of each source, in shared memory."""
     var first_token: Int
@@ -73,7 +72,7 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
     def __init__(
         out self: Choices[False],
         ep: Endpoint[True],
-        buffer: Int,
+        ids: View[DType.int16],
         piece: Piece,
         tokens: Int,
     ):
@@ -81,13 +80,13 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
 
         Args:
             ep: The rank.
-            buffer: Epoch mod B.
+            ids: Int16 [Tmax, K]: its source's table, or the piece of it.
             piece: The piece.
             tokens: The source's T.
         """
         self.s = ep.s
         self.rank = ep.me
-        self.ids = table_ids(ep, buffer, piece.source)
+        self.ids = ids
         self.tokens = View[DType.int32]()
         self.first_token = piece.source * ep.s.max_tokens
         self.begin = piece.begin

@@ -1,6 +1,6 @@
 """The GPU's dispatch_async: routing table and messages leave for every destination rank.
 
-    CTA b < R      writes the routing table into rank b's count window, then its header (value T); then messages too
+    CTA b < R      writes the routing table into rank b's count window, and its header (value T); then messages too
     every crew     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
                    message to every destination rank at once (a lane serves a rank, `rank_of_lane`), and when the
                    whole chunk has arrived publishes its signal, each lane to its rank. A crew is one warp; where the
@@ -8,45 +8,37 @@
                    of which the first loads and stores
 
 The last warp of each CTA awaits the buffer's credits, while the others load and encode their first token (`Opening`).
-Then the tables go, and the messages when these have left: a header is released at system scope, which would wait for
-all messages under way, and the peers' row maps with it. Otherwise no warp waits for anything but its crew and its own
-stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md. Few tokens leave as cells:
-`few_dispatch.mojo`.
+Then the tables go, as cells where there are not too many choices (`tables.mojo`), and the messages at once; or, where a
+table goes with its header, the messages when these have left. Otherwise no warp waits for anything but its crew and its
+own stores. The last CTA counts the epoch. Why the order holds: docs/protocol.md. Of few tokens messages leave as cells,
+too: `few_dispatch.mojo`.
 """
 
-from max.gpu import block_idx, grid_dim, lane_id, thread_idx, block_dim
+from max.gpu import block_idx, lane_id
 from max.gpu.host import DeviceContext
-from max.gpu.sync import barrier
 
 from ..dispatch_tensors import DispatchInput
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import WORK_TABLED, align_up, message_offset
-from ..peers import typed
+from ..layout import align_up, message_offset
 from ..routing import NO_EXPERT, everyone, normal_id
 from ..settings import Settings
-from ..signal import NO_SIGNAL, Waiter, note, publish, word
+from ..signal import publish, word
 from ..team import WarpTeam
 from ..tokens import given_tokens, readable_tokens, tokens_fit
 from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
-from .notes import await_note
 from .opening import Opening
 from .precedence import precedence, queue
 from .routing import ballot, destination_of_lanes
 from .share import MAX_CREW, Crew, Share
 from .shared_memory import SLOT_ALIGNMENT
-from .shared_rows import (
-    finish_stores,
-    order_for_bulk,
-    release_slots,
-    store_row,
-)
+from .shared_rows import finish_stores, release_slots, store_row
+from .tables import send_tables, tables_have_left
 from .timeline import (
     MARK_IDS_READ,
     MARK_MESSAGES_ARRIVED,
     MARK_MESSAGE_READY,
     MARK_TABLES_HAVE_LEFT,
-    MARK_TABLE_SENT,
     mark,
 )
 
@@ -102,99 +94,6 @@ def check_tokens[
 
 
 @always_inline
-def send_tables[
-    ids_dtype: DType
-](
-    ep: Endpoint[True],
-    x: DispatchInput[ids_dtype],
-    epoch: UInt64,
-    mut opening: Opening,
-):
-    """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
-
-    Parameters:
-        ids_dtype: Type of the ids.
-
-    Args:
-        ep: The rank.
-        x: Its tokens.
-        epoch: The launch's epoch.
-        opening: What the first store waits for.
-    """
-    var T = readable_tokens(x.rows, x.num_tokens)
-    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
-        _send_table(ep, x, T, epoch, peer, opening)
-
-
-@always_inline
-def _send_table[
-    ids_dtype: DType
-](
-    ep: Endpoint[True],
-    x: DispatchInput[ids_dtype],
-    T: Int,
-    epoch: UInt64,
-    peer: Int,
-    mut opening: Opening,
-):
-    """Write the routing table into a peer's window, and say so in the header; the whole CTA calls this."""
-    comptime V = 8
-    var buffer = ep.buffer(epoch)
-    var n = T * ep.s.top_k
-    var window = ep.count[peer]
-    var ids = typed[DType.int16](window, ep.window.table_ids(buffer, ep.me))
-    var weights = typed[DType.float32](
-        window, ep.window.table_weights(buffer, ep.me)
-    )
-    var whole = n // V * V
-    var threads = Int(block_dim.x)
-    for i in range(Int(thread_idx.x) * V, whole, threads * V):
-        var id = x.ids.ptr.unsafe_load[width=V, alignment=4, invariant=False](
-            i
-        ).cast[DType.int64]()
-        var w = SIMD[DType.float32, V](1)
-        if x.weights.present():
-            w = x.weights.ptr.unsafe_load[
-                width=V, alignment=4, invariant=False
-            ](i)
-        if not opening.passed() or not opening.serves(peer):
-            break
-        ids.unsafe_store[width=V, alignment=16](
-            i, normal_id(id, ep.s.n_experts)
-        )
-        weights.unsafe_store[width=V, alignment=16](i, w)
-    if not opening.passed():
-        return
-    var served = opening.serves(peer)
-    for i in range(whole + Int(thread_idx.x), n if served else 0, threads):
-        ids.unsafe_store(
-            i, normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
-        )
-        weights.unsafe_store(
-            i, x.weights[i] if x.weights.present() else Float32(1)
-        )
-    barrier()
-    if thread_idx.x == 0:
-        if served:
-            publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
-        note(ep.head.base, 4 * WORK_TABLED + 8 * peer, word(epoch, T))
-    mark[MARK_TABLE_SENT](ep)
-
-
-@always_inline
-def _tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
-    """Wait until every peer's table has been sent; a warp calls this."""
-    var left = True
-    if Int(lane_id()) < ep.s.n_ranks:
-        var waiter = Waiter(ep.head, stage, False)
-        var peer = Int(lane_id())
-        var T = await_note(ep, waiter, epoch, WORK_TABLED, peer, peer=peer)
-        left = T != NO_SIGNAL
-    order_for_bulk()
-    return ballot(not left) == 0
-
-
-@always_inline
 def rank_of_lane(s: Settings, me: Int, lane: Int) -> Int:
     """The rank that a lane of the calling warp serves. Stores of a warp leave in order of its lanes, so each CTA and
     warp begins with another rank: all of them would send to rank 0 first, and its links alone would be in use.
@@ -213,7 +112,7 @@ def rank_of_lane(s: Settings, me: Int, lane: Int) -> Int:
 
 @always_inline
 def send_messages[
-    F: TokenFormat, ids_dtype: DType, encoded: Bool
+    F: TokenFormat, ids_dtype: DType, encoded: Bool, table_cells: Bool
 ](
     ep: Endpoint[True],
     x: DispatchInput[ids_dtype],
@@ -228,6 +127,7 @@ def send_messages[
         F: The format.
         ids_dtype: Type of the ids.
         encoded: Whether `x.tokens` and `x.scales` are in the format already.
+        table_cells: Whether tables travel as cells, which no message waits for.
 
     Args:
         ep: The rank.
@@ -293,10 +193,11 @@ def send_messages[
             mark[MARK_MESSAGE_READY](ep)
             if not opening.passed():
                 break
-            if stores and not asked:
-                asked = True
-                stores = _tables_have_left(ep, epoch, stage)
-                mark[MARK_TABLES_HAVE_LEFT](ep)
+            comptime if not table_cells:
+                if stores and not asked:
+                    asked = True
+                    stores = tables_have_left(ep, epoch, stage)
+                    mark[MARK_TABLES_HAVE_LEFT](ep)
             targets &= ~opening.masked
             # The crew goes on meeting.
             var mine = stores and lane < s.n_ranks
@@ -318,7 +219,7 @@ def send_messages[
 
 
 def dispatch_async_stage[
-    F: TokenFormat, ids_dtype: DType, encoded: Bool
+    F: TokenFormat, ids_dtype: DType, encoded: Bool, table_cells: Bool
 ](
     peers: ByValue[Peers],
     input: ByValue[DispatchInput[ids_dtype]],
@@ -330,6 +231,7 @@ def dispatch_async_stage[
         F: The format.
         ids_dtype: Type of the ids.
         encoded: Whether tokens are in the format already.
+        table_cells: Whether tables travel as cells; then no peer can be masked.
 
     Args:
         peers: The rank's side.
@@ -338,15 +240,17 @@ def dispatch_async_stage[
     """
     if not peers.value.valid():
         return
-    var ep = peers.value.endpoint[True, may_shrink=True]()
+    var ep = peers.value.endpoint[
+        True, may_shrink=not table_cells, table_cells=table_cells
+    ]()
     var epoch = ep.last_sent() + 1
     var opening = Opening()
     if opening.opens():
         check_tokens(ep, input.value, stage)
         opening.decide(ep, stage)
     opening.settle()
-    send_tables(ep, input.value, epoch, opening)
-    send_messages[F, ids_dtype, encoded](
+    send_tables[table_cells](ep, input.value, epoch, opening)
+    send_messages[F, ids_dtype, encoded, table_cells](
         ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), opening
     )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
@@ -354,7 +258,7 @@ def dispatch_async_stage[
 
 
 def dispatch_async[
-    F: TokenFormat, ids_dtype: DType, encoded: Bool
+    F: TokenFormat, ids_dtype: DType, encoded: Bool, table_cells: Bool
 ](
     peers: Peers,
     x: DispatchInput[ids_dtype],
@@ -367,6 +271,7 @@ def dispatch_async[
         F: The format.
         ids_dtype: Type of the ids.
         encoded: Whether tokens are in the format already.
+        table_cells: Whether tables travel as cells; then no peer can be masked.
 
     Args:
         peers: The rank's side.
@@ -384,9 +289,9 @@ def dispatch_async[
         warp_bytes=2 * slot_bytes[F](),
     )
     queue(ctx, peers.s).enqueue_function(
-        ctx.compile_function[dispatch_async_stage[F, ids_dtype, encoded]](
-            func_attribute=shape.memory()
-        ),
+        ctx.compile_function[
+            dispatch_async_stage[F, ids_dtype, encoded, table_cells]
+        ](func_attribute=shape.memory()),
         ByValue(peers),
         ByValue(x),
         stage,

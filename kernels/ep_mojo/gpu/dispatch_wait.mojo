@@ -1,6 +1,6 @@
 """The GPU's dispatch_wait: messages become output rows.
 
-    CTA v < R * P  maps piece v, one of P of a source: awaits the header, counts its rows, notes that in the own
+    CTA v < R * P  maps piece v, one of P of a source: awaits the table, counts its rows, notes that in the own
                    counters; when all pieces are counted, works out where each group begins and gives every choice its
                    row; notes that
     every warp     takes chunks of a source, the first by its number and further ones as it comes free (`turns.mojo`):
@@ -8,7 +8,8 @@
                    there, or zeroes these where the peer is lost meanwhile; then it marks its part of what no row fills
 
 The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
-many come before it (see `routing.mojo` and `starts.mojo`). Few tokens come as cells: `few_dispatch.mojo`.
+many come before it (see `routing.mojo` and `starts.mojo`). Messages of few tokens come as
+cells: `few_dispatch.mojo`.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx
@@ -49,6 +50,7 @@ from .shared_rows import (
     order_for_bulk,
     release_slots,
 )
+from .tables import localise_cells
 from .timeline import (
     MARK_MAP_SEEN,
     MARK_MESSAGE_LOADED,
@@ -104,7 +106,7 @@ def _chunks_sent(s: Settings, out_: DispatchOutput) -> Int:
 
 @always_inline
 def copy_rows[
-    F: TokenFormat, layout: StaticString, warp_bytes: Int
+    F: TokenFormat, layout: StaticString, warp_bytes: Int, table_cells: Bool
 ](
     ep: Endpoint[True],
     epoch: UInt64,
@@ -119,6 +121,7 @@ def copy_rows[
         F: The format.
         layout: Output layout.
         warp_bytes: Shared memory that the launch has for each warp.
+        table_cells: Whether tables travel as cells.
 
     Args:
         ep: The rank.
@@ -185,7 +188,11 @@ def copy_rows[
                 var to = Int(warp.shuffle_idx(row, from_))
                 left &= left - 1
                 rows.put[SlotTeam](slot.row, to)
-                comptime if layout == "rank":
+                comptime if layout == "rank" and table_cells:
+                    localise_cells[layout, True](
+                        ep, waiter, epoch, r, t, to, out_
+                    )
+                elif layout == "rank":
                     localise[WarpTeam, layout](ep, buffer, r, t, to, out_)
             if shared:
                 rows.put[SlotTeam](slot.row, t)
@@ -260,13 +267,14 @@ def slot_bytes[F: TokenFormat]() -> Int:
 
 
 def dispatch_wait_stage[
-    F: TokenFormat, layout: StaticString
+    F: TokenFormat, layout: StaticString, table_cells: Bool
 ](peers: ByValue[Peers], output: ByValue[DispatchOutput], stage: Int32):
     """The kernel.
 
     Parameters:
         F: The format.
         layout: Output layout.
+        table_cells: Whether tables travel as cells; then no peer can be masked.
 
     Args:
         peers: The rank's side.
@@ -276,7 +284,11 @@ def dispatch_wait_stage[
     if not peers.value.valid():
         give_nothing(output.value)
         return
-    var ep = peers.value.endpoint[True, may_shrink[layout]()]()
+    var ep = peers.value.endpoint[
+        True,
+        may_shrink=may_shrink[layout]() and not table_cells,
+        table_cells=table_cells,
+    ]()
     var epoch = ep.next_wait()
     var waiter = ep.waiter(stage)
     var rows = Rows[F, layout](output.value)
@@ -293,11 +305,12 @@ def dispatch_wait_stage[
             var pieces = Pieces(ep.s, Int(grid_dim.x))
             var share = Share(skip=pieces.n)
             if Int(block_idx.x) < pieces.n:
-                map_sources[F, layout](
+                map_sources[F, layout, table_cells](
                     ep, epoch, waiter, pieces, output.value, stage
                 )
-            keep_weights(ep, epoch, waiter, share, output.value)
-            copy_rows[F, layout, slot_bytes[F]()](
+            comptime if not table_cells:
+                keep_weights(ep, epoch, waiter, share, output.value)
+            copy_rows[F, layout, slot_bytes[F](), table_cells](
                 ep, epoch, waiter, pieces, share, rows
             )
             mark_rest[F, layout](ep, epoch, waiter, share, rows)
@@ -337,7 +350,7 @@ def close_wait(
 
 
 def dispatch_wait[
-    F: TokenFormat, layout: StaticString
+    F: TokenFormat, layout: StaticString, table_cells: Bool
 ](
     peers: Peers, output: DispatchOutput, stage: Int32, ctx: DeviceContext
 ) raises:
@@ -346,6 +359,7 @@ def dispatch_wait[
     Parameters:
         F: The format.
         layout: Output layout.
+        table_cells: As for the kernel.
 
     Args:
         peers: The rank's side.
@@ -361,10 +375,10 @@ def dispatch_wait[
         peers.s,
         items=peers.s.n_ranks * peers.s.n_signals(peers.s.max_tokens),
         warp_bytes=slot_bytes[F](),
-        cta_bytes=cta_bytes[layout](peers),
+        cta_bytes=cta_bytes[layout, table_cells](peers.s),
     )
     queue(ctx, peers.s).enqueue_function(
-        ctx.compile_function[dispatch_wait_stage[F, layout]](
+        ctx.compile_function[dispatch_wait_stage[F, layout, table_cells]](
             func_attribute=shape.memory()
         ),
         ByValue(peers),

@@ -23,12 +23,7 @@ from ..signal import Waiter
 from ..team import WarpTeam
 from .dispatch_async import check_tokens, slot_bytes
 from .dispatch_wait import close_wait, give_nothing, mark_rest
-from .few_messages import (
-    Part,
-    receive_messages,
-    send_messages_as_cells,
-    send_tables_as_cells,
-)
+from .few_messages import Part, receive_messages, send_messages_as_cells
 from .few_tokens import FewTokens
 from .gathered_rows import mark_behind
 from .launch import (
@@ -44,6 +39,7 @@ from .opening import Opening
 from .precedence import precedence, queue
 from .share import turned
 from .shared_memory import NO_SLOT
+from .tables import send_tables_as_cells
 from .timeline import MARK_BEGUN, MARK_ENDED, MARK_OPENED, mark
 
 
@@ -92,7 +88,7 @@ def few_dispatch_async_stage[
         check_tokens(ep, input.value, stage)
         opening.decide[bulk=False](ep, stage)
     opening.settle()
-    send_tables_as_cells(ep, input.value, epoch, opening)
+    send_tables_as_cells[1](ep, input.value, epoch, opening)
     # Those that send no table come first.
     var part = Part(turned(ep.s.n_ranks), Int(grid_dim.x))
     send_messages_as_cells[F, ids_dtype, encoded](
@@ -184,7 +180,7 @@ def few_dispatch_stage[
     var receives = not apart or cta < receivers
     var sends = not apart or cta >= receivers
     if receives:
-        send_tables_as_cells(ep, x, sent, opening)
+        send_tables_as_cells[1](ep, x, sent, opening)
     if sends:
         send_messages_as_cells[F, ids_dtype, encoded](
             ep, x, sent, sending, opening

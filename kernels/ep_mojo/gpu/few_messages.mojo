@@ -1,23 +1,22 @@
-"""The pieces of a dispatch of few tokens: tables and messages that leave, and messages that become rows
+"""The pieces of a dispatch of few tokens: messages that leave, and messages that become rows
 (`few_dispatch.mojo`)."""
 
-from max.gpu import block_dim, block_idx, grid_dim, lane_id, thread_idx
+from max.gpu import lane_id, thread_idx
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier
 from std.bit import count_trailing_zeros
 
-from ..cell import Cell, store_cell, tell
 from ..dispatch_tensors import DispatchInput, Rows
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import message_offset
 from ..numeric import quotient, remainder
 from ..peers import Bytes
-from ..routing import NO_EXPERT, NO_ROW, destination, normal_id
-from ..signal import Waiter, word
+from ..routing import NO_ROW, destination, normal_id
+from ..signal import Waiter
 from ..team import WarpTeam
 from ..tokens import readable_tokens
-from .cells import Choice, localise_cells, receive_bytes, send_bytes
+from .cells import receive_bytes, send_bytes
 from .dispatch_async import encode_parts
 from .few_tokens import FewTokens
 from .launch import warp_index, warps
@@ -31,13 +30,13 @@ from .shared_rows import (
     order_shared_for_bulk,
     release_slots,
 )
+from .tables import localise_cells
 from .timeline import (
     MARK_IDS_READ,
     MARK_MESSAGES_ARRIVED,
     MARK_MESSAGE_LOADED,
     MARK_MESSAGE_READY,
     MARK_ROWS_WRITTEN,
-    MARK_TABLE_SENT,
     mark,
 )
 
@@ -69,55 +68,6 @@ struct Part(TrivialRegisterPassable):
             Warps of all these CTAs in turn.
         """
         return Share(warp_index() * self.ctas + self.first, warps() * self.ctas)
-
-
-@always_inline
-def send_tables_as_cells[
-    ids_dtype: DType
-](
-    ep: Endpoint[True],
-    x: DispatchInput[ids_dtype],
-    epoch: UInt64,
-    mut opening: Opening,
-):
-    """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
-
-    Parameters:
-        ids_dtype: Type of the ids.
-
-    Args:
-        ep: The rank.
-        x: Its tokens.
-        epoch: The launch's epoch.
-        opening: What the first store waits for.
-    """
-    var T = readable_tokens(x.rows, x.num_tokens)
-    var n = T * ep.s.top_k
-    var buffer = ep.buffer(epoch)
-    var w = word(epoch, T)
-    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
-        for i in range(
-            Int(thread_idx.x), ep.s.max_tokens * ep.s.top_k, Int(block_dim.x)
-        ):
-            var choice = Choice(NO_EXPERT, 0)
-            if i < n:
-                choice.id = normal_id(
-                    x.ids[i].cast[DType.int64](), ep.s.n_experts
-                )
-                choice.weight = 1
-                if x.weights.present():
-                    choice.weight = x.weights[i]
-            if not opening.passed():
-                return
-            var at = ep.window.table_cell(buffer, ep.me, i)
-            store_cell(
-                ep.count[peer].unsafe_offset(at), Cell(choice.payload(), w)
-            )
-        if not opening.passed():
-            return
-        if thread_idx.x == 0:
-            tell(ep.count[peer], ep.window.header(buffer, ep.me), w)
-    mark[MARK_TABLE_SENT](ep)
 
 
 @always_inline
@@ -275,7 +225,9 @@ def receive_messages[
             if turn == warp_index():
                 rows.put[SlotTeam](few.message, to)
                 comptime if layout == "rank" or layout == "gathered":
-                    localise_cells[layout](ep, waiter, epoch, r, t, to, out_)
+                    localise_cells[layout, False](
+                        ep, waiter, epoch, r, t, to, out_
+                    )
             turn = turn + 1 if turn + 1 < warps() else 0
         if shared and turn == warp_index():
             rows.put[SlotTeam](few.message, t)

@@ -21,7 +21,7 @@ from ..numeric import quotient
 from ..peers import Bytes, View, window_view
 from ..settings import Settings
 from ..signal import Waiter, note, value_of, word
-from .cells import Cells, Choice
+from .cells import Cells
 from .choices import Choices
 from .headers import await_tokens
 from .launch import warp_index
@@ -29,6 +29,7 @@ from .mapping import rows_fit
 from .routing import Histogram, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOT_ALIGNMENT, SLOTS, shared_memory
 from .starts import start_all
+from .tables import Choice
 from .timeline import (
     MARK_ALL_COUNTED,
     MARK_HEADER_SEEN,

@@ -29,7 +29,7 @@ from .combine_wait import (
     receive_back,
     zero_output,
 )
-from .dispatch_async import check_tokens, send_messages, send_tables
+from .dispatch_async import check_tokens, send_messages
 from .dispatch_async import slot_bytes as token_slot_bytes
 from .dispatch_wait import (
     close_wait,
@@ -46,6 +46,7 @@ from .precedence import precedence, queue
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
 from .slices import combine_bytes
+from .tables import send_tables
 from .timeline import (
     MARK_BEGUN,
     MARK_COMBINE_BEGUN,
@@ -58,7 +59,11 @@ from .timeline import (
 
 
 def dispatch_stage[
-    F: TokenFormat, ids_dtype: DType, encoded: Bool, layout: StaticString
+    F: TokenFormat,
+    ids_dtype: DType,
+    encoded: Bool,
+    layout: StaticString,
+    table_cells: Bool,
 ](
     peers: ByValue[Peers],
     input: ByValue[DispatchInput[ids_dtype]],
@@ -71,6 +76,7 @@ def dispatch_stage[
         ids_dtype: Type of the ids.
         encoded: Whether tokens are in the format already.
         layout: Output layout.
+        table_cells: Whether tables travel as cells; then no peer can be masked.
 
     Args:
         peers: The rank's side.
@@ -80,7 +86,11 @@ def dispatch_stage[
     if not peers.value.valid():
         give_nothing(output.value)
         return
-    var ep = peers.value.endpoint[True, may_shrink[layout]()]()
+    var ep = peers.value.endpoint[
+        True,
+        may_shrink=may_shrink[layout]() and not table_cells,
+        table_cells=table_cells,
+    ]()
     var x = input.value
     var out_ = output.value
     var sent = ep.last_sent() + 1
@@ -98,13 +108,13 @@ def dispatch_stage[
     opening.settle()
     var roles = DispatchRoles(ep.s)
     if roles.sends:
-        send_messages[F, ids_dtype, encoded](
+        send_messages[F, ids_dtype, encoded, table_cells](
             ep, x, sent, STAGE_DISPATCH, roles.share, opening
         )
     else:  # in the CTAs that send tables no warp has another role
-        send_tables(ep, x, sent, opening)
+        send_tables[table_cells](ep, x, sent, opening)
     if not roles.apart:
-        send_messages[F, ids_dtype, encoded](
+        send_messages[F, ids_dtype, encoded, table_cells](
             ep, x, sent, STAGE_DISPATCH, Share(), opening
         )
         barrier()  # the histogram takes the place of the row slots
@@ -118,12 +128,13 @@ def dispatch_stage[
                 mark_behind[F, layout](ep, epoch, waiter, roles.share, rows)
         else:
             if roles.maps:
-                map_sources[F, layout](
+                map_sources[F, layout, table_cells](
                     ep, epoch, waiter, roles.pieces, out_, STAGE_DISPATCH
                 )
-            if not roles.sends:
-                keep_weights(ep, epoch, waiter, roles.share, out_)
-            copy_rows[F, layout, 2 * token_slot_bytes[F]()](
+            comptime if not table_cells:
+                if not roles.sends:
+                    keep_weights(ep, epoch, waiter, roles.share, out_)
+            copy_rows[F, layout, 2 * token_slot_bytes[F](), table_cells](
                 ep, epoch, waiter, roles.pieces, roles.copying, rows
             )
             if roles.sends or not roles.apart:
@@ -136,7 +147,11 @@ def dispatch_stage[
 
 
 def dispatch[
-    F: TokenFormat, ids_dtype: DType, encoded: Bool, layout: StaticString
+    F: TokenFormat,
+    ids_dtype: DType,
+    encoded: Bool,
+    layout: StaticString,
+    table_cells: Bool,
 ](
     peers: Peers,
     x: DispatchInput[ids_dtype],
@@ -150,6 +165,7 @@ def dispatch[
         ids_dtype: Type of the ids.
         encoded: Whether tokens are in the format already.
         layout: Output layout.
+        table_cells: As for the kernel.
 
     Args:
         peers: The rank's side.
@@ -166,12 +182,12 @@ def dispatch[
         s,
         items=s.n_ranks * s.n_signals(s.max_tokens),
         warp_bytes=2 * token_slot_bytes[F](),
-        cta_bytes=cta_bytes[layout](peers),
+        cta_bytes=cta_bytes[layout, table_cells](s),
     )
     queue(ctx, peers.s).enqueue_function(
-        ctx.compile_function[dispatch_stage[F, ids_dtype, encoded, layout]](
-            func_attribute=shape.memory()
-        ),
+        ctx.compile_function[
+            dispatch_stage[F, ids_dtype, encoded, layout, table_cells]
+        ](func_attribute=shape.memory()),
         ByValue(peers),
         ByValue(x),
         ByValue(out_),

@@ -143,14 +143,18 @@ struct Peers(TrivialRegisterPassable):
 
     @always_inline
     def endpoint[
-        has_table: Bool, may_shrink: Bool = False, cells: Bool = False
+        has_table: Bool,
+        may_shrink: Bool = False,
+        cells: Bool = False,
+        table_cells: Bool = False,
     ](self) -> Endpoint[has_table]:
         """The rank's side, on the device.
 
         Parameters:
             has_table: True for dispatch, False for combine.
             may_shrink: Whether peers can be masked; other kernels hold nothing for that.
-            cells: Whether windows have room for cells, for sure.
+            cells: Whether messages and tables travel as cells, for sure.
+            table_cells: Whether tables do, and messages do not.
 
         Returns:
             The endpoint.
@@ -158,29 +162,26 @@ struct Peers(TrivialRegisterPassable):
         var s = self.s
         comptime if not may_shrink:
             s.shrinks = False
-        comptime if cells:
-            s.few_tokens = True
+        comptime if cells or table_cells:
+            s.few_tokens = cells
+            s.table_room = True
         return Endpoint[has_table](self.counters, s, self.recv, self.count)
 
 
-def uses_cells[has_table: Bool](ctx: DeviceContext, s: Settings) raises -> Bool:
-    """Whether a launch is that of the kernel that sends and receives cells: all ranks decide alike.
-
-    Parameters:
-        has_table: True for dispatch, False for combine.
+def uses_cells(ctx: DeviceContext, fits: Bool) raises -> Bool:
+    """Whether a launch is that of a kernel that sends and receives cells: all ranks decide alike.
 
     Args:
         ctx: The device.
-        s: The settings.
+        fits: What the settings say: `in_cells`, `tables_in_cells` or `rows_in_cells`.
 
     Returns:
-        True with few tokens, where the device has cells.
+        True where the device has cells.
 
     Raises:
         What the driver raises.
     """
-    var few = s.in_cells if has_table else s.rows_in_cells
-    return few and ctx.api() == "cuda"
+    return fits and ctx.api() == "cuda"
 
 
 @always_inline

@@ -1,15 +1,16 @@
 """Part of the GPU's dispatch_wait: from the routing tables to the rows, a CTA for each piece of a source.
 
-A CTA awaits its source's header, counts its piece's rows and notes that in the rank's own counters; when all pieces are
-counted, it works out where each group begins, gives every choice its row, and notes that too. No CTA awaits another
-before it has counted all of its own pieces, and counting awaits only headers: so all get there.
+A CTA awaits its source's header, or the cells of its piece where tables travel as these (`tables.mojo`); it counts its
+piece's rows and notes that in the rank's own counters; when all pieces are counted, it works out where each group
+begins, gives every choice its row, and notes that too. No CTA awaits another before it has counted all of its own
+pieces, and counting awaits only headers or tables: so all get there.
 """
 
 from max.gpu import block_dim, block_idx, grid_dim, lane_id, thread_idx
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier
 
-from ..dispatch_tensors import DispatchOutput
+from ..dispatch_tensors import DispatchOutput, table_ids
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import (
@@ -17,17 +18,20 @@ from ..layout import (
     WORK_COUNTED,
     WORK_COUNTS,
     WORK_MAPPED,
+    align_up,
 )
 from ..peers import View, window_view
 from ..routing import group_name
+from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter, note, word
 from .choices import Choices
-from .launch import Peers, told, warp_index
+from .launch import told, warp_index
 from .notes import await_note
-from .pieces import Pieces
+from .pieces import Piece, Pieces
 from .routing import Histogram, ballot, count_rows, map_rows
-from .shared_memory import MAX_WARPS
+from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 from .starts import start_rows
+from .tables import bring_choices
 from .timeline import (
     MARK_ALL_COUNTED,
     MARK_HEADER_SEEN,
@@ -39,7 +43,7 @@ from .timeline import (
 
 @always_inline
 def map_sources[
-    F: TokenFormat, layout: StaticString
+    F: TokenFormat, layout: StaticString, table_cells: Bool
 ](
     ep: Endpoint[True],
     epoch: UInt64,
@@ -55,6 +59,7 @@ def map_sources[
     Parameters:
         F: The format.
         layout: Output layout.
+        table_cells: Whether tables travel as cells; then their weights are kept here, too.
 
     Args:
         ep: The rank.
@@ -78,14 +83,18 @@ def map_sources[
     for v in range(first, pieces.n, stride):
         var piece = pieces.piece(s, v)
         var T = NO_SIGNAL
-        if thread_idx.x == 0:
-            T = ep.tokens_of(waiter, epoch, piece.source)
-        T = told(T)
+        comptime if table_cells:
+            var ids = _ids[layout, True](ep, buffer, piece)
+            T = bring_choices(ep, waiter, epoch, piece, ids, out_)
+        else:
+            if thread_idx.x == 0:
+                T = ep.tokens_of(waiter, epoch, piece.source)
+            T = told(T)
         if T == NO_SIGNAL:
             return
         mark[MARK_HEADER_SEEN](ep)
         count_rows[layout](
-            Choices(ep, buffer, piece, T),
+            Choices(ep, _ids[layout, table_cells](ep, buffer, piece), piece, T),
             hist,
             counts.part(v * groups, groups),
         )
@@ -100,7 +109,13 @@ def map_sources[
         if T == NO_SIGNAL:
             return
         mark[MARK_ALL_COUNTED](ep)
-        var choices = Choices(ep, buffer, piece, T)
+        var ids = _ids[layout, table_cells](ep, buffer, piece)
+        comptime if table_cells:
+            if several:
+                T = bring_choices(ep, waiter, epoch, piece, ids, out_)
+                if T == NO_SIGNAL:
+                    return
+        var choices = Choices(ep, ids, piece, T)
         if several:
             count_rows[layout](choices, hist, counts.part(v * groups, groups))
         var offsets = out_.row_offsets if v == 0 else View[DType.uint32]()
@@ -120,6 +135,21 @@ def map_sources[
         mark[MARK_ROWS_MAPPED](ep)
         if thread_idx.x == 0:
             note(own, 4 * WORK_MAPPED + 8 * v, word(epoch, T))
+
+
+@always_inline
+def _ids[
+    layout: StaticString, table_cells: Bool
+](ep: Endpoint[True], buffer: Int, piece: Piece) -> View[DType.int16]:
+    """The table that a piece's ids are in: in the window, or that piece of it in shared memory behind the histogram."""
+    comptime if table_cells:
+        return window_view[DType.int16](
+            shared_memory(SLOTS),
+            cta_bytes[layout](ep.s),
+            ep.s.max_tokens * ep.s.top_k,
+        )
+    else:
+        return table_ids(ep, buffer, piece.source)
 
 
 @always_inline
@@ -177,22 +207,29 @@ def _all_counted(
     return told(T)
 
 
-def cta_bytes[layout: StaticString](peers: Peers) -> Int:
-    """Shared memory of the histogram.
+@always_inline
+def cta_bytes[
+    layout: StaticString, table_cells: Bool = False
+](s: Settings) -> Int:
+    """Shared memory of the histogram, and of a table's ids where these travel as cells.
 
     Parameters:
         layout: Output layout.
+        table_cells: Whether they do.
 
     Args:
-        peers: The rank's side.
+        s: The settings.
 
     Returns:
-        Bytes.
+        Bytes, a multiple of 16.
     """
     comptime if layout == "gathered":
         return 0  # nothing is mapped
-    var groups = 1 if layout == "rank" else peers.s.n_groups()
-    return Histogram.bytes(groups, MAX_WARPS)
+    var groups = 1 if layout == "rank" else s.n_groups()
+    var bytes = align_up(Histogram.bytes(groups, MAX_WARPS), 16)
+    comptime if table_cells:
+        bytes += align_up(2 * s.max_tokens * s.top_k, 16)
+    return bytes
 
 
 @always_inline

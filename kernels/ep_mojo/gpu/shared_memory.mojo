@@ -1,6 +1,6 @@
 """The shared memory of a CTA: what lies where, and barriers in it.
 
-    0        thread 0's word for all threads (`told`)
+    0        thread 0's word for all threads (`told`); two of those that bring choices (`tables.mojo`)
     16       the opening warp's word, and the mbarrier behind which it stands (`Opening`)
     64       an mbarrier for each warp and half of the launch, counting bytes of bulk loads (`RowSlot`)
     320      mbarriers at which several warps meet (`Crew`)
@@ -19,6 +19,8 @@ comptime MAX_WARPS = 8
 """Warps of a CTA, where their row slots fit into shared memory."""
 comptime VERDICT = 0
 """Byte offset of thread 0's word."""
+comptime TABLE_WORDS = 4
+"""Byte offset of two words (i32): whether a table's cells have come, and T."""
 comptime OPENING_WORD = 16
 """Byte offset of the opening warp's word."""
 comptime OPENING_BARRIER = 32

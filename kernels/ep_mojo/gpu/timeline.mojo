@@ -29,11 +29,11 @@ comptime MARK_IDS_READ = 3
 comptime MARK_MESSAGE_READY = 4
 """Its message is in shared memory."""
 comptime MARK_TABLES_HAVE_LEFT = 5
-"""The message may leave too."""
+"""The message may leave too; where tables are no cells."""
 comptime MARK_MESSAGES_ARRIVED = 6
 """All messages of a signal are in place."""
 comptime MARK_HEADER_SEEN = 7
-"""A source's header has come, and its table with it."""
+"""A source's header has come, and its table with it; or the table's cells have."""
 comptime MARK_ROWS_COUNTED = 8
 """Its rows are counted."""
 comptime MARK_ALL_COUNTED = 9

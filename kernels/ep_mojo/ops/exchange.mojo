@@ -65,12 +65,16 @@ def send_tokens[
                 peers, input, STAGE_DISPATCH_ASYNC, ctx
             )
         else:
-            if uses_cells[True](ctx, peers.s):
+            if uses_cells(ctx, peers.s.in_cells):
                 few_dispatch_async[F, ids_dtype, encoded](
                     peers, input, STAGE_DISPATCH_ASYNC, ctx
                 )
+            elif uses_cells(ctx, peers.s.tables_in_cells):
+                gpu_dispatch_async.dispatch_async[F, ids_dtype, encoded, True](
+                    peers, input, STAGE_DISPATCH_ASYNC, ctx
+                )
             else:
-                gpu_dispatch_async.dispatch_async[F, ids_dtype, encoded](
+                gpu_dispatch_async.dispatch_async[F, ids_dtype, encoded, False](
                     peers, input, STAGE_DISPATCH_ASYNC, ctx
                 )
     else:
@@ -133,12 +137,16 @@ def exchange[
     comptime if target == "gpu":
         _check_aligned_input[F, encoded](input)
         check_aligned("tokens", output.tokens)
-        if uses_cells[True](ctx, peers.s):
+        if uses_cells(ctx, peers.s.in_cells):
             few_dispatch[F, ids_dtype, encoded, layout](
                 peers, input, output, ctx
             )
+        elif uses_cells(ctx, peers.s.tables_in_cells):
+            gpu_fused.dispatch[
+                F, ids_dtype, encoded, layout, layout != "gathered"
+            ](peers, input, output, ctx)
         else:
-            gpu_fused.dispatch[F, ids_dtype, encoded, layout](
+            gpu_fused.dispatch[F, ids_dtype, encoded, layout, False](
                 peers, input, output, ctx
             )
     else:
@@ -200,7 +208,7 @@ def exchange_sums[
         check_aligned("y", output.y)
         check_aligned("bias0", output.bias0)
         check_aligned("bias1", output.bias1)
-        if uses_cells[False](ctx, peers.s):
+        if uses_cells(ctx, peers.s.rows_in_cells):
             few_combine[
                 wire_dtype,
                 out_dtype,
@@ -265,7 +273,7 @@ def send_rows[
                 peers, input.rows, input.row_map, STAGE_COMBINE_ASYNC, ctx
             )
         else:
-            if uses_cells[False](ctx, peers.s):
+            if uses_cells(ctx, peers.s.rows_in_cells):
                 few_combine_async[dtype, hidden, layout, reduce](
                     peers, input, STAGE_COMBINE_ASYNC, ctx
                 )

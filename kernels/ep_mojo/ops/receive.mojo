@@ -50,12 +50,16 @@ def receive[
                 peers, output, STAGE_DISPATCH_WAIT, ctx
             )
         else:
-            if uses_cells[True](ctx, peers.s):
+            if uses_cells(ctx, peers.s.in_cells):
                 few_dispatch_wait[F, layout](
                     peers, output, STAGE_DISPATCH_WAIT, ctx
                 )
+            elif uses_cells(ctx, peers.s.tables_in_cells):
+                gpu_dispatch_wait.dispatch_wait[
+                    F, layout, layout != "gathered"
+                ](peers, output, STAGE_DISPATCH_WAIT, ctx)
             else:
-                gpu_dispatch_wait.dispatch_wait[F, layout](
+                gpu_dispatch_wait.dispatch_wait[F, layout, False](
                     peers, output, STAGE_DISPATCH_WAIT, ctx
                 )
     else:
@@ -115,7 +119,7 @@ def receive_sums[
                 wire_dtype, out_dtype, bias_dtype, ids_dtype, hidden
             ](peers, output, STAGE_COMBINE_WAIT, ctx)
         else:
-            if uses_cells[False](ctx, peers.s):
+            if uses_cells(ctx, peers.s.rows_in_cells):
                 few_combine_wait[
                     wire_dtype,
                     out_dtype,

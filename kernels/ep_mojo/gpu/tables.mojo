@@ -1,0 +1,356 @@
+"""Routing tables: how they leave, and how those that travel as cells (`cells.mojo`) are brought in.
+
+    as cells       Tmax * K of them, whatever T is: behind the last choice -1 and weight 0, and T in every word. So who
+                   awaits a part of a table knows all places beforehand. The header is told besides; it covers nothing
+    otherwise      ids and weights, and the header behind them, which covers them
+
+A header that covers a table is released at system scope, and so waits for all that the GPU has under way to its peers:
+messages leave only when all tables have left, or the peers' row maps would come late. Cells wait for nothing, and no
+message waits for them.
+"""
+
+from max.gpu import (
+    WARP_SIZE,
+    block_dim,
+    block_idx,
+    grid_dim,
+    lane_id,
+    thread_idx,
+)
+from max.gpu.sync import barrier, syncwarp
+from std.memory import bitcast
+
+from ..cell import Cell, load_cell, store_cell, tell
+from ..dispatch_tensors import DispatchInput, DispatchOutput, put_choice
+from ..launch import Endpoint
+from ..layout import CHUNK_HEADER, WORK_TABLED
+from ..peers import View, typed
+from ..routing import NO_EXPERT, normal_id
+from ..signal import NO_SIGNAL, Waiter, note, publish, value_of, word
+from ..tokens import readable_tokens
+from .cells import Cells
+from .notes import await_note
+from .opening import Opening
+from .pieces import Piece
+from .routing import ballot
+from .shared_memory import TABLE_WORDS, shared_memory
+from .shared_rows import order_for_bulk
+from .timeline import MARK_TABLE_SENT, mark
+
+comptime CHOICES_TO_SEND = 8
+"""Choices that a thread loads at once, where tables of many tokens leave as cells: with 8 warps, all that it has."""
+comptime CHOICES_TO_BRING = 4
+"""Choices of a piece that a thread awaits at once."""
+
+
+struct Choice(TrivialRegisterPassable):
+    """What the cell of a routing table holds."""
+
+    var id: Int16
+    """The expert, or `NO_EXPERT`."""
+    var weight: Float32
+    """Its weight."""
+
+    @always_inline
+    def __init__(out self, id: Int16, weight: Float32):
+        """Make it.
+
+        Args:
+            id: The expert.
+            weight: Its weight.
+        """
+        self.id = id
+        self.weight = weight
+
+    @always_inline
+    def __init__(out self, payload: UInt64):
+        """Read it.
+
+        Args:
+            payload: Of the cell.
+        """
+        self.id = payload.cast[DType.int16]()
+        self.weight = bitcast[DType.float32](
+            (payload >> 32).cast[DType.uint32]()
+        )
+
+    @always_inline
+    def payload(self) -> UInt64:
+        """What the cell is to hold.
+
+        Returns:
+            8 bytes.
+        """
+        var high = bitcast[DType.uint32](self.weight).cast[DType.uint64]() << 32
+        return high | self.id.cast[DType.uint16]().cast[DType.uint64]()
+
+
+@always_inline
+def send_tables[
+    ids_dtype: DType, //, table_cells: Bool
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    epoch: UInt64,
+    mut opening: Opening,
+):
+    """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
+
+    Parameters:
+        ids_dtype: Type of the ids.
+        table_cells: Whether it travels as cells, and not covered by its header.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        epoch: The launch's epoch.
+        opening: What the first store waits for.
+    """
+    comptime if table_cells:
+        send_tables_as_cells[CHOICES_TO_SEND](ep, x, epoch, opening)
+    else:
+        var T = readable_tokens(x.rows, x.num_tokens)
+        for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
+            _send_table(ep, x, T, epoch, peer, opening)
+
+
+@always_inline
+def _send_table[
+    ids_dtype: DType
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    T: Int,
+    epoch: UInt64,
+    peer: Int,
+    mut opening: Opening,
+):
+    """Write the routing table into a peer's window, and say so in the header; the whole CTA calls this."""
+    comptime V = 8
+    var buffer = ep.buffer(epoch)
+    var n = T * ep.s.top_k
+    var window = ep.count[peer]
+    var ids = typed[DType.int16](window, ep.window.table_ids(buffer, ep.me))
+    var weights = typed[DType.float32](
+        window, ep.window.table_weights(buffer, ep.me)
+    )
+    var whole = n // V * V
+    var threads = Int(block_dim.x)
+    for i in range(Int(thread_idx.x) * V, whole, threads * V):
+        var id = x.ids.ptr.unsafe_load[width=V, alignment=4, invariant=False](
+            i
+        ).cast[DType.int64]()
+        var w = SIMD[DType.float32, V](1)
+        if x.weights.present():
+            w = x.weights.ptr.unsafe_load[
+                width=V, alignment=4, invariant=False
+            ](i)
+        if not opening.passed() or not opening.serves(peer):
+            break
+        ids.unsafe_store[width=V, alignment=16](
+            i, normal_id(id, ep.s.n_experts)
+        )
+        weights.unsafe_store[width=V, alignment=16](i, w)
+    if not opening.passed():
+        return
+    var served = opening.serves(peer)
+    for i in range(whole + Int(thread_idx.x), n if served else 0, threads):
+        ids.unsafe_store(
+            i, normal_id(x.ids[i].cast[DType.int64](), ep.s.n_experts)
+        )
+        weights.unsafe_store(
+            i, x.weights[i] if x.weights.present() else Float32(1)
+        )
+    barrier()
+    if thread_idx.x == 0:
+        if served:
+            publish(window, ep.window.header(buffer, ep.me), word(epoch, T))
+        note(ep.head.base, 4 * WORK_TABLED + 8 * peer, word(epoch, T))
+    mark[MARK_TABLE_SENT](ep)
+
+
+@always_inline
+def send_tables_as_cells[
+    ids_dtype: DType, //, ahead: Int
+](
+    ep: Endpoint[True],
+    x: DispatchInput[ids_dtype],
+    epoch: UInt64,
+    mut opening: Opening,
+):
+    """`send_tables`, as cells; the whole CTA calls this.
+
+    Parameters:
+        ids_dtype: Type of the ids.
+        ahead: Choices that a thread loads before it stores their cells.
+
+    Args:
+        ep: The rank.
+        x: Its tokens.
+        epoch: The launch's epoch.
+        opening: What the first store waits for.
+    """
+    var T = readable_tokens(x.rows, x.num_tokens)
+    var n = T * ep.s.top_k
+    var cells = ep.s.max_tokens * ep.s.top_k
+    var threads = Int(block_dim.x)
+    var buffer = ep.buffer(epoch)
+    var w = word(epoch, T)
+    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
+        var window = ep.count[peer]
+        for base in range(Int(thread_idx.x), cells, ahead * threads):
+            var ids = Array[Int64, ahead](fill=-1)
+            var weights = Array[Float32, ahead](fill=1)
+            if n > 0:
+                comptime for a in range(
+                    ahead
+                ):  # all loads first, without branches
+                    var i = min(base + a * threads, n - 1)
+                    ids[a] = x.ids[i].cast[DType.int64]()
+                if x.weights.present():
+                    comptime for a in range(ahead):
+                        var i = min(base + a * threads, n - 1)
+                        weights[a] = x.weights[i]
+            if not opening.passed():
+                return
+            comptime for a in range(ahead):
+                var i = base + a * threads
+                var choice = Choice(NO_EXPERT, 0)
+                if i < n:
+                    var id = normal_id(ids[a], ep.s.n_experts)
+                    choice = Choice(id, weights[a])
+                if i < cells:
+                    var at = ep.window.table_cell(buffer, ep.me, i)
+                    store_cell(
+                        window.unsafe_offset(at), Cell(choice.payload(), w)
+                    )
+        if not opening.passed():
+            return
+        if thread_idx.x == 0:
+            tell(window, ep.window.header(buffer, ep.me), w)
+    mark[MARK_TABLE_SENT](ep)
+
+
+@always_inline
+def tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
+    """Wait until every peer's table has been sent, where tables are no cells; a warp calls this.
+
+    Args:
+        ep: The rank.
+        epoch: The launch's epoch.
+        stage: `STAGE_*`, for the failure record.
+
+    Returns:
+        The same to all lanes: False when the rank has failed.
+    """
+    var left = True
+    if Int(lane_id()) < ep.s.n_ranks:
+        var waiter = Waiter(ep.head, stage, False)
+        var peer = Int(lane_id())
+        var T = await_note(ep, waiter, epoch, WORK_TABLED, peer, peer=peer)
+        left = T != NO_SIGNAL
+    order_for_bulk()
+    return ballot(not left) == 0
+
+
+@always_inline
+def bring_choices(
+    ep: Endpoint[True],
+    waiter: Waiter,
+    epoch: UInt64,
+    piece: Piece,
+    ids: View[DType.int16],
+    out_: DispatchOutput,
+) -> Int:
+    """Await a piece of a source's table that travels as cells; the whole CTA calls this, and meets.
+
+    Args:
+        ep: The rank.
+        waiter: The launch's waiter.
+        epoch: The launch's epoch.
+        piece: The piece.
+        ids: Int16 [Tmax, K], in shared memory that nobody reads any more: out, at the piece's choices.
+        out_: `recv_weights` are written there, too.
+
+    Returns:
+        The same to all threads: T of the source, or `NO_SIGNAL` when the rank has failed.
+    """
+    comptime A = CHOICES_TO_BRING
+    var said = View[DType.int32](Int(shared_memory(TABLE_WORDS)), 2)
+    if thread_idx.x == 0:
+        said[0] = 0  # whether a cell has not come; behind it T
+    barrier()
+    var K = ep.s.top_k
+    var first = piece.begin * K
+    var end = piece.limit * K
+    var block = piece.source * ep.s.max_tokens * K
+    var buffer = ep.buffer(epoch)
+    var threads = Int(block_dim.x)
+    var window = ep.own_count()
+    for base in range(first + Int(thread_idx.x), end, A * threads):
+        var some = Cells[A]()
+        comptime for a in range(A):
+            var i = base + a * threads
+            if i < end:
+                var at = ep.window.table_cell(buffer, piece.source, i)
+                some.want[a](window.unsafe_offset(at), piece.source)
+        if not some.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
+            said[0] = 1
+            break
+        comptime for a in range(A):
+            var i = base + a * threads
+            if i < end:
+                var choice = Choice(some.payload[a])
+                ids[i] = choice.id
+                out_.recv_weights[block + i] = choice.weight
+                if i == first:
+                    said[1] = Int32(value_of(some.word[a]))
+    barrier()
+    var T = Int(said[1]) if said[0] == 0 else NO_SIGNAL
+    barrier()
+    return T
+
+
+@always_inline
+def localise_cells[
+    layout: StaticString, come: Bool
+](
+    ep: Endpoint[True],
+    waiter: Waiter,
+    epoch: UInt64,
+    source: Int,
+    token: Int,
+    row: Int,
+    out_: DispatchOutput,
+):
+    """`localise`, by a warp, from the cells of the source's table.
+
+    Parameters:
+        layout: Output layout.
+        come: Whether they have come for sure: the warp has learnt that behind a barrier or by an acquire.
+
+    Args:
+        ep: The rank.
+        waiter: The launch's waiter.
+        epoch: The launch's epoch.
+        source: The source.
+        token: Its token.
+        row: The row.
+        out_: The outputs.
+    """
+    var K = ep.s.top_k
+    for k in range(Int(lane_id()), K, WARP_SIZE):
+        var i = ep.window.table_cell(ep.buffer(epoch), source, token * K + k)
+        var at = ep.own_count().unsafe_offset(i)
+        var payload: UInt64
+        comptime if come:
+            payload = load_cell(at).payload
+        else:
+            var cell = Cells[1]()
+            cell.want[0](at, source)
+            if not cell.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
+                break
+            payload = cell.payload[0]
+        var choice = Choice(payload)
+        put_choice[layout](ep, row * K + k, choice.id, choice.weight, out_)
+    syncwarp()

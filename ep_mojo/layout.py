@@ -92,9 +92,10 @@ HEAD_MASKS_CHECK = 50
 HEAD_COMBINE_BEGUN = 52
 TICKETS = 54
 WORK_COUNTED = HEAD_WORDS
+NOTE_COPIES = 8
 WORK_MAPPED = HEAD_WORDS + 64
-WORK_TABLED = HEAD_WORDS + 128
-WORK_COUNTS = HEAD_WORDS + 144
+WORK_TABLED = HEAD_WORDS + 576
+WORK_COUNTS = HEAD_WORDS + 592
 ROUTED_MASKS = HEAD_WORDS
 
 KIND_TIMEOUT = 1
@@ -172,7 +173,7 @@ def counters_words(cfg: EPConfig) -> int:
     """int32 words of `atomic_counters`: the head, and a launch's notes to itself."""
     if cfg.slots == "expert":
         return align_up(ROUTED_MASKS + cfg.max_tokens_per_rank, 2) + 2 * cfg.n_experts
-    return WORK_COUNTS + MAX_SOURCE_PIECES * (cfg.n_experts + cfg.n_ranks)
+    return WORK_COUNTS + 2 * MAX_SOURCE_PIECES * (cfg.n_experts + cfg.n_ranks)
 
 
 class _Window:

@@ -134,12 +134,14 @@ comptime MAX_SOURCE_PIECES = 8
 """Those of one source, at most."""
 comptime WORK_COUNTED = HEAD_WORDS
 """RankSlots on a GPU: (u64 [`MAX_PIECES`]) a dispatch_wait has counted a piece's rows; the value is its source's T."""
+comptime NOTE_COPIES = 8
+"""Copies of what all warps of a launch await, in lines of their own: so many polls of one line would hold up others."""
 comptime WORK_MAPPED = HEAD_WORDS + 64
-"""(u64 [`MAX_PIECES`]) and has mapped them."""
-comptime WORK_TABLED = HEAD_WORDS + 128
+"""(u64 [`NOTE_COPIES`, `MAX_PIECES`]) and has mapped them."""
+comptime WORK_TABLED = HEAD_WORDS + 576
 """(u64 [R]) a dispatch_async has sent a peer its table; the value is T."""
-comptime WORK_COUNTS = HEAD_WORDS + 144
-"""(i32 [pieces, groups]) rows of each (piece, group)."""
+comptime WORK_COUNTS = HEAD_WORDS + 592
+"""(u64 [pieces, groups]) rows of each (piece, group), in words of the launch's epoch."""
 comptime ROUTED_MASKS = HEAD_WORDS
 """ExpertSlots: first of Tm words behind the head; word t says which choices of this rank's token t were sent."""
 
@@ -171,4 +173,4 @@ def counters_words(s: Settings) -> Int:
     """
     if s.expert_slots:
         return expert_rows(s) + 2 * s.n_experts
-    return WORK_COUNTS + MAX_SOURCE_PIECES * (s.n_experts + s.n_ranks)
+    return WORK_COUNTS + 2 * MAX_SOURCE_PIECES * (s.n_experts + s.n_ranks)

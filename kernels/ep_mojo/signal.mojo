@@ -1,4 +1,4 @@
-"""Flags, fences and spins: this file, `cell.mojo` and `head.mojo` alone have any.
+"""Flags, fences and spins: this file, `bare.mojo`, `cell.mojo` and `head.mojo` alone have any.
 
 A signal is one 64-bit word: epoch in the high 40 bits, value in the low 24 (`FAILED` when the sender has failed). It is
 published with release at system scope after the payload that it covers, and awaited with acquire at system scope; so
@@ -150,40 +150,6 @@ def arrive(base: Bytes, offset: Int, expected: Int) -> Bool:
         return False
     p.unsafe_store(0, Int32(0))
     return True
-
-
-@always_inline
-def take_ticket(base: Bytes, offset: Int) -> UInt32:
-    """Count one of a launch's tickets, in no order with other accesses: a ticket covers nothing.
-
-    Args:
-        base: The rank's own counters.
-        offset: Byte offset of a word that is 0 before the launch.
-
-    Returns:
-        How many were taken before: to each caller another number.
-    """
-    comptime if is_nvidia_gpu():
-        return inlined_assembly[
-            "atom.relaxed.gpu.global.add.u32 $0, [$1], $2; // ticket",
-            UInt32,
-            constraints="=r,l,r,~{memory}",
-        ](UInt64(Int(base.unsafe_offset(offset))), UInt32(1))
-    else:
-        return Atomic[UInt32, scope=device_scope()].fetch_add[
-            ordering=Ordering.RELAXED
-        ](typed[DType.uint32](base, offset), UInt32(1))
-
-
-@always_inline
-def clear_tickets_at(base: Bytes, offset: Int):
-    """Set the word of tickets to 0 again. Who calls this has acquired that nobody takes one any more.
-
-    Args:
-        base: The rank's own counters.
-        offset: Byte offset of the word.
-    """
-    typed[DType.uint32](base, offset).unsafe_store(0, UInt32(0))
 
 
 @always_inline

@@ -124,7 +124,8 @@ def test_count_windows() raises:
         assert_equal(dispatch_count_bytes(s), DispatchWindow(s).total)
         assert_equal(combine_count_bytes(s), CombineWindow(s).total)
         assert_equal(
-            counters_words(s), HEAD_WORDS + 144 + 8 * (s.n_experts + s.n_ranks)
+            counters_words(s),
+            HEAD_WORDS + 592 + 2 * 8 * (s.n_experts + s.n_ranks),
         )
 
 

@@ -6,6 +6,7 @@ from ep_mojo.counters import (
     WORK_COUNTED,
     WORK_COUNTS,
     WORK_MAPPED,
+    NOTE_COPIES,
     WORK_TABLED,
     counters_words,
 )
@@ -109,9 +110,9 @@ def test_how_many() raises:
 
 
 def test_words_of_all_pieces_fit() raises:
-    """Notes of 2 words each, and the counts of each piece's groups, a shared expert's included."""
+    """Notes of 2 words each, and as many for each piece's groups, a shared expert's included."""
     assert_equal(WORK_MAPPED - WORK_COUNTED, 2 * MAX_PIECES)
-    assert_equal(WORK_TABLED - WORK_MAPPED, 2 * MAX_PIECES)
+    assert_equal(WORK_TABLED - WORK_MAPPED, 2 * MAX_PIECES * NOTE_COPIES)
     assert_true(WORK_COUNTS - WORK_TABLED >= 2 * MAX_RANKS)
     for n_ranks in range(1, MAX_RANKS + 1):
         for max_tokens in [1, 4096]:
@@ -119,7 +120,7 @@ def test_words_of_all_pieces_fit() raises:
             s.shared_expert = True
             var pieces = Pieces(s, 304)
             assert_true(
-                WORK_COUNTS + pieces.n * s.n_groups() <= counters_words(s)
+                WORK_COUNTS + 2 * pieces.n * s.n_groups() <= counters_words(s)
             )
 
 

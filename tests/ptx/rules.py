@@ -16,8 +16,8 @@ store at system scope while unfenced, but for cells and words that cover nothing
 while acquired an arrival at an mbarrier, which hands that on, and a bulk store, but in kernels whose peers get none;
 such an arrival while apart, in all;
 an ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at
-paths: any non-coherent or relaxed load but that of a cell, a release at a scope below the device, an mbarrier at
-which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and
+paths: any non-coherent or relaxed load but that of a cell or a count, a release at a scope below the device, an
+mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and
 jumps that this analysis does not follow. In kernels where threads write shared memory for one another's bulk stores,
 such a store while shared is an error, too.
 """
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 PENDING, DIRTY, UNFENCED, READING, ACQUIRED, SHARED, TAKEN, APART = (1 << i for i in range(8))
 FORBIDDEN = {
     r"\bld\S*\.nc": "non-coherent load",
-    r"\bld\.(relaxed(?!\.sys\.global\.b128)|volatile|mmio)": "a load that acquires nothing",
+    r"(?<!count\.)\bld\.(relaxed(?!\.sys\.global\.b128)|volatile|mmio)": "a load that acquires nothing",
     r"\bst\.release\.(cta|cluster)": "release at too small a scope",
     r"(?<!ticket\.)\batom\.relaxed\.gpu": "an arrival without acquire and release",
     r"\.(ftz|approx)\b|div\.full": "arithmetic that is not exact",
@@ -43,6 +43,8 @@ RING = "ring."
 still read other shared memory."""
 ALONE = "alone."
 """In front of a store of a word that covers nothing (`cell.mojo`)."""
+COUNT = "count."
+"""In front of a store or load of a word that says how many rows there are, and covers nothing (`gpu/notes.mojo`)."""
 TICKET = "ticket."
 """In front of an atomic add that gives out numbers (`gpu/turns.mojo`): a number covers no memory, so nothing is to be
 ordered."""
@@ -69,7 +71,7 @@ def functions(ptx: str) -> list[Function]:
         line = raw.split("//")[0].strip()
         if not line:
             continue
-        for mark in (RING, ALONE, TICKET):
+        for mark in (RING, ALONE, COUNT, TICKET):
             if raw.rstrip().endswith(f"// {mark[:-1]}"):
                 line = mark + line
         if current is None:

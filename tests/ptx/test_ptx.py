@@ -46,10 +46,10 @@ SIGNALS = {
 """Words that a kernel publishes to ranks, by the beginning of its name."""
 NOTES = {
     "dispatch_async": 1,  # tables sent
-    "dispatch_wait": 2,  # counted, mapped
-    "dispatch fused": 3,
-    "cell tables dispatch_wait": 2,  # counted, mapped: no table is waited for
-    "cell tables dispatch fused": 2,
+    "dispatch_wait": 1,  # mapped
+    "dispatch fused": 2,
+    "cell tables dispatch_wait": 1,  # mapped: no table is waited for
+    "cell tables dispatch fused": 1,
     "few dispatch_wait": 1,  # mapped
     "few dispatch fused": 1,
     "combine_async padded": 1,  # headers are about to leave
@@ -171,11 +171,23 @@ def test_cells_are_single_accesses(kernels):
         alone = has_cells and sends and (2 if "combine" in name else 1)  # its header; how many rows each rank gets
         assert len(re.findall(r"// alone$", ptx, re.MULTILINE)) == alone, name
         assert len(re.findall(r"st\.relaxed\.sys\.global\.b64", ptx)) == alone, name
-        assert set(re.findall(r"\b(?:st|ld)\.relaxed\S*", ptx)) <= {
+        assert set(re.findall(r"\b(?:st|ld)\.relaxed\.sys\S*", ptx)) <= {
             "st.relaxed.sys.global.b128",
             "ld.relaxed.sys.global.b128",
             "st.relaxed.sys.global.b64",
         }, name
+
+
+def test_counts_are_single_words(kernels):
+    """Only kernels whose CTAs map pieces have any: a piece's rows, and T of its source; they are loaded by eight."""
+    for name, ptx in kernels.items():
+        maps = name.removeprefix(CELL_TABLES).startswith(("dispatch_wait", "dispatch fused"))
+        accesses = re.findall(r"(?:st|ld)\.relaxed\.gpu.*", ptx)
+        stores = [text for text in accesses if re.fullmatch(r"st\.relaxed\.gpu\.global\.b64 .*; // count", text)]
+        loads = [text for text in accesses if re.fullmatch(r"ld\.relaxed\.gpu\.global\.b64 .*; // count", text)]
+        assert len(accesses) == len(stores) + len(loads), name
+        assert len(stores) == 2 * maps, name
+        assert len(loads) == 8 * maps, name
 
 
 @pytest.mark.parametrize("name", ["few dispatch fused", "cell tables dispatch fused"])

@@ -57,8 +57,6 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
     """Of a piece: its source's table, or that piece of it. Of all: [R, Tmax, K], in shared memory."""
     var tokens: View[DType.int32]
     """Of all: T of each source, in shared memory."""
-    var first_token: Int
-    """Of a piece: its source's first token among those of all sources."""
     var begin: Int
     """The first token."""
     var end: Int
@@ -88,7 +86,6 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
         self.rank = ep.me
         self.ids = ids
         self.tokens = View[DType.int32]()
-        self.first_token = piece.source * ep.s.max_tokens
         self.begin = piece.begin
         self.end = piece.end(tokens)
         self.limit = piece.limit
@@ -112,7 +109,6 @@ struct Choices[of_all: Bool](TrivialRegisterPassable):
         self.rank = ep.me
         self.ids = ids
         self.tokens = tokens
-        self.first_token = 0
         self.begin = 0
         self.end = ep.s.n_ranks * ep.s.max_tokens
         self.limit = self.end

@@ -1,6 +1,7 @@
 """The GPU's dispatch_async: routing table and messages leave for every destination rank.
 
-    CTA b < R      writes the routing table into rank b's count window, and its header (value T); then messages too
+    CTA b < R      writes the routing table into rank b's count window, and its header (value T); then messages too.
+                   Where tables travel as cells every warp stores some of these instead, the last warps first
     every crew     takes chunks of G tokens: brings a token into shared memory, encodes it there once, stores the
                    message to every destination rank at once (a lane serves a rank, `rank_of_lane`), and when the
                    whole chunk has arrived publishes its signal, each lane to its rank. A crew is one warp; where the
@@ -30,10 +31,10 @@ from .launch import ByValue, Peers, Shape, is_last_cta, warp_index
 from .opening import Opening
 from .precedence import precedence, queue
 from .routing import ballot, destination_of_lanes
-from .share import MAX_CREW, Crew, Share
+from .share import MAX_CREW, Crew, Share, last_warps_first
 from .shared_memory import SLOT_ALIGNMENT
 from .shared_rows import finish_stores, release_slots, store_row
-from .tables import send_tables, tables_have_left
+from .tables import send_tables, send_tables_as_cells, tables_have_left
 from .timeline import (
     MARK_IDS_READ,
     MARK_MESSAGES_ARRIVED,
@@ -249,7 +250,12 @@ def dispatch_async_stage[
         check_tokens(ep, input.value, stage)
         opening.decide(ep, stage)
     opening.settle()
-    send_tables[table_cells](ep, input.value, epoch, opening)
+    comptime if table_cells:
+        send_tables_as_cells(
+            ep, input.value, epoch, last_warps_first(), opening
+        )
+    else:
+        send_tables(ep, input.value, epoch, opening)
     send_messages[F, ids_dtype, encoded, table_cells](
         ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), opening
     )

@@ -17,13 +17,12 @@ from max.gpu.host import DeviceContext
 from max.gpu.primitives import warp
 from std.bit import count_trailing_zeros
 
-from ..dispatch_tensors import DispatchOutput, Rows, localise, table_weights
+from ..dispatch_tensors import DispatchOutput, Rows, localise
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import WORK_MAPPED, align_up, message_offset
+from ..layout import WORK_COUNTED, align_up, message_offset
 from ..numeric import quotient, remainder
 from ..routing import NO_ROW, may_shrink
-from ..settings import Settings
 from ..signal import MASKED, NO_SIGNAL, Waiter
 from ..team import WarpTeam, fill
 from .launch import (
@@ -38,7 +37,7 @@ from .launch import (
 )
 from .gathered_rows import gather_rows, mark_behind
 from .mapping import cta_bytes, map_sources, name_groups
-from .notes import await_note
+from .notes import await_mapped, await_note
 from .pieces import Pieces
 from .precedence import precedence, queue
 from .routing import ballot
@@ -50,7 +49,7 @@ from .shared_rows import (
     order_for_bulk,
     release_slots,
 )
-from .tables import localise_cells
+from .tables import keep_weights, localise_cells
 from .timeline import (
     MARK_MAP_SEEN,
     MARK_MESSAGE_LOADED,
@@ -62,46 +61,28 @@ from .turns import Turns, clear_tickets
 
 
 @always_inline
-def keep_weights(
-    ep: Endpoint[True],
-    epoch: UInt64,
-    waiter: Waiter,
-    share: Share,
-    out_: DispatchOutput,
-):
-    """Copy the sources' weights out of the window, while others map the rows.
-
-    Args:
-        ep: The rank.
-        epoch: The launch's epoch.
-        waiter: The launch's waiter.
-        share: The calling warp's pieces, of 4 weights a lane.
-        out_: The outputs.
-    """
-    comptime V = 4
-    comptime piece = V * WarpTeam.lanes
-    var block = ep.s.max_tokens * ep.s.top_k
-    var pieces = (block + piece - 1) // piece
-    var buffer = ep.buffer(epoch)
-    for i in range(share.first, ep.s.n_ranks * pieces, share.stride):
-        var r = quotient(i, pieces)
-        var T = ep.tokens_of(waiter, epoch, r)
-        if ballot(T == NO_SIGNAL) != 0:
-            return
-        var n = T * ep.s.top_k
-        var given = table_weights(ep, buffer, r)
-        var at = (i - r * pieces) * piece + Int(lane_id()) * V
-        for j in range(at, min(at + V, block)):
-            out_.recv_weights[r * block + j] = given[j] if j < n else Float32(0)
+def _chunks_sent(
+    ep: Endpoint[True], waiter: Waiter, epoch: UInt64, pieces: Pieces
+) -> Int:
+    """`chunks_of_all`. A warp that has seen a piece mapped calls this: before, all sources were counted."""
+    var T = 0
+    var r = Int(lane_id())
+    if r < ep.s.n_ranks:
+        var first = r * pieces.of_source
+        T = await_note(ep, waiter, epoch, WORK_COUNTED, first, peer=r)
+    return chunks_of_all(ep.s, Int32(max(T, 0)))
 
 
 @always_inline
-def _chunks_sent(s: Settings, out_: DispatchOutput) -> Int:
-    """`chunks_of_all`. A warp that has seen a piece mapped calls this: before, all sources were counted."""
-    var T: Int32 = 0
-    if Int(lane_id()) < s.n_ranks:
-        T = out_.recv_num_tokens[Int(lane_id())]
-    return chunks_of_all(s, T)
+def _row_of_lane(
+    ep: Endpoint[True], out_: DispatchOutput, source: Int, token: Int
+) -> Int32:
+    """The row of the token's choice that the calling lane has the number of."""
+    var k = Int(lane_id())
+    var K = ep.s.top_k
+    if k >= K:
+        return NO_ROW
+    return out_.row_map[(source * ep.s.max_tokens + token) * K + k]
 
 
 @always_inline
@@ -137,7 +118,6 @@ def copy_rows[
     var buffer = ep.buffer(epoch)
     var slot = warp_slot(warp_memory(warp_bytes), sending=False)
     var lane = Int(lane_id())
-    var block = s.max_tokens * s.top_k
     var turns = Turns(ep, share, s.n_ranks * s.n_signals(s.max_tokens))
     var window = ep.recv[ep.me]
     var mapped: Int32 = -1  # lane v: T of piece v's source, once it is mapped
@@ -147,7 +127,7 @@ def copy_rows[
         var v = pieces.of(r, chunk)
         var T = Int(warp.shuffle_idx(mapped, UInt32(v)))
         if T < 0:
-            T = await_note(ep, waiter, epoch, WORK_MAPPED, v, peer=r)
+            T = await_mapped(ep, waiter, epoch, v, peer=r)
             if ballot(T == NO_SIGNAL) != 0:
                 break
             if lane == v:
@@ -156,19 +136,24 @@ def copy_rows[
         var begin = chunk * s.tokens_per_signal
         if begin >= T:
             if not s.shrinks:  # else pieces of a source may differ in T
-                turns.chunks = _chunks_sent(s, out_)
+                turns.chunks = _chunks_sent(ep, waiter, epoch, pieces)
             continue
+        var row = _row_of_lane(ep, out_, r, begin)  # on its way meanwhile
         var signal = ep.chunk_of(waiter, epoch, r, chunk)
         order_for_bulk()  # the messages may be brought in then
         if ballot(signal == NO_SIGNAL) != 0:
             break
         var came = ballot(signal == MASKED) == 0
         mark[MARK_SIGNAL_SEEN](ep)
-        for t in range(begin, min(begin + s.tokens_per_signal, T)):
-            var row = NO_ROW
-            if lane < s.top_k:
-                row = out_.row_map[r * block + t * s.top_k + lane]
+        var end = min(begin + s.tokens_per_signal, T)
+        for t in range(begin, end):
+            if t > begin:
+                row = _row_of_lane(ep, out_, r, t)
             var left = ballot(row >= 0)
+            if row >= 0:
+                var k = -1 if layout == "rank" else lane
+                out_.src_info[2 * Int(row)] = Int32(r * s.max_tokens + t)
+                out_.src_info[2 * Int(row) + 1] = Int32(k)
             var shared = s.shared_expert and r == ep.me
             if left == 0 and not shared:
                 continue
@@ -227,7 +212,7 @@ def mark_rest[
         rows: The outputs.
     """
     # The first piece comes with all row starts.
-    var T = await_note(ep, waiter, epoch, WORK_MAPPED, 0, peer=0)
+    var T = await_mapped(ep, waiter, epoch, 0, peer=0)
     if ballot(T == NO_SIGNAL) != 0:
         return
     var out_ = rows.out

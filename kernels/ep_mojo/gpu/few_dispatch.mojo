@@ -37,7 +37,7 @@ from .launch import (
 from .mapping import name_groups
 from .opening import Opening
 from .precedence import precedence, queue
-from .share import turned
+from .share import last_warps_first
 from .shared_memory import NO_SLOT
 from .tables import send_tables_as_cells
 from .timeline import MARK_BEGUN, MARK_ENDED, MARK_OPENED, mark
@@ -88,9 +88,8 @@ def few_dispatch_async_stage[
         check_tokens(ep, input.value, stage)
         opening.decide[bulk=False](ep, stage)
     opening.settle()
-    send_tables_as_cells[1](ep, input.value, epoch, opening)
-    # Those that send no table come first.
-    var part = Part(turned(ep.s.n_ranks), Int(grid_dim.x))
+    send_tables_as_cells(ep, input.value, epoch, last_warps_first(), opening)
+    var part = Part(Int(block_idx.x), Int(grid_dim.x))
     send_messages_as_cells[F, ids_dtype, encoded](
         ep, input.value, epoch, part, opening
     )
@@ -180,7 +179,7 @@ def few_dispatch_stage[
     var receives = not apart or cta < receivers
     var sends = not apart or cta >= receivers
     if receives:
-        send_tables_as_cells[1](ep, x, sent, opening)
+        send_tables_as_cells(ep, x, sent, receiving.share(), opening)
     if sends:
         send_messages_as_cells[F, ids_dtype, encoded](
             ep, x, sent, sending, opening

@@ -16,19 +16,20 @@ from max.gpu.sync import barrier
 from ..dispatch_tensors import DispatchOutput
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import CHUNK_HEADER, KIND_CAPACITY, WORK_MAPPED, align_up
+from ..layout import CHUNK_HEADER, KIND_CAPACITY, align_up
 from ..numeric import quotient
 from ..peers import Bytes, View, window_view
 from ..settings import Settings
-from ..signal import Waiter, note, value_of, word
+from ..signal import Waiter, value_of
 from .cells import Cells
 from .choices import Choices
 from .headers import await_tokens
 from .launch import warp_index
 from .mapping import rows_fit
-from .routing import Histogram, count_rows, map_rows
+from .notes import note_mapped
+from .routing import AHEAD_SHARED, Histogram, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOT_ALIGNMENT, SLOTS, shared_memory
-from .starts import start_all
+from .starts import start_groups
 from .tables import Choice
 from .timeline import (
     MARK_ALL_COUNTED,
@@ -137,6 +138,8 @@ struct FewTokens[layout: StaticString](TrivialRegisterPassable):
         """
         if thread_idx.x == 0:
             self.failed[0] = 0
+        comptime if Self.layout != "gathered":
+            Histogram(_groups[Self.layout](ep.s)).clear()
         barrier()
         var came: Bool
         comptime if Self.layout == "gathered":
@@ -239,9 +242,11 @@ struct FewTokens[layout: StaticString](TrivialRegisterPassable):
             return self._gather[F](ep, out_, stage)
         var hist = Histogram(_groups[Self.layout](ep.s))
         var choices = Choices(ep, self.ids, self.tokens)
-        count_rows[Self.layout](choices, hist, hist.totals)
+        count_rows[Self.layout, AHEAD_SHARED](choices, hist)
         mark[MARK_ROWS_COUNTED](ep)
-        var needed = start_all[Self.layout](
+        for g in range(Int(thread_idx.x), hist.groups, Int(block_dim.x)):
+            hist.firsts[g] = 0
+        var needed = start_groups[Self.layout](
             ep.s,
             hist,
             out_.row_offsets if first else View[DType.uint32](),
@@ -250,10 +255,10 @@ struct FewTokens[layout: StaticString](TrivialRegisterPassable):
         if not rows_fit[F, Self.layout](ep, out_, needed, stage):
             return False
         mark[MARK_ALL_COUNTED](ep)
-        map_rows[Self.layout](choices, hist, self.rows, View[DType.int32]())
+        map_rows[Self.layout, AHEAD_SHARED](choices, hist, self.rows)
         barrier()
-        if first and thread_idx.x == 0:
-            note(ep.head.base, 4 * WORK_MAPPED, word(epoch, 0))
+        if first:
+            note_mapped(ep, epoch, 0, 0)
         mark[MARK_ROWS_MAPPED](ep)
         return True
 

@@ -35,7 +35,6 @@ from .dispatch_wait import (
     close_wait,
     copy_rows,
     give_nothing,
-    keep_weights,
     mark_rest,
 )
 from .gathered_rows import gather_rows, mark_behind
@@ -46,7 +45,7 @@ from .precedence import precedence, queue
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
 from .slices import combine_bytes
-from .tables import send_tables
+from .tables import keep_weights, send_tables, send_tables_as_cells
 from .timeline import (
     MARK_BEGUN,
     MARK_COMBINE_BEGUN,
@@ -111,8 +110,11 @@ def dispatch_stage[
         send_messages[F, ids_dtype, encoded, table_cells](
             ep, x, sent, STAGE_DISPATCH, roles.share, opening
         )
-    else:  # in the CTAs that send tables no warp has another role
-        send_tables[table_cells](ep, x, sent, opening)
+    else:
+        comptime if table_cells:
+            send_tables_as_cells(ep, x, sent, roles.share, opening)
+        else:  # in the CTAs that send tables no warp has another role
+            send_tables(ep, x, sent, opening)
     if not roles.apart:
         send_messages[F, ids_dtype, encoded, table_cells](
             ep, x, sent, STAGE_DISPATCH, Share(), opening

@@ -1,39 +1,36 @@
 """Part of the GPU's dispatch_wait: from the routing tables to the rows, a CTA for each piece of a source.
 
 A CTA awaits its source's header, or the cells of its piece where tables travel as these (`tables.mojo`); it counts its
-piece's rows and notes that in the rank's own counters; when all pieces are counted, it works out where each group
-begins, gives every choice its row, and notes that too. No CTA awaits another before it has counted all of its own
+piece's rows and tells the counts in the rank's own counters; from those of all pieces it works out where each group
+begins, gives every choice its row, and notes that. No CTA awaits another before it has counted all of its own
 pieces, and counting awaits only headers or tables: so all get there.
 """
 
-from max.gpu import block_dim, block_idx, grid_dim, lane_id, thread_idx
-from max.gpu.primitives import warp
+from max.gpu import block_dim, block_idx, grid_dim, thread_idx
 from max.gpu.sync import barrier
 
+from ..bare import count_off
 from ..dispatch_tensors import DispatchOutput, table_ids
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import (
     KIND_CAPACITY,
     WORK_COUNTED,
-    WORK_COUNTS,
-    WORK_MAPPED,
     align_up,
 )
 from ..peers import View, window_view
 from ..routing import group_name
 from ..settings import Settings
-from ..signal import NO_SIGNAL, Waiter, note, word
+from ..signal import NO_SIGNAL, Waiter, word
 from .choices import Choices
-from .launch import told, warp_index
-from .notes import await_note
+from .launch import told
+from .notes import await_note, note_mapped, tell_count
 from .pieces import Piece, Pieces
-from .routing import Histogram, ballot, count_rows, map_rows
+from .routing import AHEAD, AHEAD_SHARED, Histogram, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 from .starts import start_rows
 from .tables import bring_choices
 from .timeline import (
-    MARK_ALL_COUNTED,
     MARK_HEADER_SEEN,
     MARK_ROWS_COUNTED,
     MARK_ROWS_MAPPED,
@@ -69,20 +66,19 @@ def map_sources[
         out_: The outputs.
         stage: `STAGE_*`, for the failure record.
     """
+    comptime ahead = AHEAD_SHARED if table_cells else AHEAD
     var s = ep.s
     var own = ep.head.base
     var buffer = ep.buffer(epoch)
     var groups = 1 if layout == "rank" else s.n_groups()
     var hist = Histogram(groups)
-    var counts = window_view[DType.int32](
-        own, 4 * WORK_COUNTS, pieces.n * groups
-    )
     var first = Int(block_idx.x)
     var stride = Int(grid_dim.x)
     var several = first + stride < pieces.n
+    var T = NO_SIGNAL
     for v in range(first, pieces.n, stride):
         var piece = pieces.piece(s, v)
-        var T = NO_SIGNAL
+        hist.clear()
         comptime if table_cells:
             var ids = _ids[layout, True](ep, buffer, piece)
             T = bring_choices(ep, waiter, epoch, piece, ids, out_)
@@ -93,48 +89,50 @@ def map_sources[
         if T == NO_SIGNAL:
             return
         mark[MARK_HEADER_SEEN](ep)
-        count_rows[layout](
+        count_rows[layout, ahead](
             Choices(ep, _ids[layout, table_cells](ep, buffer, piece), piece, T),
             hist,
-            counts.part(v * groups, groups),
         )
+        for g in range(Int(thread_idx.x), groups, Int(block_dim.x)):
+            tell_count(ep, epoch, groups, v, g, hist.totals[g])
         mark[MARK_ROWS_COUNTED](ep)
         if thread_idx.x == 0:
+            count_off(own, 4 * WORK_COUNTED + 8 * v, word(epoch, T))
             if piece.begin == 0:
                 out_.recv_num_tokens[piece.source] = Int32(T)
-            note(own, 4 * WORK_COUNTED + 8 * v, word(epoch, T))
     for v in range(first, pieces.n, stride):
         var piece = pieces.piece(s, v)
-        var T = _all_counted(ep, waiter, epoch, pieces, v)
-        if T == NO_SIGNAL:
-            return
-        mark[MARK_ALL_COUNTED](ep)
         var ids = _ids[layout, table_cells](ep, buffer, piece)
-        comptime if table_cells:
-            if several:
+        if several:  # shared memory holds another piece's
+            hist.clear()
+            comptime if table_cells:
                 T = bring_choices(ep, waiter, epoch, piece, ids, out_)
-                if T == NO_SIGNAL:
-                    return
+            else:
+                if thread_idx.x == 0:
+                    T = await_note(
+                        ep, waiter, epoch, WORK_COUNTED, v, peer=piece.source
+                    )
+                T = told(T)
+            if T == NO_SIGNAL:
+                return
         var choices = Choices(ep, ids, piece, T)
         if several:
-            count_rows[layout](choices, hist, counts.part(v * groups, groups))
+            count_rows[layout, ahead](choices, hist)
         var offsets = out_.row_offsets if v == 0 else View[DType.uint32]()
         var needed = start_rows[layout](
-            s, counts, pieces, v, hist, offsets, out_.counts
+            ep, waiter, epoch, pieces, v, hist, offsets, out_.counts
         )
         if not rows_fit[F, layout](ep, out_, needed, stage):
             return
         var block = s.max_tokens * s.top_k
-        map_rows[layout](
+        map_rows[layout, ahead](
             choices,
             hist,
             out_.row_map.part(piece.source * block, block),
-            out_.src_info,
         )
         barrier()  # all rows are given; and shared memory is free
         mark[MARK_ROWS_MAPPED](ep)
-        if thread_idx.x == 0:
-            note(own, 4 * WORK_MAPPED + 8 * v, word(epoch, T))
+        note_mapped(ep, epoch, v, T)
 
 
 @always_inline
@@ -165,46 +163,19 @@ def rows_fit[
     Args:
         ep: The rank.
         out_: The outputs.
-        needed: Of thread 0: what `start_rows` has returned.
+        needed: What `start_rows` has returned, `NO_SIGNAL` too.
         stage: `STAGE_*`, for the failure record.
 
     Returns:
         The same for all threads.
     """
-    var fits = 0
-    if thread_idx.x == 0:
-        var room = (
-            ep.s.n_ranks * ep.s.max_tokens if layout
-            == "expert_padded" else out_.tokens.size // F.token_bytes
-        )
-        fits = Int(needed <= room)
-        if fits == 0:
-            ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
-    return told(fits) != 0
-
-
-@always_inline
-def _all_counted(
-    ep: Endpoint[True],
-    waiter: Waiter,
-    epoch: UInt64,
-    pieces: Pieces,
-    piece: Int,
-) -> Int:
-    """Await the counts of all pieces; the whole CTA calls this. T of one piece's source, or `NO_SIGNAL`."""
-    var T = NO_SIGNAL
-    if warp_index() == 0:
-        var v = Int(lane_id())
-        var mine: Int32 = 0
-        if v < pieces.n:
-            mine = Int32(
-                await_note(
-                    ep, waiter, epoch, WORK_COUNTED, v, peer=pieces.source(v)
-                )
-            )
-        if ballot(Int(mine) == NO_SIGNAL) == 0:
-            T = Int(warp.shuffle_idx(mine, UInt32(piece)))
-    return told(T)
+    var room = (
+        ep.s.n_ranks * ep.s.max_tokens if layout
+        == "expert_padded" else out_.tokens.size // F.token_bytes
+    )
+    if needed > room and thread_idx.x == 0:
+        ep.head.fail(KIND_CAPACITY, stage, value=needed, limit=room)
+    return 0 <= needed <= room
 
 
 @always_inline

@@ -22,7 +22,10 @@ from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 
 
 comptime AHEAD = 4
-"""Batches of choices whose loads are under way at once."""
+"""Batches of choices whose loads are under way at once, where they are in global memory."""
+comptime AHEAD_SHARED = 1
+"""The same where they are in shared memory. A launch begins without its code in the caches: less of it is faster then.
+"""
 
 
 struct Histogram(Movable):
@@ -34,9 +37,12 @@ struct Histogram(Movable):
     """[groups]: rows of the group before the choices, then its first row."""
     var totals: View[DType.int32]
     """[groups]: all rows of the group."""
+    var said: View[DType.int32]
+    """[warps]: what each warp has to say (`starts.mojo`)."""
     var groups: Int
     """Groups of rows; with layout "rank" 1, or R for `Choices` of all sources."""
 
+    @always_inline
     def __init__(out self, groups: Int):
         """Take shared memory where the row slots will be.
 
@@ -52,7 +58,16 @@ struct Histogram(Movable):
         self.totals = window_view[DType.int32](
             shared_memory(SLOTS), 4 * (n + groups), groups
         )
+        self.said = window_view[DType.int32](
+            shared_memory(SLOTS), 4 * (n + 2 * groups), MAX_WARPS
+        )
         self.groups = groups
+
+    @always_inline
+    def clear(self):
+        """Count from 0; the whole CTA calls this, and meets before `count_rows`."""
+        for i in range(Int(thread_idx.x), self.cells.size, Int(block_dim.x)):
+            self.cells[i] = 0
 
     @staticmethod
     def bytes(groups: Int, n_warps: Int) -> Int:
@@ -65,17 +80,18 @@ struct Histogram(Movable):
         Returns:
             Bytes.
         """
-        return 4 * groups * (n_warps + 2)
+        return 4 * (groups * (n_warps + 2) + MAX_WARPS)
 
 
 @always_inline
 def groups_ahead[
-    layout: StaticString
-](choices: Choices, base: Int, end: Int) -> Array[Int32, AHEAD]:
+    layout: StaticString, ahead: Int
+](choices: Choices, base: Int, end: Int) -> Array[Int32, ahead]:
     """The groups of the calling lane's choices of the next batches, so that their loads overlap.
 
     Parameters:
         layout: Output layout.
+        ahead: How many batches.
 
     Args:
         choices: The choices.
@@ -85,8 +101,8 @@ def groups_ahead[
     Returns:
         The groups; -1 where there is none.
     """
-    var group = Array[Int32, AHEAD](fill=-1)
-    comptime for u in range(AHEAD):
+    var group = Array[Int32, ahead](fill=-1)
+    comptime for u in range(ahead):
         var i = base + u * WARP_SIZE + Int(lane_id())
         if i < end:
             group[u] = Int32(choices.group[layout](i))
@@ -110,31 +126,29 @@ def run_of(tokens: Int, begin: Int = 0) -> Tuple[Int, Int]:
 
 
 def count_rows[
-    layout: StaticString
-](choices: Choices, hist: Histogram, counts: View[DType.int32]):
+    layout: StaticString, ahead: Int
+](choices: Choices, hist: Histogram):
     """Count the rows of some choices; the whole CTA calls this.
 
     Parameters:
         layout: Output layout.
+        ahead: `AHEAD` or `AHEAD_SHARED`.
 
     Args:
         choices: The choices.
-        hist: Out: rows of the group before each warp's run, within the choices.
-        counts: Int32 [groups], out: rows of each group.
+        hist: Cleared. Out: rows of the group before each warp's run, within the choices; and in `totals` all of them,
+            thread g those of group g.
     """
     comptime scope = "workgroup" if is_amd_gpu() else "block"
     var s = choices.s
     var me = Int(thread_idx.x)
     var threads = Int(block_dim.x)
-    for i in range(me, hist.cells.size, threads):
-        hist.cells[i] = 0
-    barrier()
     var run = run_of(choices.end - choices.begin, choices.begin)
     var mine = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var end = run[1] * s.top_k
-    for base in range(run[0] * s.top_k, end, AHEAD * WARP_SIZE):
-        var group = groups_ahead[layout](choices, base, end)
-        comptime for u in range(AHEAD):
+    for base in range(run[0] * s.top_k, end, ahead * WARP_SIZE):
+        var group = groups_ahead[layout, ahead](choices, base, end)
+        comptime for u in range(ahead):
             if group[u] >= 0:
                 _ = Atomic[Int32, scope=scope].fetch_add[
                     ordering=Ordering.RELAXED
@@ -153,28 +167,23 @@ def count_rows[
         comptime if layout != "rank":
             if s.shared_expert and g == 0:
                 sum = Int32(choices.own)
-        counts[g] = sum
+        hist.totals[g] = sum
     barrier()
 
 
 def map_rows[
-    layout: StaticString
-](
-    choices: Choices,
-    hist: Histogram,
-    row_map: View[DType.int32],
-    src_info: View[DType.int32],
-):
+    layout: StaticString, ahead: Int
+](choices: Choices, hist: Histogram, row_map: View[DType.int32]):
     """Give every choice its row; the whole CTA calls this, after `start_rows`.
 
     Parameters:
         layout: Output layout.
+        ahead: `AHEAD` or `AHEAD_SHARED`.
 
     Args:
         choices: The choices.
         hist: From `count_rows` and `start_rows`; used up.
         row_map: Int32 [tokens, K], out at the choices; `NO_ROW` where there is none.
-        src_info: Int32 [rows, 2], out at the rows given; absent: not wanted.
     """
     var K = choices.s.top_k
     var lane = Int(lane_id())
@@ -182,30 +191,28 @@ def map_rows[
     var next_row = hist.cells.part(warp_index() * hist.groups, hist.groups)
     var below = (UInt64(1) << UInt64(lane)) - 1
     var end = run[1] * K
-    for first in range(run[0] * K, end, AHEAD * WARP_SIZE):
-        var groups = groups_ahead[layout](choices, first, end)
-        comptime for u in range(AHEAD):
+    for first in range(run[0] * K, end, ahead * WARP_SIZE):
+        var groups = groups_ahead[layout, ahead](choices, first, end)
+        var same = Array[UInt64, ahead](fill=0)
+        var begin = Array[Int32, ahead](fill=0)
+        comptime for u in range(ahead):
+            same[u] = same_lanes(groups[u])
+            if groups[u] >= 0:
+                begin[u] = hist.firsts[Int(groups[u])]
+        comptime for u in range(ahead):
             var i = first + u * WARP_SIZE + lane
             var group = Int(groups[u])
-            var same = same_lanes(groups[u])
+            var next: Int32 = 0
             var row = NO_ROW
             if group >= 0:
-                row = (
-                    hist.firsts[group]
-                    + next_row[group]
-                    + Int32(pop_count(same & below))
-                )
+                next = next_row[group]
+                row = begin[u] + next + Int32(pop_count(same[u] & below))
             syncwarp()
-            if group >= 0 and same & below == 0:
-                next_row[group] += Int32(pop_count(same))
+            if group >= 0 and same[u] & below == 0:
+                next_row[group] = next + Int32(pop_count(same[u]))
             syncwarp()
             if i < end:
                 row_map[i] = row
-                if row >= 0 and src_info.present():
-                    var t = quotient(i, K)
-                    var k = -1 if layout == "rank" else i - t * K
-                    src_info[2 * Int(row)] = Int32(choices.first_token + t)
-                    src_info[2 * Int(row) + 1] = Int32(k)
     for i in range(
         choices.end * K + Int(thread_idx.x),
         choices.limit * K,

@@ -1,8 +1,9 @@
 """Routing tables: how they leave, and how those that travel as cells (`cells.mojo`) are brought in.
 
     as cells       Tmax * K of them, whatever T is: behind the last choice -1 and weight 0, and T in every word. So who
-                   awaits a part of a table knows all places beforehand. The header is told besides; it covers nothing
-    otherwise      ids and weights, and the header behind them, which covers them
+                   awaits a part of a table knows all places beforehand. Many warps send them, a lane each; the header
+                   is told besides, and covers nothing
+    otherwise      ids and weights by one CTA for each peer, and the header behind them, which covers them
 
 A header that covers a table is released at system scope, and so waits for all that the GPU has under way to its peers:
 messages leave only when all tables have left, or the peers' row maps would come late. Cells wait for nothing, and no
@@ -21,24 +22,30 @@ from max.gpu.sync import barrier, syncwarp
 from std.memory import bitcast
 
 from ..cell import Cell, load_cell, store_cell, tell
-from ..dispatch_tensors import DispatchInput, DispatchOutput, put_choice
+from ..dispatch_tensors import (
+    DispatchInput,
+    DispatchOutput,
+    put_choice,
+    table_weights,
+)
 from ..launch import Endpoint
 from ..layout import CHUNK_HEADER, WORK_TABLED
+from ..numeric import quotient, remainder
 from ..peers import View, typed
 from ..routing import NO_EXPERT, normal_id
 from ..signal import NO_SIGNAL, Waiter, note, publish, value_of, word
+from ..team import WarpTeam
 from ..tokens import readable_tokens
 from .cells import Cells
 from .notes import await_note
 from .opening import Opening
 from .pieces import Piece
 from .routing import ballot
+from .share import Share
 from .shared_memory import TABLE_WORDS, shared_memory
 from .shared_rows import order_for_bulk
 from .timeline import MARK_TABLE_SENT, mark
 
-comptime CHOICES_TO_SEND = 8
-"""Choices that a thread loads at once, where tables of many tokens leave as cells: with 8 warps, all that it has."""
 comptime CHOICES_TO_BRING = 4
 """Choices of a piece that a thread awaits at once."""
 
@@ -87,18 +94,17 @@ struct Choice(TrivialRegisterPassable):
 
 @always_inline
 def send_tables[
-    ids_dtype: DType, //, table_cells: Bool
+    ids_dtype: DType
 ](
     ep: Endpoint[True],
     x: DispatchInput[ids_dtype],
     epoch: UInt64,
     mut opening: Opening,
 ):
-    """Send the routing table to the peers that are this CTA's; the whole CTA calls this.
+    """Send the routing table, covered by its header, to the peers that are this CTA's; the whole CTA calls this.
 
     Parameters:
         ids_dtype: Type of the ids.
-        table_cells: Whether it travels as cells, and not covered by its header.
 
     Args:
         ep: The rank.
@@ -106,12 +112,9 @@ def send_tables[
         epoch: The launch's epoch.
         opening: What the first store waits for.
     """
-    comptime if table_cells:
-        send_tables_as_cells[CHOICES_TO_SEND](ep, x, epoch, opening)
-    else:
-        var T = readable_tokens(x.rows, x.num_tokens)
-        for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
-            _send_table(ep, x, T, epoch, peer, opening)
+    var T = readable_tokens(x.rows, x.num_tokens)
+    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
+        _send_table(ep, x, T, epoch, peer, opening)
 
 
 @always_inline
@@ -171,64 +174,57 @@ def _send_table[
 
 @always_inline
 def send_tables_as_cells[
-    ids_dtype: DType, //, ahead: Int
+    ids_dtype: DType
 ](
     ep: Endpoint[True],
     x: DispatchInput[ids_dtype],
     epoch: UInt64,
+    share: Share,
     mut opening: Opening,
 ):
-    """`send_tables`, as cells; the whole CTA calls this.
+    """Send the routing table to all peers as cells, one by a lane at a time; a warp calls this.
+
+    So that the table leaves at once, before the links are full of messages, the warps are many, of all CTAs.
 
     Parameters:
         ids_dtype: Type of the ids.
-        ahead: Choices that a thread loads before it stores their cells.
 
     Args:
         ep: The rank.
         x: Its tokens.
         epoch: The launch's epoch.
+        share: The calling warp's part: a piece is as many cells as the warp has lanes.
         opening: What the first store waits for.
     """
     var T = readable_tokens(x.rows, x.num_tokens)
     var n = T * ep.s.top_k
-    var cells = ep.s.max_tokens * ep.s.top_k
-    var threads = Int(block_dim.x)
+    var block = ep.s.max_tokens * ep.s.top_k
     var buffer = ep.buffer(epoch)
     var w = word(epoch, T)
-    for peer in range(Int(block_idx.x), ep.s.n_ranks, Int(grid_dim.x)):
-        var window = ep.count[peer]
-        for base in range(Int(thread_idx.x), cells, ahead * threads):
-            var ids = Array[Int64, ahead](fill=-1)
-            var weights = Array[Float32, ahead](fill=1)
-            if n > 0:
-                comptime for a in range(
-                    ahead
-                ):  # all loads first, without branches
-                    var i = min(base + a * threads, n - 1)
-                    ids[a] = x.ids[i].cast[DType.int64]()
-                if x.weights.present():
-                    comptime for a in range(ahead):
-                        var i = min(base + a * threads, n - 1)
-                        weights[a] = x.weights[i]
-            if not opening.passed():
-                return
-            comptime for a in range(ahead):
-                var i = base + a * threads
-                var choice = Choice(NO_EXPERT, 0)
-                if i < n:
-                    var id = normal_id(ids[a], ep.s.n_experts)
-                    choice = Choice(id, weights[a])
-                if i < cells:
-                    var at = ep.window.table_cell(buffer, ep.me, i)
-                    store_cell(
-                        window.unsafe_offset(at), Cell(choice.payload(), w)
-                    )
+    for i in range(
+        share.first * WARP_SIZE + Int(lane_id()),
+        ep.s.n_ranks * block,
+        share.stride * WARP_SIZE,
+    ):
+        var turn = quotient(i, block)
+        var window = ep.count[remainder(ep.me + turn, ep.s.n_ranks)]
+        var at = i - turn * block
+        var choice = Choice(NO_EXPERT, 0)
+        if at < n:
+            choice.id = normal_id(x.ids[at].cast[DType.int64](), ep.s.n_experts)
+            choice.weight = 1
+            if x.weights.present():
+                choice.weight = x.weights[at]
         if not opening.passed():
             return
-        if thread_idx.x == 0:
-            tell(window, ep.window.header(buffer, ep.me), w)
-    mark[MARK_TABLE_SENT](ep)
+        store_cell(
+            window.unsafe_offset(ep.window.table_cell(buffer, ep.me, at)),
+            Cell(choice.payload(), w),
+        )
+        mark[MARK_TABLE_SENT](ep)
+    if share.first == 0 and Int(lane_id()) < ep.s.n_ranks:
+        if opening.passed():
+            tell(ep.count[Int(lane_id())], ep.window.header(buffer, ep.me), w)
 
 
 @always_inline
@@ -354,3 +350,37 @@ def localise_cells[
         var choice = Choice(payload)
         put_choice[layout](ep, row * K + k, choice.id, choice.weight, out_)
     syncwarp()
+
+
+@always_inline
+def keep_weights(
+    ep: Endpoint[True],
+    epoch: UInt64,
+    waiter: Waiter,
+    share: Share,
+    out_: DispatchOutput,
+):
+    """Copy the sources' weights out of the window, while others map the rows.
+
+    Args:
+        ep: The rank.
+        epoch: The launch's epoch.
+        waiter: The launch's waiter.
+        share: The calling warp's pieces, of 4 weights a lane.
+        out_: The outputs.
+    """
+    comptime V = 4
+    comptime piece = V * WarpTeam.lanes
+    var block = ep.s.max_tokens * ep.s.top_k
+    var pieces = (block + piece - 1) // piece
+    var buffer = ep.buffer(epoch)
+    for i in range(share.first, ep.s.n_ranks * pieces, share.stride):
+        var r = quotient(i, pieces)
+        var T = ep.tokens_of(waiter, epoch, r)
+        if ballot(T == NO_SIGNAL) != 0:
+            return
+        var n = T * ep.s.top_k
+        var given = table_weights(ep, buffer, r)
+        var at = (i - r * pieces) * piece + Int(lane_id()) * V
+        for j in range(at, min(at + V, block)):
+            out_.recv_weights[r * block + j] = given[j] if j < n else Float32(0)

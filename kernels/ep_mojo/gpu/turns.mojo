@@ -11,10 +11,10 @@ chunks than warps that have a first one, nobody takes a ticket. The last CTA set
 from max.gpu import lane_id
 from max.gpu.primitives import warp
 
+from ..bare import clear_tickets_at, take_ticket
 from ..counters import TICKETS
 from ..launch import Endpoint
 from ..peers import Bytes
-from ..signal import clear_tickets_at, take_ticket
 from .share import LATE, Share
 
 

@@ -17,8 +17,8 @@ while acquired an arrival at an mbarrier, which hands that on, and a bulk store,
 such an arrival while apart, in all;
 an ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at
 paths: any non-coherent or relaxed load but that of a cell or a count, a release at a scope below the device, an
-mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or approximates, and
-jumps that this analysis does not follow. In kernels where threads write shared memory for one another's bulk stores,
+mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or
+approximates, and jumps that this analysis does not follow. In kernels where threads write shared memory for one another's bulk stores,
 such a store while shared is an error, too.
 """
 

@@ -14,12 +14,11 @@ A small data-flow analysis over the control-flow graph of each function. On some
 What follows from them is an error: a signal while stores are pending; a bulk store of dirty shared memory; a relaxed
 store at system scope while unfenced, but for cells and words that cover nothing; a bulk load while acquired or taken;
 while acquired an arrival at an mbarrier, which hands that on, and a bulk store, but in kernels whose peers get none;
-such an arrival while apart, in all;
-an ordinary store to what may be shared memory, or a bulk load into it, while it may be read. And without looking at
-paths: any non-coherent or relaxed load but that of a cell or a count, a release at a scope below the device, an
-mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic that flushes or
-approximates, and jumps that this analysis does not follow. In kernels where threads write shared memory for one another's bulk stores,
-such a store while shared is an error, too.
+such an arrival while apart, in all; an ordinary store to what may be shared memory, or a bulk load into it, while it
+may be read. And without looking at paths: any non-coherent or relaxed load but that of a cell or a count, a release at
+a scope below the device, an mbarrier at which threads meet without order, fewer signals than the kernel has, arithmetic
+that flushes or approximates, and jumps that this analysis does not follow. In kernels where threads write shared memory
+for one another's bulk stores, such a store while shared is an error, too.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ of the rounds are replays of a captured graph. The host waits only now and then,
 whole rounds with the NumPy reference.
 
 First the checker is put to the test: spoilt bytes must be found. Exit status 1 where anything was wrong.
+
+Most of the time of a short run goes into its graphs. `--compile-only --gpus 2 --artefact FILE`, where there is no GPU,
+compiles those of all cases, and `--gpus 2 --artefact FILE` runs what is there.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from stress_graphs import CASES, DRAWN, OPS, SELF_TESTS, Case, add_graph
 
 import ep_mojo as ep
 from ep_mojo import reference
+from ep_mojo.comm import CompiledGraph
+from ep_mojo.comm.models import export, load_artefact, run_model
 from ep_mojo.dtypes import bfloat16_bits_to_float32, float32_to_bfloat16_bits, to_buffer, to_numpy
 from ep_mojo.handle import HANDLE_TENSORS
 from ep_mojo.programs.gpu_round import plan_gpus
@@ -66,7 +71,11 @@ class Run:
 
     def execute(self) -> None:
         """Run the graph once, without waiting."""
-        self.outputs = self.comm.execute(self.model, *self.laws, *self.findings, check=False, as_buffers=True)
+        given = [*self.laws, *self.findings]
+        if isinstance(self.model, CompiledGraph):
+            self.outputs = self.comm.execute(self.model, *given, check=False, as_buffers=True)
+        else:
+            self.outputs = run_model(self.model, [*given, *self.comm.inputs()])
 
     def eager(self, rounds: int, every: int) -> None:
         """At least so many rounds; a look at what was found after every so many."""
@@ -78,7 +87,7 @@ class Run:
 
     def replays(self, rounds: int, every: int) -> int:
         """The same by replays of a captured graph; how many rounds they were."""
-        model, given = self.model.model, [*self.laws, *self.findings, *self.comm.inputs()]
+        model, given = self.loaded, [*self.laws, *self.findings, *self.comm.inputs()]
         self.outputs = model.capture(1, *given)
         self.check()
         before = self.done()
@@ -88,6 +97,11 @@ class Run:
             if i % at_once == at_once - 1 or i == graphs - 1:
                 self.check()
         return self.done() - before
+
+    @property
+    def loaded(self) -> Any:
+        """The model of MAX."""
+        return self.model.model if isinstance(self.model, CompiledGraph) else self.model
 
     def done(self) -> int:
         """Rounds so far."""
@@ -219,7 +233,7 @@ def measure(run: Run, rounds: int, replayed: int, every: int) -> dict[str, Any]:
         if replayed:
             row["replayed"] = run.replays(replayed, every)
             run.compare()
-            run.model.model.release_captured_graph(1)
+            run.loaded.release_captured_graph(1)
         row |= run.totals()
     except RuntimeError as error:
         row["wrong"] = str(error)
@@ -237,18 +251,20 @@ def communicator(cfg: ep.EPConfig, where: str) -> Any:
     }[where](cfg)
 
 
-def compile_planned(n_ranks: int, limit_s: int) -> int:
-    """Compile all graphs for sm_90a, without a GPU."""
+def compile_planned(n_ranks: int, artefact: str | None) -> int:
+    """Compile all graphs for sm_90a, without a GPU; write what that gave to a file."""
     plan_gpus(n_ranks)
     from max.driver import CPU, Accelerator
     from max.engine import InferenceSession
     from max.graph import Module
 
     module = Module()
-    for i, case in enumerate((*CASES, *SELF_TESTS)):
+    for i, case in enumerate((*SELF_TESTS, *CASES)):
         add_graph(module, case, communicator(case.config(n_ranks), "planned"), f"stress_{i}", case in SELF_TESTS)
     session = InferenceSession(devices=[CPU(), *map(Accelerator, range(n_ranks))])
-    session.compile(module, custom_extensions=[ep.kernel_library(), OPS])
+    compiled = session.compile(module, custom_extensions=[ep.kernel_library(), OPS])
+    if artefact:
+        Path(artefact).write_bytes(export(compiled))
     print(f"{len(CASES) + len(SELF_TESTS)} graphs of {n_ranks} ranks compiled for sm_90a")
     return 0
 
@@ -268,6 +284,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=int, default=900, help="give up after this many seconds (default: 900)")
     parser.add_argument("--self-test", action="store_true", help="only put the checker to the test")
     parser.add_argument("--compile-only", action="store_true", help="compile for sm_90a; needs no GPU")
+    parser.add_argument("--artefact", metavar="FILE", help="of graphs compiled ahead, for --on gpus without --only")
     parser.add_argument("--output", metavar="FILE.json", help="write the results here")
     args = parser.parse_args(argv)
     least = {"rounds": 1, "gpus": 0, "ranks": 1, "seed": 0, "max_delay_us": 0, "check_every": 1, "limit_s": 1}
@@ -280,6 +297,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         args.replayed = 0 if args.on == "cpu" else args.rounds // 5
     if not 0 <= args.replayed <= args.rounds or (args.on == "cpu" and args.replayed):
         parser.error(f"--replayed = {args.replayed}; allowed: up to --rounds, and none on the host")
+    if args.artefact and (args.on != "gpus" or args.only or args.self_test):
+        parser.error("--artefact holds the graphs of all cases on GPUs; leave --on, --only and --self-test out")
     names = [c.name for c in CASES]
     for word in args.only or []:
         if not any(word in name for name in names):
@@ -292,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     faulthandler.dump_traceback_later(args.limit_s, exit=True)
     if args.compile_only:
-        return compile_planned(args.gpus or args.ranks, args.limit_s)
+        return compile_planned(args.gpus or args.ranks, args.artefact)
     from max.driver import accelerator_count
     from max.graph import Module
 
@@ -311,7 +330,12 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     module = Module()
     graphs = [add_graph(module, r.case, r.comm, f"stress_{i}", r.case in SELF_TESTS) for i, r in enumerate(runs)]
-    for run, model in zip(runs, runs[0].comm.compile_all(graphs), strict=True):
+    if args.artefact:
+        session = runs[0].comm.session
+        models = load_artefact(session, Path(args.artefact).read_bytes(), [graph.name for graph in graphs])
+    else:
+        models = runs[0].comm.compile_all(graphs)
+    for run, model in zip(runs, models, strict=True):
         run.model = model
     compiled_s = round(time.monotonic() - start, 1)
     print(f"{len(runs)} graphs of {n_ranks} ranks compiled in {compiled_s} s", file=sys.stderr, flush=True)

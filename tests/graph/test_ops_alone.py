@@ -20,7 +20,7 @@ from ep_mojo.handle import HANDLE_TENSORS, handle_types
 
 OTHER = {"rank": "expert", "expert": "rank"}
 TWINS = ep.EPConfig(
-    hidden_size=16, top_k=2, n_experts=8, max_tokens_per_rank=208, n_ranks=2, num_buffers=1, reduce="source"
+    hidden_size=16, top_k=2, n_experts=8, max_tokens_per_rank=736, n_ranks=2, num_buffers=1, reduce="source"
 )
 """With either slot policy a communicator has inputs of the same types."""
 ONE = CFG.replace(n_ranks=1)

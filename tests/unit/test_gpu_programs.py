@@ -44,6 +44,9 @@ def test_names_of_cases(run):
     err = run("tools/gpu_stress.py", "--only", "fused", "--only", "TYPO")
     assert "--only = 'TYPO'" in err
     assert "fp8 fused" in err
+    assert "--artefact holds the graphs of all cases" in run(
+        "tools/gpu_stress.py", "--only", "fused", "--artefact", "F"
+    )
 
 
 RUN = ("examples/overlap_shared_expert.py", "benchmarks/compare_max_builtin.py")

@@ -21,8 +21,8 @@ from ..layout import CELL_CHOICES, FEW_CHOICES, MAX_TOKENS, MAX_TOP_K
 HINT_TOKENS = 8192
 """Tokens of a rank for which `get_nvl_buffer_size_hint` answers."""
 HINT_TOP_K = 8
-"""Choices a token for which `get_low_latency_rdma_size_hint` answers. More take more, fewer may (where that makes few
-tokens of them), and neither are refused."""
+"""Choices a token for which `get_low_latency_rdma_size_hint` answers. More take more, fewer may (where so few
+travel as cells), and neither are refused."""
 NORMAL_BUFFERS = 1
 """Rounds of normal mode in flight: dispatch and combine alternate, so that the one buffer is free when it is needed."""
 TOKENS_PER_SIGNAL = 4

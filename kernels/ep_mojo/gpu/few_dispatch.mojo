@@ -1,7 +1,8 @@
 """Dispatch of few tokens on a GPU: tables and messages travel as cells (`cells.mojo`), so that nothing waits for
 signals, and each message has CTAs of its own.
 
-    CTA b < R        sends the routing table to rank b: the cells of Tmax tokens, each of which says T; and the header
+    every warp       (fused: of the receivers) sends some cells of the routing table, a lane each: those of Tmax tokens
+                     for each rank, which say T; one warp the headers
     senders          take a token for one rank each: encode it, and all threads store a part of its cells
     receivers        await all tables and give out all rows, each by itself (`few_tokens.mojo`); then take messages: all
                      threads await a part of the cells each, and the rows are copied from shared memory

@@ -20,11 +20,10 @@ struct DispatchRoles(TrivialRegisterPassable):
     """Who does what in a fused dispatch.
 
     The first R CTAs send the tables, or where these are cells all warps that send no messages. As many as there are
-    pieces, these among them, map and then copy; in the others
-    some warps send, then help to copy and mark what no row fills, while the rest copies. Half of them send where each
-    CTA has one chunk of Tmax at most, otherwise as many as have `AT_ONCE` bytes of messages under way: with more the
-    links are no faster, and the rows come later. With fewer than 2R CTAs, or one warp in each, every warp sends first
-    and copies then.
+    pieces, these among them, map and then copy; in the others some warps send, then help to copy and mark what no row
+    fills, while the rest copies. Half of them send where each CTA has one chunk of Tmax at most, otherwise as many as
+    have `AT_ONCE` bytes of messages under way: with more the links are no faster, and the rows come later. With fewer
+    than 2R CTAs, or one warp in each, every warp sends first and copies then.
 
     Where roles are apart the warps that do not send have a first chunk each to copy, otherwise all; further ones go to
     whoever comes free (`Turns`).

@@ -173,6 +173,8 @@ def counters_words(cfg: EPConfig) -> int:
     """int32 words of `atomic_counters`: the head, and a launch's notes to itself."""
     if cfg.slots == "expert":
         return align_up(ROUTED_MASKS + cfg.max_tokens_per_rank, 2) + 2 * cfg.n_experts
+    if cfg.output_layout == "gathered":
+        return WORK_COUNTS  # nothing is mapped
     return WORK_COUNTS + 2 * MAX_SOURCE_PIECES * (cfg.n_experts + cfg.n_ranks)
 
 

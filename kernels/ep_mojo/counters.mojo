@@ -173,4 +173,6 @@ def counters_words(s: Settings) -> Int:
     """
     if s.expert_slots:
         return expert_rows(s) + 2 * s.n_experts
+    if s.everywhere:
+        return WORK_COUNTS  # nothing is mapped
     return WORK_COUNTS + 2 * MAX_SOURCE_PIECES * (s.n_experts + s.n_ranks)

@@ -49,7 +49,7 @@ def test_formula_of_the_gather(ranks, tokens):
         tokens_per_signal=1,
     )
     found = measures.gather_memory(ranks, tokens, hidden, top_k)
-    assert 0 <= windows.block_bytes(cfg) - found["windows"] < 192 * KIB  # counters, credits, headers, and pages
+    assert 0 <= windows.block_bytes(cfg) - found["windows"] < 128 * KIB  # counters, credits, headers, and pages
     given = {"tokens": 2, "local_ids": 4, "local_weights": 4, "src_info": 4}
     shapes = dict(zip(HANDLE_TENSORS, handle_shapes(cfg), strict=True))
     rows = sum(size * math.prod(shapes[name][1]) for name, size in given.items())

@@ -165,6 +165,7 @@ def test_expert_slots_sizes():
     assert combine.expert_signal(5) == combine.count_bytes - 8
     assert layout.counters_words(cfg) == 64 + 10 + 2 * cfg.n_experts
     assert layout.counters_words(config()) == 64 + 592 + 2 * 8 * (config().n_experts + config().n_ranks)
+    assert layout.counters_words(config(output_layout="gathered")) == 64 + 592  # nothing is mapped
 
 
 def test_rank_slots_payload_is_smaller_by_local_experts():

@@ -11,7 +11,7 @@ peer instead, and the launch goes on without it.
 
 from std.atomic import Atomic, Ordering
 from std.sys import CompilationTarget, inlined_assembly
-from std.sys import is_amd_gpu, is_nvidia_gpu
+from std.sys import is_amd_gpu
 from .head import Head
 from .layout import *
 from .patience import clock_ns, let_others_run

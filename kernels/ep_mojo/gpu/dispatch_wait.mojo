@@ -8,8 +8,7 @@
                    there, or zeroes these where the peer is lost meanwhile; then it marks its part of what no row fills
 
 The last CTA gives the buffer back and counts the epoch. Rows are in the contract's order, because each piece knows how
-many come before it (see `routing.mojo` and `starts.mojo`). Messages of few tokens come as
-cells: `few_dispatch.mojo`.
+many come before it (see `routing.mojo` and `starts.mojo`). Messages of few tokens come as cells: `few_dispatch.mojo`.
 """
 
 from max.gpu import block_idx, grid_dim, lane_id, thread_idx

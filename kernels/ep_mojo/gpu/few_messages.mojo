@@ -1,7 +1,7 @@
 """The pieces of a dispatch of few tokens: messages that leave, and messages that become rows
 (`few_dispatch.mojo`)."""
 
-from max.gpu import lane_id, thread_idx
+from max.gpu import lane_id
 from max.gpu.primitives import warp
 from max.gpu.sync import barrier
 from std.bit import count_trailing_zeros

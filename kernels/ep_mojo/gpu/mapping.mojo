@@ -13,11 +13,7 @@ from ..bare import count_off
 from ..dispatch_tensors import DispatchOutput, table_ids
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import (
-    KIND_CAPACITY,
-    WORK_COUNTED,
-    align_up,
-)
+from ..layout import KIND_CAPACITY, WORK_COUNTED, align_up
 from ..peers import View, window_view
 from ..routing import group_name
 from ..settings import Settings
@@ -78,9 +74,9 @@ def map_sources[
     var T = NO_SIGNAL
     for v in range(first, pieces.n, stride):
         var piece = pieces.piece(s, v)
+        var ids = _ids[layout, table_cells](ep, buffer, piece)
         hist.clear()
         comptime if table_cells:
-            var ids = _ids[layout, True](ep, buffer, piece)
             T = bring_choices(ep, waiter, epoch, piece, ids, out_)
         else:
             if thread_idx.x == 0:
@@ -89,10 +85,7 @@ def map_sources[
         if T == NO_SIGNAL:
             return
         mark[MARK_HEADER_SEEN](ep)
-        count_rows[layout, ahead](
-            Choices(ep, _ids[layout, table_cells](ep, buffer, piece), piece, T),
-            hist,
-        )
+        count_rows[layout, ahead](Choices(ep, ids, piece, T), hist)
         for g in range(Int(thread_idx.x), groups, Int(block_dim.x)):
             tell_count(ep, epoch, groups, v, g, hist.totals[g])
         mark[MARK_ROWS_COUNTED](ep)

@@ -179,7 +179,8 @@ def test_cells_are_single_accesses(kernels):
 
 
 def test_counts_are_single_words(kernels):
-    """Only kernels whose CTAs map pieces have any: a piece's rows, and T of its source; they are loaded by eight."""
+    """Only kernels whose CTAs map pieces have any: a piece's rows, and T of its source. A thread loads those of eight
+    pieces at once; with layout "rank" it has one piece (and the compiler may write the loop's first turn apart)."""
     for name, ptx in kernels.items():
         maps = name.removeprefix(CELL_TABLES).startswith(("dispatch_wait", "dispatch fused"))
         accesses = re.findall(r"(?:st|ld)\.relaxed\.gpu.*", ptx)
@@ -187,7 +188,7 @@ def test_counts_are_single_words(kernels):
         loads = [text for text in accesses if re.fullmatch(r"ld\.relaxed\.gpu\.global\.b64 .*; // count", text)]
         assert len(accesses) == len(stores) + len(loads), name
         assert len(stores) == 2 * maps, name
-        assert len(loads) == 8 * maps, name
+        assert len(loads) in ((1, 2) if maps and name.endswith(" rank") else (8 * maps,)), name
 
 
 @pytest.mark.parametrize("name", ["few dispatch fused", "cell tables dispatch fused"])

@@ -21,7 +21,7 @@ from ..layout import (
     partial_offset,
     row_offset,
 )
-from ..peers import Bytes, Scratch, View
+from ..peers import Bytes, Scratch
 from ..signal import finish_streaming, publish, word
 from ..team import HostTeam, copy_bytes, zero_bytes
 from .workers import exceeds_caches, n_workers, share

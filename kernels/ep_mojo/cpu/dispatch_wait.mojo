@@ -12,7 +12,7 @@ from ..dispatch_tensors import DispatchOutput, Rows, localise, table_ids
 from ..formats import TokenFormat
 from ..launch import Endpoint
 from ..layout import KIND_CAPACITY, message_offset
-from ..peers import Bytes, Scratch, View
+from ..peers import Bytes, Scratch
 from ..routing import (
     by_source,
     count_rows,

@@ -256,8 +256,10 @@ def dispatch_async_stage[
         )
     else:
         send_tables(ep, input.value, epoch, opening)
+    # Not to wait for the CTAs that write tables.
+    var share = Share(skip=0 if table_cells else ep.s.n_ranks)
     send_messages[F, ids_dtype, encoded, table_cells](
-        ep, input.value, epoch, stage, Share(skip=ep.s.n_ranks), opening
+        ep, input.value, epoch, stage, share, opening
     )
     if is_last_cta(ep, sending=True) and warp_index() == 0:
         ep.end_send[WarpTeam](epoch, ep.head.failed())

@@ -48,7 +48,7 @@ from .shared_rows import (
     order_for_bulk,
     release_slots,
 )
-from .tables import keep_weights, localise_cells
+from .tables_received import keep_weights, localise_cells
 from .timeline import (
     MARK_MAP_SEEN,
     MARK_MESSAGE_LOADED,

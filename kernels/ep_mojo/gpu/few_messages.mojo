@@ -30,7 +30,7 @@ from .shared_rows import (
     order_shared_for_bulk,
     release_slots,
 )
-from .tables import localise_cells
+from .tables_received import localise_cells
 from .timeline import (
     MARK_IDS_READ,
     MARK_MESSAGES_ARRIVED,

@@ -16,12 +16,10 @@ from max.gpu.sync import barrier
 from ..dispatch_tensors import DispatchOutput
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import CHUNK_HEADER, KIND_CAPACITY, align_up
-from ..numeric import quotient
+from ..layout import KIND_CAPACITY, align_up
 from ..peers import Bytes, View, window_view
 from ..settings import Settings
-from ..signal import Waiter, value_of
-from .cells import Cells
+from ..signal import Waiter
 from .choices import Choices
 from .headers import await_tokens
 from .launch import warp_index
@@ -30,7 +28,7 @@ from .notes import note_mapped
 from .routing import AHEAD_SHARED, Histogram, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOT_ALIGNMENT, SLOTS, shared_memory
 from .starts import start_groups
-from .tables import Choice
+from .tables_received import await_choices
 from .timeline import (
     MARK_ALL_COUNTED,
     MARK_HEADER_SEEN,
@@ -38,9 +36,6 @@ from .timeline import (
     MARK_ROWS_MAPPED,
     mark,
 )
-
-comptime CHOICES_AHEAD = 4
-"""Choices that a thread awaits at once: with 8 warps, all that it has."""
 
 
 @always_inline
@@ -150,7 +145,18 @@ struct FewTokens[layout: StaticString](TrivialRegisterPassable):
                     self.tokens[Int(lane_id())] = awaited[0]
                 came = awaited[1]
         else:
-            came = self._mine_come(ep, epoch, waiter, out_)
+            came = await_choices[one_source=False](
+                ep,
+                waiter,
+                epoch,
+                0,
+                0,
+                self.ids.size,
+                self.ids,
+                out_.recv_weights if block_idx.x
+                == 0 else View[DType.float32](),
+                self.tokens,
+            )
         if not came:
             self.failed[0] = 1
         barrier()
@@ -160,42 +166,6 @@ struct FewTokens[layout: StaticString](TrivialRegisterPassable):
         var r = Int(thread_idx.x)
         if block_idx.x == 0 and r < ep.s.n_ranks:
             out_.recv_num_tokens[r] = self.tokens[r]
-        return True
-
-    @always_inline
-    def _mine_come(
-        self,
-        ep: Endpoint[True],
-        epoch: UInt64,
-        waiter: Waiter,
-        out_: DispatchOutput,
-    ) -> Bool:
-        """Await the calling thread's cells."""
-        comptime A = CHOICES_AHEAD
-        var window = ep.own_count()
-        var buffer = ep.buffer(epoch)
-        var size = ep.s.max_tokens * ep.s.top_k
-        var threads = Int(block_dim.x)
-        for base in range(Int(thread_idx.x), self.ids.size, A * threads):
-            var some = Cells[A]()
-            comptime for a in range(A):
-                var i = base + a * threads
-                if i < self.ids.size:
-                    var r = quotient(i, size)
-                    var at = ep.window.table_cell(buffer, r, i - r * size)
-                    some.want[a](window.unsafe_offset(at), r)
-            if not some.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
-                return False
-            comptime for a in range(A):
-                var i = base + a * threads
-                if i < self.ids.size:
-                    var choice = Choice(some.payload[a])
-                    self.ids[i] = choice.id
-                    if block_idx.x == 0:
-                        out_.recv_weights[i] = choice.weight
-                    var r = quotient(i, size)
-                    if i == r * size:
-                        self.tokens[r] = Int32(value_of(some.word[a]))
         return True
 
     @always_inline

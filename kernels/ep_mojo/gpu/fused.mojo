@@ -45,7 +45,8 @@ from .precedence import precedence, queue
 from .roles import CombineRoles, DispatchRoles
 from .share import Share
 from .slices import combine_bytes
-from .tables import keep_weights, send_tables, send_tables_as_cells
+from .tables import send_tables, send_tables_as_cells
+from .tables_received import keep_weights
 from .timeline import (
     MARK_BEGUN,
     MARK_COMBINE_BEGUN,

@@ -1,9 +1,9 @@
 """Part of the GPU's dispatch_wait: from the routing tables to the rows, a CTA for each piece of a source.
 
-A CTA awaits its source's header, or the cells of its piece where tables travel as these (`tables.mojo`); it counts its
-piece's rows and tells the counts in the rank's own counters; from those of all pieces it works out where each group
-begins, gives every choice its row, and notes that. No CTA awaits another before it has counted all of its own
-pieces, and counting awaits only headers or tables: so all get there.
+A CTA awaits its source's header, or the cells of its piece where tables travel as these (`tables_received.mojo`); it
+counts its piece's rows and tells the counts in the rank's own counters; from those of all pieces it works out where
+each group begins, gives every choice its row, and notes that. No CTA awaits another before it has counted all of its
+own pieces, and counting awaits only headers or tables: so all get there.
 """
 
 from max.gpu import block_dim, block_idx, grid_dim, thread_idx
@@ -25,7 +25,7 @@ from .pieces import Piece, Pieces
 from .routing import AHEAD, AHEAD_SHARED, Histogram, count_rows, map_rows
 from .shared_memory import MAX_WARPS, SLOTS, shared_memory
 from .starts import start_rows
-from .tables import bring_choices
+from .tables_received import bring_choices
 from .timeline import (
     MARK_HEADER_SEEN,
     MARK_ROWS_COUNTED,

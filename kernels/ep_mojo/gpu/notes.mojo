@@ -24,9 +24,6 @@ from ..signal import (
 )
 from .pieces import Pieces
 
-comptime COUNTS_AHEAD = 8
-"""Pieces whose counts a thread awaits at once."""
-
 
 @always_inline
 def await_note(
@@ -141,7 +138,9 @@ def tell_count(
 
 
 @always_inline
-def await_counts(
+def await_counts[
+    n: Int
+](
     ep: Endpoint[True],
     waiter: Waiter,
     epoch: UInt64,
@@ -149,9 +148,12 @@ def await_counts(
     groups: Int,
     first: Int,
     group: Int,
-    mut rows: Array[Int32, COUNTS_AHEAD],
+    mut rows: Array[Int32, n],
 ) -> Bool:
     """Await how many rows of a group some consecutive pieces have, each lane by itself.
+
+    Parameters:
+        n: How many pieces, all awaited at once.
 
     Args:
         ep: The rank.
@@ -169,12 +171,12 @@ def await_counts(
     var base = ep.head.base
     var spins = 0
     while True:
-        var words = Array[UInt64, COUNTS_AHEAD](fill=word(epoch, 0))
-        comptime for i in range(COUNTS_AHEAD):  # all loads first
+        var words = Array[UInt64, n](fill=word(epoch, 0))
+        comptime for i in range(n):  # all loads first
             if first + i < pieces.n:
                 words[i] = look_up(base, _count_at(groups, first + i, group))
         var missing = -1
-        comptime for i in range(COUNTS_AHEAD):
+        comptime for i in range(n):
             rows[i] = Int32(value_of(words[i]))
             if epoch_of(words[i]) != epoch:
                 missing = first + i

@@ -1,6 +1,6 @@
 """The shared memory of a CTA: what lies where, and barriers in it.
 
-    0        thread 0's word for all threads (`told`); two of those that bring choices (`tables.mojo`)
+    0        thread 0's word for all threads (`told`); two of those that bring choices (`tables_received.mojo`)
     16       the opening warp's word, and the mbarrier behind which it stands (`Opening`)
     64       an mbarrier for each warp and half of the launch, counting bytes of bulk loads (`RowSlot`)
     320      mbarriers at which several warps meet (`Crew`)

@@ -13,11 +13,14 @@ from ..peers import View
 from ..settings import Settings
 from ..signal import NO_SIGNAL, Waiter
 from .launch import told, warp_index, warps
-from .notes import COUNTS_AHEAD, await_counts
+from .notes import await_counts
 from .pieces import Pieces
 from .routing import Histogram, ballot
 from .shared_memory import MAX_WARPS
 from .timeline import MARK_ALL_COUNTED, mark
+
+comptime COUNTS_AHEAD = 8
+"""Pieces whose counts a thread awaits at once."""
 
 
 @always_inline
@@ -183,14 +186,14 @@ def _start_sources(
 ) -> Int:
     """`start_rows` for layout "rank", whose groups are the sources; a lane a piece, then a lane a source."""
     var lane = Int(lane_id())
-    var some = Array[Int32, COUNTS_AHEAD](fill=0)
+    var rows = Array[Int32, 1](fill=0)
     var come = True
     if lane < pieces.n:
-        come = await_counts(ep, waiter, epoch, pieces, 1, lane, 0, some)
+        come = await_counts(ep, waiter, epoch, pieces, 1, lane, 0, rows)
     if ballot(not come) != 0:
         return NO_SIGNAL
     mark[MARK_ALL_COUNTED](ep)
-    var n = some[0]
+    var n = rows[0]
     var before = warp.prefix_sum[exclusive=True](n)
     var total = warp.sum(n)
     if lane == piece:

@@ -1,8 +1,8 @@
-"""Routing tables: how they leave, and how those that travel as cells (`cells.mojo`) are brought in.
+"""Routing tables: what they travel as, and how they leave. `tables_received.mojo` brings them in.
 
-    as cells       Tmax * K of them, whatever T is: behind the last choice -1 and weight 0, and T in every word. So who
-                   awaits a part of a table knows all places beforehand. Many warps send them, a lane each; the header
-                   is told besides, and covers nothing
+    as cells       (`cells.mojo`) Tmax * K of them, whatever T is: behind the last choice -1 and weight 0, and T in
+                   every word. So who awaits a part of a table knows all places beforehand. Many warps send them, a
+                   lane each; the header is told besides, and covers nothing
     otherwise      ids and weights by one CTA for each peer, and the header behind them, which covers them
 
 A header that covers a table is released at system scope, and so waits for all that the GPU has under way to its peers:
@@ -18,36 +18,24 @@ from max.gpu import (
     lane_id,
     thread_idx,
 )
-from max.gpu.sync import barrier, syncwarp
+from max.gpu.sync import barrier
 from std.memory import bitcast
 
-from ..cell import Cell, load_cell, store_cell, tell
-from ..dispatch_tensors import (
-    DispatchInput,
-    DispatchOutput,
-    put_choice,
-    table_weights,
-)
+from ..cell import Cell, store_cell, tell
+from ..dispatch_tensors import DispatchInput
 from ..launch import Endpoint
-from ..layout import CHUNK_HEADER, WORK_TABLED
+from ..layout import WORK_TABLED
 from ..numeric import quotient, remainder
-from ..peers import View, typed
+from ..peers import typed
 from ..routing import NO_EXPERT, normal_id
-from ..signal import NO_SIGNAL, Waiter, note, publish, value_of, word
-from ..team import WarpTeam
+from ..signal import NO_SIGNAL, Waiter, note, publish, word
 from ..tokens import readable_tokens
-from .cells import Cells
 from .notes import await_note
 from .opening import Opening
-from .pieces import Piece
 from .routing import ballot
 from .share import Share
-from .shared_memory import TABLE_WORDS, shared_memory
 from .shared_rows import order_for_bulk
 from .timeline import MARK_TABLE_SENT, mark
-
-comptime CHOICES_TO_BRING = 4
-"""Choices of a piece that a thread awaits at once."""
 
 
 struct Choice(TrivialRegisterPassable):
@@ -247,140 +235,3 @@ def tables_have_left(ep: Endpoint[True], epoch: UInt64, stage: Int32) -> Bool:
         left = T != NO_SIGNAL
     order_for_bulk()
     return ballot(not left) == 0
-
-
-@always_inline
-def bring_choices(
-    ep: Endpoint[True],
-    waiter: Waiter,
-    epoch: UInt64,
-    piece: Piece,
-    ids: View[DType.int16],
-    out_: DispatchOutput,
-) -> Int:
-    """Await a piece of a source's table that travels as cells; the whole CTA calls this, and meets.
-
-    Args:
-        ep: The rank.
-        waiter: The launch's waiter.
-        epoch: The launch's epoch.
-        piece: The piece.
-        ids: Int16 [Tmax, K], in shared memory that nobody reads any more: out, at the piece's choices.
-        out_: `recv_weights` are written there, too.
-
-    Returns:
-        The same to all threads: T of the source, or `NO_SIGNAL` when the rank has failed.
-    """
-    comptime A = CHOICES_TO_BRING
-    var said = View[DType.int32](Int(shared_memory(TABLE_WORDS)), 2)
-    if thread_idx.x == 0:
-        said[0] = 0  # whether a cell has not come; behind it T
-    barrier()
-    var K = ep.s.top_k
-    var first = piece.begin * K
-    var end = piece.limit * K
-    var block = piece.source * ep.s.max_tokens * K
-    var buffer = ep.buffer(epoch)
-    var threads = Int(block_dim.x)
-    var window = ep.own_count()
-    for base in range(first + Int(thread_idx.x), end, A * threads):
-        var some = Cells[A]()
-        comptime for a in range(A):
-            var i = base + a * threads
-            if i < end:
-                var at = ep.window.table_cell(buffer, piece.source, i)
-                some.want[a](window.unsafe_offset(at), piece.source)
-        if not some.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
-            said[0] = 1
-            break
-        comptime for a in range(A):
-            var i = base + a * threads
-            if i < end:
-                var choice = Choice(some.payload[a])
-                ids[i] = choice.id
-                out_.recv_weights[block + i] = choice.weight
-                if i == first:
-                    said[1] = Int32(value_of(some.word[a]))
-    barrier()
-    var T = Int(said[1]) if said[0] == 0 else NO_SIGNAL
-    barrier()
-    return T
-
-
-@always_inline
-def localise_cells[
-    layout: StaticString, come: Bool
-](
-    ep: Endpoint[True],
-    waiter: Waiter,
-    epoch: UInt64,
-    source: Int,
-    token: Int,
-    row: Int,
-    out_: DispatchOutput,
-):
-    """`localise`, by a warp, from the cells of the source's table.
-
-    Parameters:
-        layout: Output layout.
-        come: Whether they have come for sure: the warp has learnt that behind a barrier or by an acquire.
-
-    Args:
-        ep: The rank.
-        waiter: The launch's waiter.
-        epoch: The launch's epoch.
-        source: The source.
-        token: Its token.
-        row: The row.
-        out_: The outputs.
-    """
-    var K = ep.s.top_k
-    for k in range(Int(lane_id()), K, WARP_SIZE):
-        var i = ep.window.table_cell(ep.buffer(epoch), source, token * K + k)
-        var at = ep.own_count().unsafe_offset(i)
-        var payload: UInt64
-        comptime if come:
-            payload = load_cell(at).payload
-        else:
-            var cell = Cells[1]()
-            cell.want[0](at, source)
-            if not cell.come(ep, waiter, epoch, Int(CHUNK_HEADER)):
-                break
-            payload = cell.payload[0]
-        var choice = Choice(payload)
-        put_choice[layout](ep, row * K + k, choice.id, choice.weight, out_)
-    syncwarp()
-
-
-@always_inline
-def keep_weights(
-    ep: Endpoint[True],
-    epoch: UInt64,
-    waiter: Waiter,
-    share: Share,
-    out_: DispatchOutput,
-):
-    """Copy the sources' weights out of the window, while others map the rows.
-
-    Args:
-        ep: The rank.
-        epoch: The launch's epoch.
-        waiter: The launch's waiter.
-        share: The calling warp's pieces, of 4 weights a lane.
-        out_: The outputs.
-    """
-    comptime V = 4
-    comptime piece = V * WarpTeam.lanes
-    var block = ep.s.max_tokens * ep.s.top_k
-    var pieces = (block + piece - 1) // piece
-    var buffer = ep.buffer(epoch)
-    for i in range(share.first, ep.s.n_ranks * pieces, share.stride):
-        var r = quotient(i, pieces)
-        var T = ep.tokens_of(waiter, epoch, r)
-        if ballot(T == NO_SIGNAL) != 0:
-            return
-        var n = T * ep.s.top_k
-        var given = table_weights(ep, buffer, r)
-        var at = (i - r * pieces) * piece + Int(lane_id()) * V
-        for j in range(at, min(at + V, block)):
-            out_.recv_weights[r * block + j] = given[j] if j < n else Float32(0)

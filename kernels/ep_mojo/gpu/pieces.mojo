@@ -6,6 +6,7 @@ a warp that copies knows the piece of a chunk before it knows the source's T.
 """
 
 from ..counters import MAX_PIECES, MAX_SOURCE_PIECES
+from ..numeric import quotient
 from ..settings import Settings
 
 comptime LEAST_CHOICES = 1024
@@ -77,11 +78,12 @@ struct Pieces(TrivialRegisterPassable):
         if s.everywhere:
             most = 1  # nothing is mapped
         if most > 1:
-            most = min(most, min(MAX_PIECES, ctas // CTAS_A_PIECE) // s.n_ranks)
+            var all = min(MAX_PIECES, ctas // CTAS_A_PIECE)
+            most = min(most, quotient(all, s.n_ranks))
         if most > 1:
             var chunks = s.n_signals(s.max_tokens)
-            self.chunks = (chunks + most - 1) // most
-            self.of_source = (chunks + self.chunks - 1) // self.chunks
+            self.chunks = quotient(chunks + most - 1, most)
+            self.of_source = quotient(chunks + self.chunks - 1, self.chunks)
         self.n = s.n_ranks * self.of_source
 
     @always_inline
@@ -94,7 +96,7 @@ struct Pieces(TrivialRegisterPassable):
         Returns:
             The source.
         """
-        return Int(UInt32(v) // UInt32(self.of_source))
+        return quotient(v, self.of_source)
 
     @always_inline
     def of(self, source: Int, chunk: Int) -> Int:
@@ -107,8 +109,7 @@ struct Pieces(TrivialRegisterPassable):
         Returns:
             The piece.
         """
-        var p = Int(UInt32(chunk) // UInt32(self.chunks))
-        return source * self.of_source + p
+        return source * self.of_source + quotient(chunk, self.chunks)
 
     @always_inline
     def piece(self, s: Settings, v: Int) -> Piece:

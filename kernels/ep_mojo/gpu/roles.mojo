@@ -2,6 +2,7 @@
 
 from max.gpu import block_idx, grid_dim
 
+from ..numeric import quotient
 from ..settings import Settings
 from .launch import warp_index, warps
 from .pieces import Pieces
@@ -57,9 +58,8 @@ struct DispatchRoles(TrivialRegisterPassable):
         var others = ctas - mappers
         var senders = warps() // 2
         if s.n_signals(s.max_tokens) > others:
-            senders = max(
-                1, min(senders, AT_ONCE // (max(1, others) * s.message_bytes))
-            )
+            var row_of_each = max(1, others) * s.message_bytes
+            senders = max(1, min(senders, quotient(AT_ONCE, row_of_each)))
         self.apart = others >= mappers and warps() > 1
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders

@@ -7,7 +7,7 @@ combine, of which d and c go and come for each token:
 
 Gathered, d = c = R. Routed, with K different experts drawn evenly, d = c = h = R * (1 - binomial(E - L, K) /
 binomial(E, K)), but d = K with slots="expert" and c = K with reduce="source". Without choices nothing can be routed.
-Constants are of 2 x H200, and hold on 4 (docs/performance.md); for more GPUs the estimate is an extrapolation.
+Constants are of 2 x H200 (docs/performance.md); for more GPUs the estimate is an extrapolation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from .config import EPConfig
 from .formats import check_int
 
-ROUTED_LAUNCHES_US = 45.0
+ROUTED_LAUNCHES_US = 28.0
 """A replayed round of dispatch and combine of next to no tokens."""
-GATHERED_LAUNCHES_US = 31.0
+GATHERED_LAUNCHES_US = 24.0
 """The same of all_gather_v and reduce_scatter_v."""
 RATE_GB_S = 270.0
 """What a GPU receives in small rounds."""

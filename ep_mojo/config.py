@@ -325,7 +325,7 @@ class EPConfig:
             if getattr(self, name) is not None:
                 remedy = f"choose {name} in that range, or None for the default"
                 self._set(name, check_int(name, getattr(self, name), low, high, remedy))
-        self._set("timeout_s", _seconds("timeout_s", self.timeout_s))
+        self._set("timeout_s", check_seconds("timeout_s", self.timeout_s))
 
     def _check_sizes(self) -> None:
         multiple = self.dispatch_format.hidden_multiple
@@ -418,7 +418,8 @@ class EPConfig:
                 )
 
 
-def _seconds(name: str, value: Any) -> float:
+def check_seconds(name: str, value: Any) -> float:
+    """`value` as seconds from 0 on. Raises `ConfigError` where it is none."""
     allowed = f"seconds from 0 (no limit) to {MAX_TIMEOUT_S:g}"
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise ConfigError(

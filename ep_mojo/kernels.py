@@ -289,7 +289,8 @@ def find_compiler() -> Compiler:
             return Compiler(command, version)
         tried.append(f"  {command[0]}: exit status {done.returncode}: {(done.stderr or version).strip()[-200:]}")
     raise KernelBuildError(
-        "no Mojo compiler runs here\n" + ("\n".join(tried) or "  none was found beside Python or on PATH"),
+        "no Mojo compiler runs here"
+        + ("\n" + "\n".join(tried) if tried else ": none was found beside Python or on PATH"),
         remedy="pip install 'max==26.7.*' (it brings the compiler) into the environment of this Python",
     )
 

@@ -248,11 +248,11 @@ def torch_distributed() -> Any:
             raise
         raise MissingDependencyError(
             "process groups need the package 'torch', which is not installed here",
-            remedy="pip install 'ep-mojo[torch]', or '.[torch]' in the checkout",
+            remedy="pip install torch, or '.[torch]' in the checkout",
         ) from e
     if not dist.is_available():
         raise MissingDependencyError(
             "this torch was built without torch.distributed",
-            remedy="install another build of it: pip install 'ep-mojo[torch]'",
+            remedy="install another build of torch: pip install torch",
         )
     return dist

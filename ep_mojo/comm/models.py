@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..dtypes import to_buffer, to_numpy
-from ..errors import error_from_text
+from ..errors import KernelBuildError, error_from_text
 from .arguments import InputSpec
 from .base import CompiledGraph
 
@@ -33,7 +33,15 @@ def compile_modules(session: Any, graphs: Sequence[Any]) -> list[tuple[Any, list
         libraries = list(dict.fromkeys(p for i in members for p in graphs[i].kernel_libraries_paths))
         alone = len(module.top_level_graph_names()) == 1
         source = graphs[members[0]] if alone else module
-        compiled.append((session.compile(source, custom_extensions=None if alone else libraries), members))
+        try:
+            made = session.compile(source, custom_extensions=None if alone else libraries)
+        except RuntimeError as error:
+            raise KernelBuildError(
+                f"MAX could not compile a graph, and has printed why above: {error}",
+                remedy="look there for 'error:' and 'constraint failed'; a format of your own needs its struct's name, "
+                "and extra_sources of kernel_library() that name its package",
+            ) from error
+        compiled.append((made, members))
     return compiled
 
 

@@ -225,7 +225,8 @@ class OneRankCommunicator(Communicator):
         return self.lost
 
     def _lost_error(self, lost: Sequence[int], error: EPError | None = None) -> PeerLostError:
-        why = "" if error is None else f" ({error})"
+        # Without its remedy: nobody is there to follow it.
+        why = "" if error is None else f" ({str(error).partition(' Remedy: ')[0].rstrip('.')})"
         raised = PeerLostError(f"rank {self.rank}: {self._fate(lost)}{why}", remedy=self.lost_remedy)
         raised.rank = lost[0]  # type: ignore[attr-defined]
         return raised

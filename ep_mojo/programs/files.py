@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def read_job(path: Path) -> Job:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that this program knows, in native byte order. Pickled objects are never loaded.
+    """The arrays of an .npz file that this program knows, in native byte order; others are named on stderr. Pickled
+    objects are never loaded.
 
     Raises:
         InputFileError: The file is missing, no .npz, truncated or corrupt.
@@ -95,7 +97,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             )
             raise InputFileError(f"the file is {kind}", field="input", value=str(path), remedy=remedy)
         with np.load(path, allow_pickle=False) as archive:
-            return {name: _native(archive[name]) for name in archive.files if name in (*REQUIRED, *OPTIONAL)}
+            others = [name for name in archive.files if name not in (*REQUIRED, *OPTIONAL)]
+            if others:
+                print(f"{path}: not used: {', '.join(others)}; {HELP}", file=sys.stderr)
+            return {name: _native(archive[name]) for name in archive.files if name not in others}
     except OSError as error:
         what = error.strerror or str(error)
         raise InputFileError(

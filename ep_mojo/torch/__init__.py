@@ -19,7 +19,7 @@ except ImportError as error:
         field="torch",
         value="not installed",
         allowed="2.6 or newer",
-        remedy="pip install torch, or ep-mojo[torch]",
+        remedy="pip install torch, or '.[torch]' in the checkout",
     ) from error
 
 from . import autograd, utils

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..comm import Communicator
+from ..errors import DTypeError, OrderError
 from . import library
 from .library import number_of
 from .normal import biases_of
@@ -43,6 +44,7 @@ class Handle(NamedTuple):
         recv_num_tokens: int32 [R].
         memory: int32, flat: what all of them but tokens and scales are views of.
         topk_ids, weights: This rank's own, as given to dispatch; they must stay what they are until the last combine.
+        comm: The number of the communicator.
     """
 
     tokens: torch.Tensor
@@ -59,6 +61,7 @@ class Handle(NamedTuple):
     memory: torch.Tensor
     topk_ids: torch.Tensor
     weights: torch.Tensor | None
+    comm: int
 
 
 def dispatch(
@@ -91,7 +94,8 @@ def dispatch(
     number = number_of(comm)
     tokens, scales, memory = library.dispatch(library.ORDER, x, x_scales, topk_ids, weights, number)
     parts = {name: memory[a:b].view(dtype).view(shape) for name, a, b, dtype, shape in library.parts_of(number)}
-    return Handle(tokens=tokens, scales=scales, memory=memory, topk_ids=topk_ids, weights=weights, **parts)
+    own = {"tokens": tokens, "scales": scales, "memory": memory, "topk_ids": topk_ids, "weights": weights}
+    return Handle(**own, comm=number, **parts)
 
 
 def combine(
@@ -114,9 +118,25 @@ def combine(
 
     Raises:
         DTypeError, ShapeError, DeviceError: An argument does not fit. Nothing was sent.
+        OrderError: The handle comes from another communicator.
         PeerTimeoutError, PeerLostError: What this rank recorded.
     """
     first, second = [*biases_of(bias), None, None][:2]
-    h = handle
+    if not isinstance(handle, Handle):
+        raise DTypeError(
+            field="handle",
+            value=type(handle).__name__,
+            allowed="a Handle of ep_mojo.torch.dispatch",
+            remedy="pass it as it is",
+        )
+    h, number = handle, number_of(comm)
+    if h.comm != number:
+        raise OrderError(
+            "the handle comes from another communicator",
+            field="handle",
+            value="of another communicator",
+            allowed="handles of dispatches with this one",
+            remedy="combine with the communicator that dispatched",
+        )
     sent = y, h.memory, h.topk_ids, h.weights
-    return library.combine(library.ORDER, *sent, first, second, number_of(comm))
+    return library.combine(library.ORDER, *sent, first, second, number)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..errors import DTypeError
 from .buffer import Buffer
 from .normal import NormalHandle
 
 
+@torch.compiler.disable
 def dispatch(
     buffer: Buffer,
     x: torch.Tensor,
@@ -45,6 +47,7 @@ def dispatch(
     return _Dispatch.apply(x, topk_weights, buffer, topk_idx, num_experts, expert_alignment)
 
 
+@torch.compiler.disable
 def combine(buffer: Buffer, x: torch.Tensor, handle: NormalHandle, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`Buffer.combine` without weights, differentiable in x and bias.
 
@@ -61,8 +64,13 @@ def combine(buffer: Buffer, x: torch.Tensor, handle: NormalHandle, bias: torch.T
         bfloat16 [T, H].
 
     Raises:
+        DTypeError: bias is something else: two have no gradients here.
         EPError: See `Buffer.combine`.
     """
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise DTypeError(
+            field="bias", value=type(bias).__name__, allowed="one tensor, or None", remedy="add two up first"
+        )
     return _Combine.apply(x, bias, buffer, handle)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..config import MAX_RANKS, MAX_SMS
+from ..config import MAX_RANKS, MAX_SMS, check_seconds
 from ..errors import ConfigError, DTypeError, ShapeError, UnsupportedError
 from ..formats import check_int
 from . import sizes
@@ -19,7 +19,7 @@ from .low_latency_calls import LowLatencyCalls
 from .normal import NormalHandle, NormalMode, Tokens, check_one_node
 from .session import Session
 from .sizes import Config
-from .streams import EventHandle, EventOverlap, check_events, device_of
+from .streams import EventHandle, EventOverlap, check_events, check_group, device_of
 
 
 class Buffer(LowLatencyCalls):
@@ -35,7 +35,8 @@ class Buffer(LowLatencyCalls):
 
     Args:
         group: The ranks, at most 8, all on this node.
-        num_nvl_bytes: Bytes of a rank's windows in normal mode; they bound its tokens: see `Config`.
+        num_nvl_bytes: Bytes of a rank's windows in normal mode; they bound its tokens: see `Config`. Each hidden size,
+            number of choices or experts, and format that is used has windows of its own, of at most so many bytes.
         num_rdma_bytes: The same for low-latency mode: see `get_low_latency_rdma_size_hint`.
         low_latency_mode: Whether the low_latency_* calls are going to be used.
         num_qps_per_rank: Not used: ranks of one node need no queue pairs.
@@ -84,14 +85,7 @@ class Buffer(LowLatencyCalls):
             raise UnsupportedError(
                 field="comm", value=type(comm).__name__, allowed="None", remedy="pass a torch.distributed group"
             )
-        if not isinstance(group, dist.ProcessGroup):
-            raise DTypeError(
-                field="group",
-                value=type(group).__name__,
-                allowed="a torch.distributed process group",
-                remedy="call init_process_group, and pass dist.group.WORLD or what new_group returned",
-            )
-        device = device_of(group)
+        device = device_of(check_group("group", group))
         if group.size() > MAX_RANKS:
             raise ConfigError(
                 field="group", value=f"{group.size()} ranks", allowed=f"1 to {MAX_RANKS}", remedy="use smaller groups"
@@ -109,7 +103,8 @@ class Buffer(LowLatencyCalls):
             )
         self.low_latency_mode, self.enable_shrink = bool(low_latency_mode), bool(enable_shrink)
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
-        session = Session(group, device, self.timeout_s, self.make_timeout_s)
+        waits = {name: check_seconds(name, getattr(self, name)) for name in ("timeout_s", "make_timeout_s")}
+        session = Session(group, device, **waits)
         given = {
             name: getattr(self, name)
             for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "enable_shrink", "timeout_s")
@@ -123,10 +118,20 @@ class Buffer(LowLatencyCalls):
 
     # Life
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a Buffer has windows that are its own",
+            field="copy or pickle",
+            value="a Buffer",
+            allowed="references to it",
+            remedy="pass it on as it is, or make another one, on all ranks",
+        )
+
     def destroy(self) -> None:
         """Give up windows and graphs. Can be called again; every other call then raises `OrderError`."""
         if self._session is not None:
             self._session.destroy()
+            self._low_latency.give_up_buffers()
 
     def check(self) -> None:
         """Wait for all rounds of this rank, and raise what failed in them. Not in DeepEP.
@@ -228,6 +233,7 @@ class Buffer(LowLatencyCalls):
 
     # Normal mode
 
+    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
     def get_dispatch_layout(
         self,
         topk_idx: torch.Tensor,
@@ -259,6 +265,7 @@ class Buffer(LowLatencyCalls):
         event = work.finish(topk_idx, (per_rank, per_expert, in_rank))
         return per_rank, None, per_expert, in_rank, event
 
+    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
     def dispatch(
         self,
         x: Tokens,
@@ -285,8 +292,8 @@ class Buffer(LowLatencyCalls):
                 without a wait of the host.
             num_tokens_per_rank: int32 [R]. This and the next two are from `get_dispatch_layout`; needed without handle.
             num_tokens_per_rdma_rank: None.
-            is_token_in_rank: bool [T, R]. Says where tokens go if there is no topk_idx.
-            num_tokens_per_expert: int32 [E]; its size says E.
+            is_token_in_rank: bool [T, R]. Says where tokens go if there is no topk_idx; otherwise that one says it.
+            num_tokens_per_expert: int32 [E]; its size says E. Without topk_idx the ranks tell each other what it holds.
             topk_idx: int64 [T, K], K up to 32.
             topk_weights: float32 [T, K], with topk_idx.
             expert_alignment: The counts of the returned list are rounded up to multiples of it.
@@ -302,7 +309,7 @@ class Buffer(LowLatencyCalls):
             recv_x: Like x, N rows.
             recv_topk_idx: int64 [N, K], local expert ids, -1 for experts elsewhere; None without topk_idx.
             recv_topk_weights: float32 [N, K], 0 there; None without topk_idx.
-            num_recv_tokens_per_expert_list: L numbers; with num_worst_tokens, and without topk_idx, empty.
+            num_recv_tokens_per_expert_list: L numbers; with num_worst_tokens empty.
             handle: For `combine` and further dispatches.
             event: To wait for, if async_finish.
             With num_worst_tokens rows from `handle.recv_count` on hold no token: their ids are -1, weights 0. With
@@ -312,6 +319,7 @@ class Buffer(LowLatencyCalls):
             DTypeError, ShapeError, DeviceError, ConfigError: An argument does not fit. Nothing was sent.
             CapacityError: A rank has more tokens than `num_nvl_bytes` has room for, on all ranks, and says how many
                 bytes would do; or more rows than num_worst_tokens. `reset` on all ranks to go on.
+            ConfigMismatchError: Without topk_idx: num_tokens_per_expert is longer on some rank.
             OrderError: After `destroy`, or a handle of another Buffer.
             PeerTimeoutError, PeerLostError: A rank did not come in time, or failed; or is gone.
         """
@@ -340,6 +348,7 @@ class Buffer(LowLatencyCalls):
             )
         return *found, work.finish((x, layout, topk_idx, topk_weights), (found, found[-1].memory))
 
+    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
     def combine(
         self,
         x: torch.Tensor,

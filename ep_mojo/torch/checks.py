@@ -51,8 +51,17 @@ def check_tensor(
     return value
 
 
-def check_absent(reason: str, **values: Any) -> None:
-    """Raise `ShapeError` where one of these is given."""
-    for name, value in values.items():
-        if value is not None:
-            raise ShapeError(reason, field=name, value="given", allowed="None", remedy=f"leave {name} out")
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Raise `ShapeError` where elements of a tensor share memory, `DTypeError` where torch refuses to write it here."""
+    if not tensor.is_contiguous():
+        raise ShapeError(
+            field=name, value="strided", allowed="contiguous", remedy="pass a contiguous tensor, which is written"
+        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise DTypeError(
+            "a tensor of inference mode cannot be written outside of it",
+            field=name,
+            value="an inference tensor",
+            allowed="an ordinary tensor",
+            remedy="make it outside of torch.inference_mode",
+        )

@@ -17,15 +17,18 @@ import torch
 import torch.distributed as dist
 
 from ..comm.board import board_of
-from ..errors import ConfigError, OrderError, ShapeError
+from ..config import check_seconds
+from ..errors import ConfigError, DTypeError, OrderError, ShapeError
 from ..formats import check_int
 from ..layout import MAX_EXPERTS, MAX_TOKENS, MAX_TOP_K
 from .checks import check_tensor
-from .gathering import Gathering, gather_graph, most_experts
-from .streams import check_not_capturing, device_of
+from .gathering import Gathering, gather_config, gather_graph, most_experts
+from .streams import check_group, check_not_capturing, device_of
 
 METADATA = ("valid tokens", "own offset", "largest count")
 """What `_step_metadata` holds."""
+REDUCED = torch.bfloat16, torch.float32
+"""What `reduce_dtype` can be."""
 COUNT_WIDTH = 8
 """Channels of a row that carries a count."""
 
@@ -36,7 +39,7 @@ class AllGatherDispatcherBase:
     Args:
         num_local_experts: Experts of this rank.
         local_expert_indices: Their global numbers.
-        config: Of the layer; `moe_shared_expert_overlap` is read if it is there.
+        config: Of the layer; kept, not read.
         pg_collection: Not read: the group is that of `allocate_buffers`.
         runs_metadata_sync: Whether this instance's `token_dispatch` refreshes the metadata: the first layer's does.
 
@@ -44,7 +47,8 @@ class AllGatherDispatcherBase:
         routing_map: int64 [n, K], the choices of all gathered tokens, -1 past the last; before token_dispatch the
             rank's own.
         timeout_s, make_timeout_s: See `Buffer`. Class attributes: set them before `allocate_buffers`, on all ranks.
-        reduce_dtype: Type of the rows that are reduced, float32 or bfloat16; the same holds.
+        reduce_dtype: Type of the rows that are reduced, and so of `_get_rsv_tensor()`: float32 or bfloat16; the same
+            holds. Kernels that write float32 rows there need float32 here.
     """
 
     timeout_s: float = 30.0
@@ -75,10 +79,11 @@ class AllGatherDispatcherBase:
         runs_metadata_sync: bool = True,
     ):
         self.num_local_experts = check_int("num_local_experts", num_local_experts, 1, MAX_EXPERTS)
-        if len(local_expert_indices) != num_local_experts:
+        named = isinstance(local_expert_indices, Sequence) and all(isinstance(i, int) for i in local_expert_indices)
+        if not named or len(local_expert_indices) != num_local_experts:
             raise ShapeError(
                 field="local_expert_indices",
-                value=list(local_expert_indices),
+                value=local_expert_indices,
                 allowed=f"{num_local_experts} numbers",
                 remedy="pass the global numbers of this rank's experts",
             )
@@ -89,6 +94,7 @@ class AllGatherDispatcherBase:
         self.hidden_shape: torch.Size | None = None
         self._shared_output: torch.Tensor | None = None
         self._shared_stream: torch.cuda.Stream | None = None
+        self._brought: Gathering | None = None  # counts of this step, while token_dispatch has them noted
 
     # Buffers
 
@@ -110,13 +116,22 @@ class AllGatherDispatcherBase:
             OrderError: Inside the capture of a CUDA graph.
             PeerTimeoutError, PeerLostError: A rank did not come, or is gone.
         """
-        base, device = AllGatherDispatcherBase, device_of(ep_group)
+        base, device = AllGatherDispatcherBase, device_of(check_group("ep_group", ep_group))
+        if cls.reduce_dtype not in REDUCED:
+            raise DTypeError(
+                field="reduce_dtype",
+                value=cls.reduce_dtype,
+                allowed=" or ".join(map(str, REDUCED)),
+                remedy="set one of these before allocate_buffers, on all ranks",
+            )
+        waits = check_seconds("timeout_s", cls.timeout_s), check_seconds("make_timeout_s", cls.make_timeout_s)
         check_not_capturing(device, "buffers cannot be made", "call allocate_buffers when the model is made")
         tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, MAX_TOKENS)
         topk = check_int("topk", topk, 1, MAX_TOP_K)
+        gather_config(ep_group.size(), tmax, hidden_size, topk, cls.timeout_s, cls.reduce_dtype)  # bad sizes end here
         with torch.inference_mode(False):  # they outlive the mode they are made in
-            base._delete_buffers()
-            how, waits = (ep_group, board_of(ep_group), device), (cls.timeout_s, cls.make_timeout_s)
+            base._give_up_buffers()
+            how = ep_group, board_of(ep_group), device
             base._gatherings = {
                 "tokens": Gathering(
                     *how, tmax, hidden_size, topk, *waits, cls.reduce_dtype, [gather_graph(COUNT_WIDTH)]
@@ -125,6 +140,8 @@ class AllGatherDispatcherBase:
             }
             n = ep_group.size() * tmax
             base._per_rank_worst_case_token_count, base._topk = tmax, topk
+            if base._device != device:
+                base._step_metadata = base._valid_tokens_tensor = None
             base._device = device
             made = base._gatherings["tokens"]
             base._symm_agv_hidden = {"tensor": made.rows}
@@ -136,20 +153,38 @@ class AllGatherDispatcherBase:
 
     @classmethod
     def allocate_valid_tokens_tensor(cls) -> None:
-        """Make `_step_metadata`, int32 [3], and `_valid_tokens_tensor`, its first word, unless they are there."""
+        """Make `_step_metadata`, int32 [3], and `_valid_tokens_tensor`, its first word, unless they are there: on the
+        current GPU, without one in host memory. `allocate_buffers` keeps them, if its group's device is the same.
+
+        Raises:
+            OrderError: Inside the capture of a CUDA graph.
+        """
         base = AllGatherDispatcherBase
-        if base._valid_tokens_tensor is None:
+        if base._valid_tokens_tensor is not None:
+            return
+        if base._device is None:
+            here = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+            base._device = torch.device(here)
+        check_not_capturing(base._device, "tensors that stay cannot be made", "call it when the model is made")
+        with torch.inference_mode(False):
             base._step_metadata = torch.zeros(len(METADATA), dtype=torch.int32, device=base._device)
             base._valid_tokens_tensor = base._step_metadata[:1]
 
     @classmethod
     def _delete_buffers(cls) -> None:
         base = AllGatherDispatcherBase
+        base._give_up_buffers()
+        base._step_metadata = base._valid_tokens_tensor = base._device = None
+
+    @classmethod
+    def _give_up_buffers(cls) -> None:
+        """All that depends on sizes and the group."""
+        base = AllGatherDispatcherBase
         made, base._gatherings = base._gatherings, {}
         for each in made.values():
             each.destroy()
         base._symm_agv_hidden = base._symm_agv_routing = base._symm_agv_probs = base._symm_rsv = None
-        base._step_metadata = base._valid_tokens_tensor = base._local_tokens_tensor = None
+        base._local_tokens_tensor = None
         base._host_valid_tokens_estimate = AllGatherDispatcher._local_tokens_per_rank = None
 
     @classmethod
@@ -201,10 +236,19 @@ class AllGatherDispatcherBase:
     def update_metadata(self, local_tokens: int) -> None:
         """Tell all ranks how many tokens this one has, and refresh `_step_metadata` and `_valid_tokens_tensor`.
 
-        Once a step, by all ranks. `token_dispatch` of the first instance does it, without a launch of its own: tokens
-        come with their counts.
+        Once a step, by all ranks. `token_dispatch` of the first instance calls it, when tokens have come with their
+        counts: then nothing is launched for these.
+
+        Raises:
+            OrderError: Before `allocate_buffers`.
+            ConfigError: No number from 0 to Tmax.
+            PeerTimeoutError, PeerLostError: See `token_dispatch`.
         """
         base, made = AllGatherDispatcherBase, self._made()
+        local_tokens = check_int("local_tokens", local_tokens, 0, base._per_rank_worst_case_token_count)
+        if self._brought is not None:
+            self._note(self._brought.offsets, self._brought.counts)
+            return
         count = base._local_tokens_tensor
         if count is None:
             count = torch.full((1,), local_tokens, dtype=torch.int32, device=base._device)
@@ -243,6 +287,13 @@ class AllGatherDispatcherBase:
         Returns:
             hidden_states [T, H], probs.
         """
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() < 1 or not hidden_states.shape[-1]:
+            raise ShapeError(
+                field="hidden_states",
+                value=list(getattr(hidden_states, "shape", [])),
+                allowed="a tensor [..., H]",
+                remedy="pass the tokens' channels",
+            )
         self.hidden_shape, self.routing_map = hidden_states.shape, routing_map
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.shared_experts is not None and not self._external_shared_expert_launch:
@@ -289,8 +340,12 @@ class AllGatherDispatcherBase:
         check_tensor("routing_map", self.routing_map, [torch.int64, torch.int32], [tokens, choices], base._device)
         gathering.gather(hidden_states, self.routing_map.to(torch.int64), probs, base._local_tokens_tensor)
         if self.runs_metadata_sync:
-            self._note(gathering.offsets, gathering.counts)
-        n = self._rows(tokens)
+            self._brought = gathering
+            try:
+                self.update_metadata(tokens)
+            finally:
+                self._brought = None
+        n = self._rows(gathering, tokens)
         self.routing_map = gathering.ids[:n].to(torch.int64)
         return gathering.rows[:n], gathering.weights[:n]
 
@@ -305,7 +360,7 @@ class AllGatherDispatcherBase:
                 remedy="number the experts from 0",
             )
 
-    def _rows(self, tokens: int) -> int:
+    def _rows(self, gathering: Gathering, tokens: int) -> int:
         """How many gathered rows to give."""
         raise NotImplementedError
 
@@ -331,14 +386,32 @@ class AllGatherDispatcherBase:
 
         Raises:
             OrderError: Before the first `token_dispatch`.
-            ShapeError, DeviceError: An argument does not fit. Nothing was sent.
+            DTypeError, ShapeError, DeviceError: An argument does not fit. Nothing was sent.
             PeerTimeoutError, PeerLostError: See `token_dispatch`.
         """
         gathering = self._made()["tokens"]
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            raise DTypeError(
+                field="hidden_states",
+                value=getattr(hidden_states, "dtype", type(hidden_states).__name__),
+                allowed="a tensor of real numbers",
+                remedy="pass the experts' rows",
+            )
         return gathering.reduce(hidden_states.detach().to(AllGatherDispatcherBase._symm_rsv["tensor"].dtype))
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """In the shape given to `dispatch_preprocess`, with what the shared experts gave added."""
+        """In the shape given to `dispatch_preprocess`, with what the shared experts gave added.
+
+        Raises:
+            ShapeError: Not as many rows as that had.
+        """
+        if self.hidden_shape is not None and hidden_states.numel() != self.hidden_shape.numel():
+            raise ShapeError(
+                field="hidden_states",
+                value=list(hidden_states.shape),
+                allowed=f"the rows of {list(self.hidden_shape)}",
+                remedy="pass what token_combine gave",
+            )
         shared, self._shared_output = self._shared_output, None
         if shared is not None:
             if self._shared_stream is not None:
@@ -355,8 +428,8 @@ class AllGatherVDispatcher(AllGatherDispatcherBase):
     token_dispatch gives R*Tmax rows; `_valid_tokens_tensor` says how many hold a token.
     """
 
-    def _rows(self, tokens: int) -> int:
-        return self._made()["tokens"].rows.shape[0]
+    def _rows(self, gathering: Gathering, tokens: int) -> int:
+        return gathering.rows.shape[0]
 
     @classmethod
     def _get_rsv_tensor(cls) -> torch.Tensor | None:
@@ -377,7 +450,11 @@ class AllGatherVDispatcher(AllGatherDispatcherBase):
 
 class AllGatherDispatcher(AllGatherDispatcherBase):
     """Equal counts on all ranks: token_dispatch gives R*T rows. With `_use_allgather_v` counts may differ: the host
-    waits for them, and token_dispatch gives as many rows as there are tokens."""
+    waits for them, in the first instance's token_dispatch, which gives as many rows as there are tokens.
+
+    Where others have more tokens than this one it is a ShapeError without `_use_allgather_v` in host memory; on GPUs
+    the host does not know, and the rows past R*T are not among those that are given.
+    """
 
     _use_allgather_v: ClassVar[bool] = False
     _local_tokens_per_rank: ClassVar[list[int] | None] = None
@@ -385,10 +462,29 @@ class AllGatherDispatcher(AllGatherDispatcherBase):
     def _note(self, offsets: torch.Tensor, counts: torch.Tensor) -> None:
         super()._note(offsets, counts)
         if self._use_allgather_v:
+            remedy = "leave _use_allgather_v out, with equal counts; or take AllGatherVDispatcher"
+            check_not_capturing(offsets.device, "the host cannot wait for counts", remedy)
             AllGatherDispatcher._local_tokens_per_rank = counts.tolist()
             AllGatherDispatcherBase._host_valid_tokens_estimate = sum(AllGatherDispatcher._local_tokens_per_rank)
 
-    def _rows(self, tokens: int) -> int:
+    def _rows(self, gathering: Gathering, tokens: int) -> int:
         if self._use_allgather_v:
-            return sum(AllGatherDispatcher._local_tokens_per_rank or [])
-        return tokens * len(self._made()["tokens"].counts)
+            if AllGatherDispatcher._local_tokens_per_rank is None:
+                raise OrderError(
+                    "the host does not know the counts of this step",
+                    field="runs_metadata_sync",
+                    value=self.runs_metadata_sync,
+                    allowed="after token_dispatch of an instance with runs_metadata_sync=True",
+                    remedy="let the first layer's instance have it",
+                )
+            return sum(AllGatherDispatcher._local_tokens_per_rank)
+        n = tokens * len(gathering.counts)
+        if not gathering.counts.is_cuda and int(gathering.offsets[-1]) > n:
+            raise ShapeError(
+                "ranks have different numbers of tokens",
+                field="tokens of this rank",
+                value=tokens,
+                allowed=f"as many as the others: {gathering.counts.tolist()}",
+                remedy="set AllGatherDispatcher._use_allgather_v, or take AllGatherVDispatcher",
+            )
+        return n

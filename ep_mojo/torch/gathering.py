@@ -16,13 +16,23 @@ import torch.distributed as dist
 
 from ..comm.board import Board
 from ..config import EPConfig
-from ..errors import CapacityError, OrderError
+from ..errors import CapacityError, EPError, OrderError
 from ..formats import BF16
 from ..layout import MAX_EXPERTS
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet, GraphSet
 from .rounds import Rounds
+from .session import put_in_words
 from .tensors import Received, dense, part
+
+WORDS = (
+    ("call comm.reset() on all ranks", "call reset() of the dispatchers on all ranks"),
+    ("comm.check()", "check() of the dispatchers"),
+    ("destroy() this communicator", "call allocate_buffers again"),
+    ("and one over that", "over that"),
+    ("raise timeout_s", "raise timeout_s of the dispatchers before allocate_buffers"),
+)
+"""What the engine says, and what the same is for who has dispatchers."""
 
 
 def most_experts(n_ranks: int) -> int:
@@ -70,21 +80,7 @@ class Gathering:
             ConfigMismatchError: Ranks pass different ones; on all of them.
             PeerTimeoutError, PeerLostError: A rank did not come, or is gone.
         """
-        n_ranks = group.size()
-        self._cfg = EPConfig(
-            hidden_size=hidden,
-            top_k=top_k,
-            n_experts=most_experts(n_ranks),
-            max_tokens_per_rank=tmax,
-            n_ranks=n_ranks,
-            output_layout="gathered",
-            reduce="expert",
-            num_buffers=2,  # a round begins before its peers have ended the one before
-            tokens_per_signal=1,
-            combine_dtype="float32" if reduced == torch.float32 else "bfloat16",
-            output_dtype="bfloat16",
-            timeout_s=timeout_s,
-        )
+        self._cfg = gather_config(group.size(), tmax, hidden, top_k, timeout_s, reduced)
         self._dispatch = gather_graph(hidden)
         self._combine = reduce_graph(hidden, self._cfg.combine_dtype)
         sets: list[GraphSet] = [self._dispatch, *([self._combine] if reduced is not None else []), *more]
@@ -129,7 +125,7 @@ class Gathering:
             check_tensor("count", count, [torch.int32], [1], self._device)
         self._choices = torch.empty(shape, dtype=torch.int64, device=self._device) if ids is None else dense(ids)
         given = dense(x), None, self._choices, None if weights is None else dense(weights), count
-        self._rounds.run(self._dispatch, "dispatch", *self._received, *given)
+        self._run(self._dispatch, "dispatch", *self._received, *given)
 
     def check_rows(self, name: str, x: torch.Tensor) -> None:
         """Raise unless `x`, an argument of that name, can be gathered.
@@ -168,12 +164,23 @@ class Gathering:
         shape = self._choices.shape[0], self._cfg.hidden_size
         summed = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
         given = dense(rows), self._received.memory, self._choices, None, None, None, self._own_count
-        self._rounds.run(self._combine, "combine", summed, *given)
+        self._run(self._combine, "combine", summed, *given)
         return summed
+
+    def _run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor | None) -> None:
+        try:
+            self._rounds.run(graphs, stage, *tensors)
+        except EPError as error:
+            put_in_words(error, WORDS)
+            raise
 
     def check(self) -> None:
         """Wait for all rounds, and raise what failed in them."""
-        self._rounds.check()
+        try:
+            self._rounds.check()
+        except EPError as error:
+            put_in_words(error, WORDS)
+            raise
 
     def reset(self) -> None:
         """Go on after a failure. All ranks call this."""
@@ -182,6 +189,30 @@ class Gathering:
     def destroy(self) -> None:
         """Give up the windows."""
         self._rounds.destroy()
+
+
+def gather_config(
+    n_ranks: int, tmax: int, hidden: int, top_k: int, timeout_s: float, reduced: torch.dtype | None
+) -> EPConfig:
+    """The engine's config of a `Gathering`.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+    return EPConfig(
+        hidden_size=hidden,
+        top_k=top_k,
+        n_experts=most_experts(n_ranks),
+        max_tokens_per_rank=tmax,
+        n_ranks=n_ranks,
+        output_layout="gathered",
+        reduce="expert",
+        num_buffers=2,  # a round begins before its peers have ended the one before
+        tokens_per_signal=1,
+        combine_dtype="float32" if reduced == torch.float32 else "bfloat16",
+        output_dtype="bfloat16",
+        timeout_s=timeout_s,
+    )
 
 
 def gather_graph(hidden: int) -> DispatchSet:

@@ -22,7 +22,8 @@ from .graphs import CombineSet, DispatchSet
 from .rounds import Rounds
 from .tensors import DTYPES, Received, dense, places, received_types
 
-ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
+with torch.inference_mode(False):  # whoever imports this first may be in it
+    ORDER = torch.zeros(1, dtype=torch.int32, device="cpu")
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 IDS = {torch.int32: "int32", torch.int64: "int64"}
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import EPConfig
+from ..config import MAX_HIDDEN, EPConfig
 from ..errors import CapacityError, ConfigError, OrderError, ShapeError
 from ..formats import BF16, BlockwiseFP8, TokenFormat, check_int
 from ..layout import MAX_TOKENS
 from . import graphs, sizes
-from .checks import check_tensor
+from .checks import check_tensor, check_writable
 from .normal import check_experts
 from .rounds import Rounds
 from .session import Session
@@ -124,7 +124,7 @@ class LowLatencyMode:
         most = check_int("num_max_dispatch_tokens_per_rank", num_tokens, 1, MAX_TOKENS)
         n_ranks = self.session.size
         n_experts = check_experts(num_experts, n_ranks)
-        needed = sizes.low_latency_bytes(most, check_int("hidden", hidden, 8, 1 << 16), n_ranks, n_experts)
+        needed = sizes.low_latency_bytes(most, check_int("hidden", hidden, 8, MAX_HIDDEN), n_ranks, n_experts)
         if self.num_rdma_bytes < needed:
             raise CapacityError(
                 f"{most} tokens a rank of {hidden} channels need more",
@@ -203,7 +203,7 @@ class LowLatencyMode:
             cfg = plan.cfg
         if stats is not None:
             n_local, name = cfg.n_local_experts, "cumulative_local_expert_recv_stats"
-            check_tensor(name, stats, [torch.int32], [n_local], self.session.device)
+            check_writable(name, check_tensor(name, stats, [torch.int32], [n_local], self.session.device))
         if plan is None:
             sets = graphs.low_latency(cfg)
             plan = self._plans[key] = Plan(cfg, sets, self.session.rounds(cfg, sets, shrink=True))
@@ -347,6 +347,11 @@ class LowLatencyMode:
             waiting.clear()  # hooks hold it
         self._pending.clear()
 
+    def give_up_buffers(self) -> None:
+        """Let go of the tensors that `next_buffer` gave."""
+        self._zero_copy.clear()
+        self._next = None
+
     # Masks
 
     def make_masks(self) -> None:
@@ -361,7 +366,8 @@ class LowLatencyMode:
         Raises:
             DTypeError, ShapeError, DeviceError: Not such a tensor.
         """
-        check_tensor("mask_status", mask_status, [torch.int32], [self.session.size], self.session.device)
+        device, n_ranks = self.session.device, self.session.size
+        check_writable("mask_status", check_tensor("mask_status", mask_status, [torch.int32], [n_ranks], device))
         mask_status.copy_(self.session.masks)
 
     def update_mask(self, rank: Any, mask: Any) -> None:

@@ -44,6 +44,7 @@ class LowLatencyCalls:
         self._low_latency_session()
         self._low_latency.check_sizes(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
+    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -105,6 +106,7 @@ class LowLatencyCalls:
         event = work.finish((x, topk_idx, stats), (recv_x, count, handle.memory))
         return recv_x, count, handle, event, hook
 
+    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
     def low_latency_combine(
         self,
         x: torch.Tensor,

@@ -12,8 +12,9 @@ import torch
 from torch.nn.functional import pad
 
 from ..config import EPConfig
-from ..errors import CapacityError, ConfigError, ShapeError, UnsupportedError
+from ..errors import CapacityError, ConfigError, ConfigMismatchError, ShapeError, UnsupportedError
 from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, check_int
+from ..layout import MAX_EXPERTS
 from . import graphs, sizes
 from .checks import check_tensor
 from .session import Session
@@ -155,7 +156,8 @@ class NormalMode:
         handle.num_recv_tokens = rows
         recv_x = self._received(found, rows, fmt)
         if recv_ids is None or recv_weights is None:
-            return recv_x, None, None, [], handle
+            counts = self._counts_of_others(num_tokens_per_expert)
+            return recv_x, None, None, [align_up(c, alignment) for c in counts], handle
         return recv_x, recv_ids[:rows], recv_weights[:rows], [align_up(c, alignment) for c in counts], handle
 
     def _choices(self, handle: NormalHandle, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +173,22 @@ class NormalMode:
             return handle.recv_count.tolist()
         counts = occurrences(recv_ids + 1, handle.cfg.n_local_experts + 1)[1:]
         return torch.cat([counts, handle.recv_count]).tolist()
+
+    def _counts_of_others(self, num_tokens_per_expert: torch.Tensor) -> list[int]:
+        """Tokens of each local expert, from what all ranks say of theirs: rows without top-k do not tell."""
+        session = self.session
+        told = session.board.agree("dispatch without topk_idx", num_tokens_per_expert.tolist(), session.timeout_s)
+        if len(set(map(len, told))) > 1:
+            raise ConfigMismatchError(
+                "ranks have different numbers of experts",
+                field="num_tokens_per_expert",
+                value=num_tokens_per_expert.shape[0],
+                allowed=f"the same length on every rank: {[len(each) for each in told]}",
+                remedy="pass what get_dispatch_layout gives for the same num_experts",
+            )
+        n_local = num_tokens_per_expert.shape[0] // session.size
+        own = slice(session.rank * n_local, (session.rank + 1) * n_local)
+        return [sum(counts) for counts in zip(*(each[own] for each in told), strict=True)]
 
     def dispatch_again(self, x: Tokens, handle: Any, num_sms: int) -> Tokens:
         """Send other tokens along the routes of a handle: rows as then, no top-k, no wait for counts.
@@ -291,7 +309,7 @@ def check_experts(num_experts: Any, n_ranks: int) -> int:
     Raises:
         ConfigError: It is no such number.
     """
-    n = check_int("num_experts", num_experts, 1, 2048)
+    n = check_int("num_experts", num_experts, 1, MAX_EXPERTS)
     if n % n_ranks:
         raise ConfigError(
             field="num_experts",

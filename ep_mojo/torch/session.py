@@ -13,8 +13,10 @@ import torch.distributed as dist
 from ..comm.board import board_of
 from ..config import EPConfig
 from ..errors import DTypeError, EPError, OrderError, PeerLostError, ShapeError
+from ..formats import check_int
 from .graphs import GraphSet
 from .rounds import Rounds, TooMany
+from .sizes import LARGEST_BYTES
 from .streams import check_not_capturing, queue_for
 
 Handle = TypeVar("Handle")
@@ -30,11 +32,11 @@ WORDS = (
 """What the engine says, and what the same is for who has a Buffer."""
 
 
-def in_words_of_a_buffer(error: EPError) -> None:
-    """Replace `WORDS` in an error's text."""
+def put_in_words(error: EPError, words: Sequence[tuple[str, str]]) -> None:
+    """Replace the first of each pair by the second in an error's text."""
 
     def said(text: Any) -> Any:
-        for old, new in WORDS:
+        for old, new in words:
             text = text.replace(old, new) if isinstance(text, str) else text
         return text
 
@@ -60,7 +62,7 @@ class Explaining:
             return
         notes = self._session.notes(self._rounds, raised)
         if not notes:
-            in_words_of_a_buffer(raised)
+            put_in_words(raised, WORDS)
             return
         rank = max(notes, key=lambda r: int(notes[r]))
         raise self._rounds.too_many(self._rounds.cfg, rank, int(notes[rank])) from raised
@@ -195,6 +197,8 @@ class Session:
         flat = memory[: memory.numel() // dtype.itemsize * dtype.itemsize].view(dtype)[offset:]
         if size is None:
             return flat
+        sizes = [size] if isinstance(size, int) else list(size)
+        size = [check_int("size", n, 0, LARGEST_BYTES) for n in sizes]
         wanted = math.prod(size)
         if wanted > flat.numel():
             raise ShapeError(
@@ -209,7 +213,8 @@ class Session:
         """Let all rounds work again after a failure. All ranks call it."""
         self.live()
         for rounds in self.made():
-            rounds.reset()
+            with self.explaining(rounds):
+                rounds.reset()
             self.board.take_back(rounds.name)  # all ranks are past the failure: their resets began
         if self.masks is not None:
             with self.queue.launching():

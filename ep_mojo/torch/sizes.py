@@ -13,7 +13,7 @@ import functools
 from dataclasses import dataclass
 
 from ..comm.windows import block_bytes
-from ..config import MAX_RANKS, MAX_SMS, EPConfig
+from ..config import MAX_PAIRS, MAX_RANKS, MAX_SMS, EPConfig
 from ..errors import CapacityError
 from ..formats import BF16, TokenFormat, align_up, check_int
 from ..layout import CELL_CHOICES, FEW_CHOICES, MAX_TOKENS, MAX_TOP_K
@@ -63,7 +63,7 @@ def max_tokens(num_nvl_bytes: int, row_bytes: int, n_ranks: int) -> int:
             remedy="make the Buffer with config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) bytes",
         )
     # Choices of one launch are counted in 24 bits.
-    return min(tokens, ((1 << 24) - 1) // MAX_TOP_K, MAX_TOKENS)
+    return min(tokens, MAX_PAIRS // MAX_TOP_K, MAX_TOKENS)
 
 
 @functools.lru_cache(KEPT)

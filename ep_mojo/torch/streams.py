@@ -310,6 +310,18 @@ def _record(values: Any, stream: torch.cuda.Stream) -> None:
             _record(value, stream)
 
 
+def check_group(name: str, group: Any) -> dist.ProcessGroup:
+    """`group`, an argument of that name, if it is one. Raises `DTypeError` where it is not."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise DTypeError(
+            field=name,
+            value=type(group).__name__,
+            allowed="a torch.distributed process group",
+            remedy="call init_process_group, and pass dist.group.WORLD or what new_group returned",
+        )
+    return group
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where the tensors of a group's ranks are: with nccl the current GPU, with gloo alone the host.
 

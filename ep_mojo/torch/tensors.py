@@ -97,6 +97,8 @@ def used_here(tensor: torch.Tensor) -> torch.Tensor:
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as graphs take it, itself or a copy: contiguous, on GPUs from a multiple of `ALIGNMENT` bytes on."""
+    if tensor.is_neg():  # torch has not written it yet
+        tensor = tensor.detach().resolve_neg()
     if not tensor.is_contiguous():
         tensor = tensor.detach().contiguous()
     if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT:

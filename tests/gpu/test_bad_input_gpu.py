@@ -145,7 +145,7 @@ def test_a_kernel_leaves_the_settings_of_another_config_alone(stages):
     rnd = random_round(CFG, 0, ragged=False)
     with (
         stages_module.Engine(stages, CFG) as engine,
-        stages_module.Engine(stages, CFG.replace(tokens_per_signal=1)) as other,
+        stages_module.Engine(stages, CFG.replace(tokens_per_signal=CFG.tokens_per_signal + 1)) as other,
     ):
         own = engine.comm.inputs()[0]
         engine.comm.inputs()[0] = other.comm.inputs()[0]

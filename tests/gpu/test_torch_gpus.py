@@ -19,6 +19,7 @@ from tests.torch import (  # noqa: E402
     gather_calls,
     gpu_calls,
     launch,
+    life_calls,
     low_latency_calls,
     normal_calls,
 )
@@ -179,6 +180,7 @@ def test_all_gather_dispatchers(ready):
     ready.run(gather_calls.check_replays, N, 100)
     ready.run(gather_calls.check_steps, N, [8] * N, "float32", timeout_s=300)
     ready.run(gather_calls.check_shared_experts, N, timeout_s=300)
+    ready.run(gather_calls.check_metadata, N, timeout_s=300)
     ready.run(gather_calls.check_bad_input, N, timeout_s=300)
 
 
@@ -192,8 +194,8 @@ def test_a_rank_that_dies_between_steps():
 
 
 def test_settings_and_the_end(ready):
-    ready.run(buffer_calls.check_sizes_and_settings, N)
-    ready.run(buffer_calls.check_after_destroy, N)
+    ready.run(life_calls.check_sizes_and_settings, N)
+    ready.run(life_calls.check_after_destroy, N)
 
 
 @pytest.mark.skipif(N > COUNT, reason="the example takes a GPU for each rank")
@@ -204,6 +206,6 @@ def test_the_example_under_torchrun():
 
 
 def test_two_hundred_buffers_leave_nothing_behind(ready):
-    ready.run(buffer_calls.check_life, N, 40, timeout_s=200)
+    ready.run(life_calls.check_life, N, 40, timeout_s=200)
     lost = ready.run(gpu_calls.check_leaks, N, 200, timeout_s=300)
     assert max(lost) < 8 << 20, f"bytes lost: {lost}"

@@ -81,6 +81,8 @@ def check_api_bad_input(n: int) -> None:
             (errors.ShapeError, "bias", lambda: ept.combine(comm, h.tokens, h, bias=(x, x, x))),
             (errors.DTypeError, "bias1", lambda: ept.combine(comm, h.tokens, h, bias=(x, x.float()))),
             (errors.ShapeError, "memory", lambda: ept.combine(comm, h.tokens, h._replace(memory=h.memory[1:]))),
+            (errors.DTypeError, "handle", lambda: ept.combine(comm, h.tokens, tuple(h))),
+            (errors.OrderError, "communicator", lambda: ept.combine(comm, h.tokens, h._replace(comm=h.comm + 1))),
         ):
             raises(error, call, field)
         cfg = buffers.api_config(1, "expert").replace(n_ranks=1, n_experts=1, slots="expert")
@@ -128,6 +130,23 @@ def check_compiled(n: int, backend: str) -> None:
         want, got = layer(*given), compiled(*given)
         plain.same(f"compiled with {backend}", got[0], want[0])
         assert got[1] == want[1]
+
+
+def check_broken_graphs(n: int) -> None:
+    """Without fullgraph torch.compile goes on in front of and behind the calls of a Buffer."""
+    if (b := buffers.shared(n)) is None:
+        return
+    me, s = b.rank, buffers.step(n, 1)
+
+    def layer(x, ids, weights):
+        per_rank, _, per_expert, in_rank, _ = b.get_dispatch_layout(ids, s.n_experts)
+        sizes = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert, "is_token_in_rank": in_rank}
+        rows, _, _, _, handle, _ = b.dispatch(x * 2, topk_idx=ids, topk_weights=weights, **sizes)
+        return b.combine(rows * 2, handle)[0] + 1
+
+    given = s.x[me], s.ids[me], s.weights[me]
+    plain.same("compiled in parts", torch.compile(layer, backend="eager")(*given), layer(*given))
+    raises(errors.DTypeError, lambda: ept.autograd.combine(b, s.x[me], None, (s.x[me], s.x[me])), "bias")
 
 
 def check_library(n: int) -> None:

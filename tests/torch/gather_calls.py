@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -187,7 +188,54 @@ def check_equal_counts(n: int) -> None:
         if any_counts:
             assert EQUAL._local_tokens_per_rank == now
             assert EQUAL._get_host_valid_tokens_estimate() == sum(now)
+    EQUAL._local_tokens_per_rank = None
+    late = dispatcher(EQUAL, runs_metadata_sync=False)
+    with pytest.raises(errors.OrderError, match="runs_metadata_sync"):
+        step(late, s.x[me], s.ids[me], s.probs[me])
     EQUAL._use_allgather_v = False
+
+
+def check_unequal_counts(n: int) -> None:
+    """Ranks that have more tokens, where all were to have as many: an error, and no rows cut off; then all is well."""
+    if not allocate(n):
+        return
+    now = [4 * (r + 1) for r in range(n)]
+    s, me, d = draw(4, now), dist.get_rank(), dispatcher(EQUAL)
+    if n * now[me] < sum(now):
+        with pytest.raises(errors.ShapeError, match="_use_allgather_v"):
+            step(d, s.x[me], s.ids[me], s.probs[me])
+    else:
+        step(d, s.x[me], s.ids[me], s.probs[me])
+    check_steps(n, now)
+
+
+class Watching(V):
+    """Notes what its metadata is refreshed for."""
+
+    seen: ClassVar[list[int]] = []
+
+    def update_metadata(self, local_tokens: int) -> None:
+        self.seen.append(local_tokens)
+        super().update_metadata(local_tokens)
+
+
+def check_metadata(n: int) -> None:
+    """The first instance's token_dispatch fires `update_metadata`, an override too; by itself it asks all ranks."""
+    if not allocate(n):
+        return
+    me, layers = dist.get_rank(), [dispatcher(Watching, runs_metadata_sync=i == 0) for i in range(2)]
+    for turn, now in enumerate(([5 + r for r in range(n)], [3] * n)):
+        for d in layers:
+            s = draw(turn, now)
+            step(d, s.x[me], s.ids[me].int(), s.probs[me])
+            plain.same("float64 rows", d.token_combine(s.y[me].double()), wanted(s, now, me))
+        assert Watching.seen == [now[me]]
+        Watching.seen.clear()
+        assert V._step_metadata.tolist() == [sum(now), sum(now[:me]), max(now)]
+    other = [2 + 3 * r for r in range(n)]
+    layers[0].update_metadata(other[me])
+    assert V._step_metadata.tolist() == [sum(other), sum(other[:me]), max(other)]
+    Watching.seen.clear()
 
 
 def check_shared_experts(n: int) -> None:
@@ -202,6 +250,13 @@ def check_shared_experts(n: int) -> None:
         d.token_dispatch(hidden, probs)
         out = d.combine_postprocess(d.token_combine(s.y[me]))
         plain.same("with shared experts", out, wanted(s, now, me) + s.x[me] * 2)
+    try:
+        V._external_shared_expert_launch = True  # the layer runs them, and adds what they give
+        hidden, probs = d.dispatch_preprocess(s.x[me], s.ids[me], s.probs[me])
+        d.token_dispatch(hidden, probs)
+        plain.same("without", d.combine_postprocess(d.token_combine(s.y[me])), wanted(s, now, me))
+    finally:
+        V._external_shared_expert_launch = False
 
 
 def check_bad_input(n: int) -> None:
@@ -223,6 +278,14 @@ def check_bad_input(n: int) -> None:
             lambda: step(d, more, ids.new_zeros(TMAX + 1, TOPK), probs.new_zeros(TMAX + 1, TOPK)),
         ),
         "experts": (errors.ShapeError, "local_expert_indices", lambda: V(3, [1])),
+        "no experts": (errors.ShapeError, "local_expert_indices", lambda: V(3, None)),
+        "no tokens": (errors.ShapeError, "hidden_states", lambda: d.dispatch_preprocess(None, ids, probs)),
+        "no rows": (errors.DTypeError, "hidden_states", lambda: d.token_combine(None)),
+        "whole numbers": (errors.DTypeError, "hidden_states", lambda: d.token_combine(x.int())),
+        "other rows": (errors.ShapeError, "hidden_states", lambda: again(d, x, ids, probs)),
+        "fewer than none": (errors.ConfigError, "local_tokens", lambda: d.update_metadata(-1)),
+        "more than Tmax": (errors.ConfigError, "local_tokens", lambda: d.update_metadata(TMAX + 1)),
+        "no number": (errors.ConfigError, "local_tokens", lambda: d.update_metadata(2.5)),
         "count": (errors.DTypeError, "count", lambda: V.set_local_tokens(torch.zeros(1))),
         "rows": (errors.ShapeError, "hidden_states", lambda: d.token_combine(x[:, 8:])),
     }
@@ -232,6 +295,11 @@ def check_bad_input(n: int) -> None:
         assert type(found.value) is error, f"{name}: {found.value!r}"
         assert word in str(found.value), f"{name}: {found.value}"
     check_steps(n, [4] * n)
+
+
+def again(d, x, ids, probs):
+    d.dispatch_preprocess(x, ids, probs)
+    d.combine_postprocess(x[1:])
 
 
 def step(d, x, ids, probs):
@@ -277,7 +345,17 @@ def check_buffers(n: int) -> None:
             call()
     assert V._get_rsv_tensor() is None
     with torch.inference_mode():
+        V.allocate_valid_tokens_tensor()
+        place = V._valid_tokens_tensor.data_ptr()
         V.allocate_buffers(TMAX, TOPK, HIDDEN, kept["first", n])
+    assert V._valid_tokens().data_ptr() == place
+    with pytest.raises(errors.ConfigError, match="hidden_size"):
+        V.allocate_buffers(TMAX, TOPK, HIDDEN + 1, kept["first", n])  # those that are there stay
+    with pytest.raises(errors.DTypeError, match="ep_group"):
+        V.allocate_buffers(TMAX, TOPK, HIDDEN, None)
+    for name, value in (("reduce_dtype", torch.float16), ("timeout_s", -1), ("make_timeout_s", "1")):
+        with pytest.raises((errors.DTypeError, errors.ConfigError), match=name):
+            type("Other", (V,), {name: value}).allocate_buffers(TMAX, TOPK, HIDDEN, kept["first", n])
     with pytest.raises(errors.OrderError, match="nothing has been gathered"):
         d.token_combine(s.x[0])
     wrong = V(2, [-1, 3])

@@ -41,14 +41,20 @@ def check_round(n: int, seed: int, tokens=None, kind="mixed", alignment=1, strid
     plain.same("recv_x", recv_x, plain.received(s, me))
     plain.same("recv_topk_idx", recv_ids, want_ids)
     plain.same("recv_topk_weights", recv_weights, want_weights)
-    true = torch.bincount(want_ids[want_ids >= 0], minlength=s.n_local).tolist()
-    assert counts == [-(-c // alignment) * alignment for c in true]
+    assert counts == rows_of_experts(s, me, alignment)
     token = [torch.arange(len(v), dtype=torch.int32)[:, None] for v in s.x]
     plain.same("recv_src_idx", handle.recv_src_idx[:, None], plain.received(s, me, token))
     assert handle.num_recv_tokens == int(handle.recv_count) == len(recv_x)
     ys = plain.outputs(s, seed + 1)
     ids.fill_(0)  # the handle has copies
     check_combine(b, buffers.step(n, seed, tokens, kind), handle, ys, strided)
+
+
+def rows_of_experts(s, me: int, alignment: int) -> list[int]:
+    """Rows of each local expert, rounded up."""
+    ids = plain.local_choices(s, me)[0]
+    true = torch.bincount(ids[ids >= 0], minlength=s.n_local).tolist()
+    return [-(-c // alignment) * alignment for c in true]
 
 
 def check_combine(b, s, handle, ys, strided=False) -> None:
@@ -124,16 +130,31 @@ def check_worst(n: int, seed: int, worst: int, tokens=None) -> None:
 
 
 def check_without_topk(n: int, seed: int, tokens=None) -> None:
-    """Only is_token_in_rank: the same rows, no top-k."""
+    """Only is_token_in_rank: the same rows and counts, no top-k."""
     if (b := shared(n)) is None:
         return
     s = buffers.step(n, seed, tokens)
     layout = plain.layout(b, s)
     layout["is_token_in_rank"] = layout["is_token_in_rank"].t().contiguous().t()
-    recv_x, recv_ids, recv_weights, counts, handle, _ = b.dispatch(s.x[b.rank], **layout)
+    recv_x, recv_ids, recv_weights, counts, handle, _ = b.dispatch(s.x[b.rank], expert_alignment=4, **layout)
     plain.same("recv_x", recv_x, plain.received(s, b.rank))
-    assert (recv_ids, recv_weights, counts) == (None, None, [])
+    assert (recv_ids, recv_weights) == (None, None)
+    assert counts == rows_of_experts(s, b.rank, 4)
     check_combine(b, s, handle, plain.outputs(s, seed))
+
+
+def check_negated(n: int, seed: int) -> None:
+    """Tensors of which torch has only noted that they are negated."""
+    if (b := shared(n)) is None:
+        return
+    s = buffers.step(n, seed)
+    lazy = torch._neg_view(s.x[b.rank])
+    assert lazy.is_neg()
+    assert lazy.is_contiguous()
+    recv_x, *_, handle, _ = buffers.dispatch(b, s, x=lazy)
+    want = plain.received(s, b.rank)
+    plain.same("recv_x", recv_x, -want)
+    plain.same("combined", b.combine(torch._neg_view(recv_x), handle)[0], b.combine(want, handle)[0])
 
 
 def check_same_bytes(n: int, repeats: int) -> None:

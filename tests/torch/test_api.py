@@ -47,6 +47,10 @@ def test_compile(ready, backend):
     ready.run(calls.check_compiled, 4, backend, timeout_s=300)
 
 
+def test_compile_of_a_buffer(ready):
+    ready.run(calls.check_broken_graphs, 2, timeout_s=300)
+
+
 def test_ops_are_what_torch_expects(ready):
     ready.run(calls.check_library, 4, timeout_s=300)
 

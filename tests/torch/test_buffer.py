@@ -10,6 +10,7 @@ import pytest
 from ep_mojo.comm import board
 from ep_mojo.errors import PeerLostError
 from tests.torch import buffer_calls as calls
+from tests.torch import life_calls
 from tests.torch.launch import Died, Pool
 
 RANKS = 2, 4
@@ -77,15 +78,15 @@ def test_events(ready, n):
 
 @pytest.mark.parametrize("n", RANKS)
 def test_sizes_and_settings(ready, n):
-    ready.run(calls.check_sizes_and_settings, n)
+    ready.run(life_calls.check_sizes_and_settings, n)
 
 
 def test_use_after_destroy(ready):
-    ready.run(calls.check_after_destroy, 2)
+    ready.run(life_calls.check_after_destroy, 2)
 
 
 def test_two_hundred_buffers_leave_nothing_behind(ready):
-    ready.run(calls.check_life, 2, 200, timeout_s=120)
+    ready.run(life_calls.check_life, 2, 200, timeout_s=120)
 
 
 def test_torch_is_imported_on_demand():

@@ -58,6 +58,14 @@ def test_shared_experts(eight):
     eight.run(calls.check_shared_experts, 4, timeout_s=300)
 
 
+def test_unequal_counts_where_they_are_to_be_equal(eight):
+    eight.run(calls.check_unequal_counts, 3, timeout_s=300)
+
+
+def test_metadata_is_fired(eight):
+    eight.run(calls.check_metadata, 3, timeout_s=300)
+
+
 def test_few_choices(eight):
     eight.run(calls.check_few_choices, 2, timeout_s=300)
 

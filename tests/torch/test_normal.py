@@ -27,6 +27,7 @@ def test_any_number_of_tokens_on_any_rank(ready, n):
     for seed, tokens in enumerate(buffers.SIZES[n]):
         ready.run(calls.check_round, n, seed, tokens)
         ready.run(calls.check_without_topk, n, seed, tokens)
+        ready.run(calls.check_negated, n, seed)
 
 
 @pytest.mark.parametrize("n", RANKS)

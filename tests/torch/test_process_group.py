@@ -87,7 +87,7 @@ def test_torch_that_is_not_installed_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "MissingDependencyError" in done.stderr
-    assert "pip install 'ep-mojo[torch]'" in done.stderr
+    assert "Remedy: pip install torch, or '.[torch]' in the checkout" in done.stderr
 
 
 def test_graphs_and_arguments_that_are_wrong(built):

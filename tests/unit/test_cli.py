@@ -133,7 +133,7 @@ def test_paths_that_are_no_files(tmp_path, name):
         files.read_job(tmp_path / name)
 
 
-def test_a_good_file(tmp_path):
+def test_a_good_file(tmp_path, capsys):
     arrays = good()
     arrays["topk_ids"][0, 0, 0] = -7
     arrays["topk_ids"][1, 0, 1] = E
@@ -145,6 +145,7 @@ def test_a_good_file(tmp_path):
     assert job.topk_ids.dtype == np.int32
     assert job.topk_ids[0, 0, 0] == job.topk_ids[1, 0, 1] == -1
     assert (job.n_experts, job.num_tokens) == (E, [T, 1])
+    assert "not used: something_else" in capsys.readouterr().err
 
 
 def test_number_of_experts_without_weights(tmp_path):

@@ -33,7 +33,10 @@ def require(name: StaticString, given: Int, allowed: Int) raises:
             given,
             "; allowed: ",
             allowed,
-            "; make graph and communicator with the same config",
+            (
+                "; make graph and communicator with the same config, and a"
+                " CustomFormat with the sizes of its struct"
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""Calls take what programs written for DeepEP and for Megatron-Core's inference dispatchers pass, in that order."""
+"""Calls take what programs for DeepEP and Megatron-Core's inference dispatchers pass, in that order; and sizes hold."""
 
 from __future__ import annotations
 
@@ -62,6 +62,13 @@ CALLS = [
 def test_parameters(kind, name, wanted):
     found = list(inspect.signature(getattr(kind, name)).parameters)
     assert [p for p in found if p != "self"] == wanted.split()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_low_latency_windows_are_small(ranks):
+    """Of 128 tokens of 7168 channels, in bfloat16: below 64 MB a rank."""
+    experts = 256 // ranks * ranks
+    assert ept.Buffer.get_low_latency_rdma_size_hint(128, 7168, ranks, experts) < 64e6
 
 
 def test_buffers_defaults():

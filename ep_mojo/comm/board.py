@@ -65,7 +65,10 @@ class Board:
             ConfigMismatchError: A rank came with something else in mind.
         """
         with self._turn, _named():
-            found = self._gather(what, value, timeout_s, given_up or threading.Event())
+            number = self._agreements
+            before = str(number - 1) if number else None
+            found = self._gather(str(number), before, (what, value), what, timeout_s, given_up or threading.Event())
+            self._agreements += 1
         if any(name != what for name, _ in found):
             raise ConfigMismatchError(
                 f"rank {self.rank}: ranks call different things: "
@@ -74,11 +77,31 @@ class Board:
             )
         return [value for _, value in found]
 
-    def _gather(self, what: str, value: Any, timeout_s: float, given_up: threading.Event) -> list[tuple[str, Any]]:
-        number = self._agreements
-        mine = f"{number}/{self.rank}"
-        self._store.set(mine, pickle.dumps((what, value)))
-        keys = [f"{number}/{r}" for r in range(self.size)]
+    def exchange(self, name: str, turn: int, what: str, value: Any, timeout_s: float) -> list[Any]:
+        """All ranks' values, in order of rank, outside of the sequence of agreements: a rank that does not come to this
+        does not keep the others from agreeing later.
+
+        Args:
+            name: Of what is exchanged; the same on all ranks.
+            turn: 0, 1, ... for each name; the same on all ranks. Who comes to one has had the one before.
+            what: What the ranks are doing, for errors.
+            value: Anything that can be pickled.
+            timeout_s: How long to wait for the others; 0 = for ever.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: See `agree`.
+        """
+        with self._turn, _named():
+            before = f"{name}/{turn - 1}" if turn else None
+            return self._gather(f"{name}/{turn}", before, value, what, timeout_s, threading.Event())
+
+    def _gather(
+        self, key: str, before: str | None, value: Any, what: str, timeout_s: float, given_up: threading.Event
+    ) -> list[Any]:
+        """What all ranks set for a key; what this one has set for the key before goes."""
+        mine = f"{key}/{self.rank}"
+        self._store.set(mine, pickle.dumps(value))
+        keys = [f"{key}/{r}" for r in range(self.size)]
         end = time.monotonic() + (timeout_s or float("inf"))
         look = time.monotonic() + LOOK_S
         while not self._store.check(keys):  # not `wait`: another thread of this process may want the store meanwhile
@@ -100,10 +123,9 @@ class Board:
                 remedy="make the same calls with the same sizes on every rank of the group",
             )
         found = [pickle.loads(self._store.get(key)) for key in keys]
-        # Whoever waits for this agreement has read the one before it.
-        if number > 0:
-            self._store.delete_key(f"{number - 1}/{self.rank}")
-        self._agreements += 1
+        # Whoever waits for this key has read the one before it.
+        if before is not None:
+            self._store.delete_key(f"{before}/{self.rank}")
         return found
 
     def _missing(self, keys: list[str]) -> list[int]:

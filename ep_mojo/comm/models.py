@@ -37,7 +37,7 @@ def compile_modules(session: Any, graphs: Sequence[Any]) -> list[tuple[Any, list
             made = session.compile(source, custom_extensions=None if alone else libraries)
         except RuntimeError as error:
             raise KernelBuildError(
-                f"MAX could not compile a graph, and has printed why above: {error}",
+                f"MAX could not compile a graph; the process that compiled has printed why: {error}",
                 remedy="look there for 'error:' and 'constraint failed'; a format of your own needs its struct's name, "
                 "and extra_sources of kernel_library() that name its package",
             ) from error

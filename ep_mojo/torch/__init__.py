@@ -25,7 +25,8 @@ except ImportError as error:
 from . import autograd, utils
 from .api import Handle, combine, dispatch
 from .buffer import Buffer
-from .dispatchers import AllGatherDispatcher, AllGatherDispatcherBase, AllGatherVDispatcher
+from .dispatcher_base import AllGatherDispatcherBase
+from .dispatchers import AllGatherDispatcher, AllGatherVDispatcher
 from .sizes import Config
 from .streams import EventHandle, EventOverlap
 

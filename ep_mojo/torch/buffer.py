@@ -105,11 +105,9 @@ class Buffer(LowLatencyCalls):
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
         waits = {name: check_seconds(name, getattr(self, name)) for name in ("timeout_s", "make_timeout_s")}
         session = Session(group, device, **waits)
-        given = {
-            name: getattr(self, name)
-            for name in ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "enable_shrink", "timeout_s")
-        }
-        session.board.agree_on("Buffer", given, self.make_timeout_s)
+        same = ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "enable_shrink")
+        given = {name: getattr(self, name) for name in same} | {"timeout_s": session.timeout_s}
+        session.board.agree_on("Buffer", given, session.make_timeout_s)
         self._session = session
         self._normal = NormalMode(session, self.num_nvl_bytes)
         self._low_latency = LowLatencyMode(session, self.num_rdma_bytes)
@@ -293,7 +291,8 @@ class Buffer(LowLatencyCalls):
             num_tokens_per_rank: int32 [R]. This and the next two are from `get_dispatch_layout`; needed without handle.
             num_tokens_per_rdma_rank: None.
             is_token_in_rank: bool [T, R]. Says where tokens go if there is no topk_idx; otherwise that one says it.
-            num_tokens_per_expert: int32 [E]; its size says E. Without topk_idx the ranks tell each other what it holds.
+            num_tokens_per_expert: int32 [E]; its size says E. Without topk_idx the ranks tell each other what it holds:
+                all of them give num_worst_tokens then, or none.
             topk_idx: int64 [T, K], K up to 32.
             topk_weights: float32 [T, K], with topk_idx.
             expert_alignment: The counts of the returned list are rounded up to multiples of it.

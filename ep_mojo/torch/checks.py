@@ -53,9 +53,12 @@ def check_tensor(
 
 def check_writable(name: str, tensor: torch.Tensor) -> None:
     """Raise `ShapeError` where elements of a tensor share memory, `DTypeError` where torch refuses to write it here."""
-    if not tensor.is_contiguous():
+    if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ShapeError(
-            field=name, value="strided", allowed="contiguous", remedy="pass a contiguous tensor, which is written"
+            field=name,
+            value="expanded",
+            allowed="a tensor with memory for each element",
+            remedy="pass one of its own: it is written",
         )
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise DTypeError(

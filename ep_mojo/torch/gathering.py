@@ -9,7 +9,8 @@ channels, K choices of a token, N = R*Tmax rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -168,27 +169,32 @@ class Gathering:
         return summed
 
     def _run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor | None) -> None:
-        try:
+        with _explained():
             self._rounds.run(graphs, stage, *tensors)
-        except EPError as error:
-            put_in_words(error, WORDS)
-            raise
 
     def check(self) -> None:
         """Wait for all rounds, and raise what failed in them."""
-        try:
+        with _explained():
             self._rounds.check()
-        except EPError as error:
-            put_in_words(error, WORDS)
-            raise
 
     def reset(self) -> None:
         """Go on after a failure. All ranks call this."""
-        self._rounds.reset()
+        with _explained():
+            self._rounds.reset()
 
     def destroy(self) -> None:
         """Give up the windows."""
         self._rounds.destroy()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Around whatever may raise a failure of rounds."""
+    try:
+        yield
+    except EPError as error:
+        put_in_words(error, WORDS)
+        raise
 
 
 def gather_config(

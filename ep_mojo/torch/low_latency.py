@@ -110,7 +110,7 @@ class LowLatencyMode:
     def __init__(self, session: Session, num_rdma_bytes: int):
         self.session, self.num_rdma_bytes = session, num_rdma_bytes
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._pending: dict[tuple[Rounds, str], deque[Hook]] = {}
+        self._pending: dict[tuple[Rounds, str], deque[object]] = {}
         self._zero_copy: dict[tuple[int, ...], deque[torch.Tensor]] = {}
         self._next: tuple[int, ...] | None = None
 
@@ -321,25 +321,8 @@ class LowLatencyMode:
         waiting = self._pending.setdefault((rounds, stage), deque())
         turn = object()  # not the hook itself, which would then keep itself and its tensors
 
-        def hook() -> None:
-            self.session.live()
-            if turn not in waiting:
-                raise OrderError(
-                    "the hook was called before, or its round was given up by reset()",
-                    allowed="once",
-                    remedy="call each hook once, and none from before a reset",
-                )
-            if waiting[0] is not turn:
-                raise OrderError(
-                    f"an earlier {stage} round has not been received",
-                    allowed="hooks in the order of their calls",
-                    remedy="call the earlier hook first",
-                )
-            waiting.popleft()
-            receive()
-
         waiting.append(turn)
-        return hook
+        return functools.partial(_receive_once, self.session, waiting, turn, stage, receive)
 
     def forget(self) -> None:
         """Drop the hooks of rounds that a reset has given up."""
@@ -438,3 +421,25 @@ def _hook_first(field: str) -> OrderError:
         allowed="after its hook",
         remedy="call the hook first",
     )
+
+
+@torch.compiler.disable
+def _receive_once(
+    session: Session, waiting: deque[object], turn: object, stage: str, receive: Callable[[], Any]
+) -> None:
+    """A hook: see `Buffer.low_latency_dispatch`."""
+    session.live()
+    if turn not in waiting:
+        raise OrderError(
+            "the hook was called before, or its round was given up by reset()",
+            allowed="once",
+            remedy="call each hook once, and none from before a reset",
+        )
+    if waiting[0] is not turn:
+        raise OrderError(
+            f"an earlier {stage} round has not been received",
+            allowed="hooks in the order of their calls",
+            remedy="call the earlier hook first",
+        )
+    waiting.popleft()
+    receive()

@@ -1,4 +1,7 @@
-"""The calls of `Buffer` for low-latency mode: here they meet queues and events; `LowLatencyMode` does the work."""
+"""The calls of `Buffer` for low-latency mode: here they meet queues and events; `LowLatencyMode` does the work.
+
+A graph of torch.compile ends at each of them, and goes on behind it.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ class LowLatencyCalls:
         """
         return sizes.low_latency_bytes(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
+    @torch.compiler.disable
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing: rounds of either mode leave no state that others would have to clear. The numbers are checked.
 
@@ -44,7 +48,7 @@ class LowLatencyCalls:
         self._low_latency_session()
         self._low_latency.check_sizes(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
-    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
+    @torch.compiler.disable
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -106,7 +110,7 @@ class LowLatencyCalls:
         event = work.finish((x, topk_idx, stats), (recv_x, count, handle.memory))
         return recv_x, count, handle, event, hook
 
-    @torch.compiler.disable  # a graph of torch.compile ends here, and goes on behind it
+    @torch.compiler.disable
     def low_latency_combine(
         self,
         x: torch.Tensor,
@@ -165,6 +169,7 @@ class LowLatencyCalls:
             )
         return combined, work.finish((x, topk_idx, topk_weights, out), combined), hook
 
+    @torch.compiler.disable
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bfloat16 [L, R*Tmax, H] to write expert rows to, for `low_latency_combine(..., zero_copy=True)`.
 
@@ -174,6 +179,7 @@ class LowLatencyCalls:
         self._low_latency_session()
         return self._low_latency.next_buffer(handle)
 
+    @torch.compiler.disable
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out of this rank's rounds that follow, on the device, or take it in again.
 
@@ -191,6 +197,7 @@ class LowLatencyCalls:
         with self._shrinking().queue.launching():
             self._low_latency.update_mask(rank_to_mask, mask)
 
+    @torch.compiler.disable
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write which ranks are masked to int32 [R]: 1 for those, by hand or since they did not come to a round.
 
@@ -202,6 +209,7 @@ class LowLatencyCalls:
         with self._shrinking().queue.launching():
             self._low_latency.query_mask(mask_status)
 
+    @torch.compiler.disable
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all ranks in again: right if they have made as many rounds as this one; otherwise use `reset`.
 

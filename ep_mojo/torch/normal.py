@@ -5,7 +5,7 @@ The engine's layout "rank". T tokens of a rank, R ranks, E experts, L = E/R loca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,7 @@ class NormalMode:
         capacity, has_topk = worst or cfg.rows_capacity, topk_idx is not None
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
+        counting = None if has_topk or worst else rounds.begin_exchange()
         with self.session.announcing(rounds, n_tokens, self._too_many):
             found = Received.empty(cfg, device, capacity)
             handle = NormalHandle(self.session, cfg, ids, has_topk, worst, found.memory, capacity)
@@ -156,7 +157,7 @@ class NormalMode:
         handle.num_recv_tokens = rows
         recv_x = self._received(found, rows, fmt)
         if recv_ids is None or recv_weights is None:
-            counts = self._counts_of_others(num_tokens_per_expert)
+            counts = self._count_experts(num_tokens_per_expert, counting)
             return recv_x, None, None, [align_up(c, alignment) for c in counts], handle
         return recv_x, recv_ids[:rows], recv_weights[:rows], [align_up(c, alignment) for c in counts], handle
 
@@ -168,26 +169,27 @@ class NormalMode:
         return ids, torch.where(here, part(memory, "local_weights", cfg, capacity), 0)
 
     def _wait_for_counts(self, handle: NormalHandle, recv_ids: torch.Tensor | None) -> list[int]:
-        """Rows of each local expert, if there are choices, and of all; the only wait of the host."""
+        """Rows of each local expert, if there are choices, and of all. The host waits."""
         if recv_ids is None:
             return handle.recv_count.tolist()
         counts = occurrences(recv_ids + 1, handle.cfg.n_local_experts + 1)[1:]
         return torch.cat([counts, handle.recv_count]).tolist()
 
-    def _counts_of_others(self, num_tokens_per_expert: torch.Tensor) -> list[int]:
+    def _count_experts(self, per_expert: torch.Tensor, exchange: Callable[[str, Any], list[Any]] | None) -> list[int]:
         """Tokens of each local expert, from what all ranks say of theirs: rows without top-k do not tell."""
-        session = self.session
-        told = session.board.agree("dispatch without topk_idx", num_tokens_per_expert.tolist(), session.timeout_s)
+        if exchange is None:
+            return []
+        told = exchange("telling tokens of each expert, in a dispatch without topk_idx", per_expert.tolist())
         if len(set(map(len, told))) > 1:
             raise ConfigMismatchError(
                 "ranks have different numbers of experts",
                 field="num_tokens_per_expert",
-                value=num_tokens_per_expert.shape[0],
+                value=per_expert.shape[0],
                 allowed=f"the same length on every rank: {[len(each) for each in told]}",
                 remedy="pass what get_dispatch_layout gives for the same num_experts",
             )
-        n_local = num_tokens_per_expert.shape[0] // session.size
-        own = slice(session.rank * n_local, (session.rank + 1) * n_local)
+        n_local = per_expert.shape[0] // self.session.size
+        own = slice(self.session.rank * n_local, (self.session.rank + 1) * n_local)
         return [sum(counts) for counts in zip(*(each[own] for each in told), strict=True)]
 
     def dispatch_again(self, x: Tokens, handle: Any, num_sms: int) -> Tokens:

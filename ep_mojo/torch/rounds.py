@@ -57,6 +57,7 @@ class Rounds:
         self._board, self._timeout_s = board, timeout_s
         self._queue = queue_for(self.device)
         self.too_many: TooMany | None = None
+        self._resets, self._turns = 0, 0
         self._stages: dict[tuple[GraphSet, str], Any] = {}
         self._calls = self._blocks()
 
@@ -129,6 +130,16 @@ class Rounds:
         """Raise what is known to have failed in this rank's rounds; waits for nothing."""
         self.comm.glance()
 
+    def begin_exchange(self) -> Callable[[str, Any], list[Any]]:
+        """Take the next turn of exchanges beside rounds: all ranks for the same rounds, and after a reset anew.
+
+        Returns:
+            A function of what the ranks are doing and this one's value: see `Board.exchange`.
+        """
+        name, turn = f"{self.name}/exchange/{self._resets}", self._turns
+        self._turns += 1
+        return lambda what, value: self._board.exchange(name, turn, what, value, self.cfg.timeout_s)
+
     def check(self) -> None:
         """Raise what this rank recorded, once its queue is empty."""
         if self.device.type != "cpu":
@@ -142,6 +153,7 @@ class Rounds:
     def reset(self) -> None:
         """Make them work again after a failure. All ranks call it."""
         self.comm.reset()
+        self._resets, self._turns = self._resets + 1, 0
 
     def destroy(self) -> None:
         """Give up the windows."""

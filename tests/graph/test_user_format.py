@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorType
 
+import ep_mojo as ep
 from ep_mojo.kernels import find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +104,21 @@ def test_in_a_mojo_program(my_formats):
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = re.findall(r"^rows (\d+)$", done.stdout, re.MULTILINE)
     assert int(rows) > 20
+
+
+def test_a_format_that_is_not_there():
+    """Its error is the package's, and says where to look."""
+    fmt = ep.CustomFormat("my_formats.Nobody", token_dtype="int8", message_size=16)
+    cfg = ep.EPConfig(hidden_size=16, top_k=1, n_experts=1, max_tokens_per_rank=2, n_ranks=1, dispatch_format=fmt)
+    x, ids = (TensorType(dtype, ["T", n], DeviceRef.CPU()) for dtype, n in ((DType.bfloat16, 16), (DType.int32, 1)))
+    with ep.Communicator.cpu(cfg) as comm:
+        types = [x, ids, *comm.input_types()]
+        with Graph("nobody", input_types=types, custom_extensions=[ep.kernel_library()]) as graph:
+            given = [value.tensor for value in graph.inputs[:2]]
+            (h,) = ep.dispatch(comm.bind(graph.inputs[2:]), given[:1], given[1:])
+            graph.output(h.tokens)
+        with pytest.raises(ep.KernelBuildError, match="extra_sources"):
+            comm.compile(graph)
 
 
 def test_the_graph_of_the_page(my_formats, monkeypatch, capsys):

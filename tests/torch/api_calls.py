@@ -146,6 +146,15 @@ def check_broken_graphs(n: int) -> None:
 
     given = s.x[me], s.ids[me], s.weights[me]
     plain.same("compiled in parts", torch.compile(layer, backend="eager")(*given), layer(*given))
+
+    def decode(x, ids, weights):
+        rows, _, handle, _, hook = b.low_latency_dispatch(
+            x * 2, ids, buffers.TMAX, s.n_experts, use_fp8=False, return_recv_hook=True
+        )
+        hook()
+        return b.low_latency_combine(rows * 2, ids, weights, handle)[0] + 1
+
+    plain.same("low latency in parts", torch.compile(decode, backend="eager")(*given), decode(*given))
     raises(errors.DTypeError, lambda: ept.autograd.combine(b, s.x[me], None, (s.x[me], s.x[me])), "bias")
 
 

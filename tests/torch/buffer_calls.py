@@ -249,6 +249,10 @@ def check_too_many_tokens(n: int, rank: int, hook: bool) -> float:
     needed = buffers.sizes.bytes_for(TMAX + 9, 2 * HIDDEN, n)
     raises(errors.CapacityError, lambda: buffers.dispatch(b, s), f"rank {rank}", f"{TMAX + 9} tokens", str(needed))
     b.reset()
+    normal.check_without_topk(n, 1)
+    raises(errors.CapacityError, lambda: b.dispatch(s.x[b.rank], **plain.layout(b, s)), f"rank {rank}")
+    b.reset()
+    normal.check_without_topk(n, 1)
     more = {"use_fp8": False, "return_recv_hook": hook}
 
     def dispatch():

@@ -188,7 +188,7 @@ def check_equal_counts(n: int) -> None:
         if any_counts:
             assert EQUAL._local_tokens_per_rank == now
             assert EQUAL._get_host_valid_tokens_estimate() == sum(now)
-    EQUAL._local_tokens_per_rank = None
+    ept.AllGatherDispatcherBase._local_tokens_per_rank = None
     late = dispatcher(EQUAL, runs_metadata_sync=False)
     with pytest.raises(errors.OrderError, match="runs_metadata_sync"):
         step(late, s.x[me], s.ids[me], s.probs[me])
@@ -196,17 +196,14 @@ def check_equal_counts(n: int) -> None:
 
 
 def check_unequal_counts(n: int) -> None:
-    """Ranks that have more tokens, where all were to have as many: an error, and no rows cut off; then all is well."""
+    """Ranks that have other numbers of tokens, where all were to have as many: an error on all; then all is well."""
     if not allocate(n):
         return
-    now = [4 * (r + 1) for r in range(n)]
-    s, me, d = draw(4, now), dist.get_rank(), dispatcher(EQUAL)
-    if n * now[me] < sum(now):
+    for now in ([4 * (r + 1) for r in range(n)], [4, 8, 0][:n]):
+        s, me, d = draw(4, now), dist.get_rank(), dispatcher(EQUAL)
         with pytest.raises(errors.ShapeError, match="_use_allgather_v"):
             step(d, s.x[me], s.ids[me], s.probs[me])
-    else:
-        step(d, s.x[me], s.ids[me], s.probs[me])
-    check_steps(n, now)
+        check_steps(n, now)
 
 
 class Watching(V):
@@ -279,7 +276,9 @@ def check_bad_input(n: int) -> None:
         ),
         "experts": (errors.ShapeError, "local_expert_indices", lambda: V(3, [1])),
         "no experts": (errors.ShapeError, "local_expert_indices", lambda: V(3, None)),
-        "no tokens": (errors.ShapeError, "hidden_states", lambda: d.dispatch_preprocess(None, ids, probs)),
+        "no tokens": (errors.DTypeError, "hidden_states", lambda: d.dispatch_preprocess(None, ids, probs)),
+        "one number": (errors.ShapeError, "hidden_states", lambda: d.dispatch_preprocess(x[0, 0], ids, probs)),
+        "names": (errors.ConfigError, "local_expert_indices", lambda: V(2, ["a", "b"])),
         "no rows": (errors.DTypeError, "hidden_states", lambda: d.token_combine(None)),
         "whole numbers": (errors.DTypeError, "hidden_states", lambda: d.token_combine(x.int())),
         "other rows": (errors.ShapeError, "hidden_states", lambda: again(d, x, ids, probs)),

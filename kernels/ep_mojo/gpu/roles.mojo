@@ -58,8 +58,9 @@ struct DispatchRoles(TrivialRegisterPassable):
         var others = ctas - mappers
         var senders = warps() // 2
         if s.n_signals(s.max_tokens) > others:
-            var row_of_each = max(1, others) * s.message_bytes
-            senders = max(1, min(senders, quotient(AT_ONCE, row_of_each)))
+            var of_one_warp_each = max(1, others) * s.message_bytes
+            var fit = quotient(AT_ONCE, of_one_warp_each)
+            senders = max(1, min(senders, fit))
         self.apart = others >= mappers and warps() > 1
         self.maps = cta < mappers
         self.sends = self.apart and not self.maps and w < senders

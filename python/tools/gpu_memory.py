@@ -11,8 +11,9 @@ thread saw while rounds ran, all their outputs being kept. Allowed is `before` +
 
 MAX keeps a pool of device memory that may be most of a GPU, so that the driver sees no more of it than its size. Here
 the pool is as large as the formula says, and 32 MiB, and MAX may take no other memory: where that is too little, its
-error says so, and the result is "over"; where MAX takes its pool at once, "peak" is no less than that. With torch,
-buffers are torch's; MAX's pool is 16 MiB, and may be passed.
+error says so, and the result is "over"; where MAX takes its pool at once, "peak" is no less than that. MAX 26.7 rounds
+a pool up to pieces of 256 MiB, which alone may be "over": take a number of tokens whose inputs and outputs end shortly
+below such a piece. With torch, buffers are torch's; MAX's pool is 16 MiB, and may be passed.
 Rounds are eager: a captured graph keeps what its capture took. Exit status 1 where more was used, 2 without GPUs.
 """
 

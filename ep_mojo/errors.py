@@ -8,7 +8,7 @@ ValueError` around a config works as expected. Errors survive pickling: they tra
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Self
 
 
 class EPError(Exception):
@@ -47,6 +47,11 @@ class EPError(Exception):
         for name, given in (("field", field), ("value", value), ("allowed", allowed), ("remedy", remedy)):
             if given is not None:
                 setattr(self, name, given)
+
+    @classmethod
+    def wrong_kind(cls, field: str, given: Any, *, allowed: str, remedy: str) -> Self:
+        """For an argument whose kind is wrong: the text has the name of that in place of the value."""
+        return cls(field=field, value=type(given).__name__, allowed=allowed, remedy=remedy)
 
 
 class ConfigError(EPError, ValueError):

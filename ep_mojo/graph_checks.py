@@ -142,9 +142,7 @@ def check_pending(ranks: Sequence[Rank], pending: Any, kind: type) -> None:
     for p in pending:
         if not isinstance(p, kind):
             call = "dispatch_async" if kind.__name__ == "PendingDispatch" else "combine_async"
-            raise OrderError(
-                field="pending", value=type(p).__name__, allowed=f"what {call} gave", remedy=f"call {call} first"
-            )
+            raise OrderError.wrong_kind("pending", p, allowed=f"what {call} gave", remedy=f"call {call} first")
 
 
 def check_results(found: Any, types: Sequence[TensorType]) -> list[TensorValue]:
@@ -267,9 +265,7 @@ def check_combine(
     for rank, y, h in zip(ranks, ys, handles, strict=True):
         cfg = rank.cfg
         if not isinstance(h, Handle):
-            raise OrderError(
-                field="handles", value=type(h).__name__, allowed="handles of dispatch_wait", remedy="dispatch first"
-            )
+            raise OrderError.wrong_kind("handles", h, allowed="handles of dispatch_wait", remedy="dispatch first")
         if h.cfg != cfg:
             raise ConfigError(
                 field="handles", value=h.cfg, allowed=f"handles of this communicator's config {cfg}", remedy="see value"

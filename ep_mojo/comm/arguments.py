@@ -117,11 +117,8 @@ def _check_one(spec: InputSpec, arg: Any, label: str, symbols: dict[str, tuple[i
         if not arg.is_contiguous:
             raise ShapeError(field=label, value="strided", allowed="contiguous", remedy="pass x.contiguous()")
     else:
-        raise DTypeError(
-            field=label,
-            value=type(arg).__name__,
-            allowed="a NumPy array or a max.driver.Buffer",
-            remedy="convert it with numpy.asarray",
+        raise DTypeError.wrong_kind(
+            label, arg, allowed="a NumPy array or a max.driver.Buffer", remedy="convert it with numpy.asarray"
         )
     if not fits:
         storage = spec.storage.name

@@ -111,9 +111,7 @@ class Communicator(ABC):
     def __init__(self, cfg: EPConfig):
         """Called by the subclasses."""
         if not isinstance(cfg, EPConfig):
-            raise ConfigError(
-                field="cfg", value=type(cfg).__name__, allowed="an EPConfig", remedy="pass ep_mojo.EPConfig(...)"
-            )
+            raise ConfigError.wrong_kind("cfg", cfg, allowed="an EPConfig", remedy="pass ep_mojo.EPConfig(...)")
         self.cfg = cfg
         self._state = _State()
 
@@ -441,11 +439,8 @@ class Communicator(ABC):
         elif self.loads_models and hasattr(model, "input_metadata") and all(ref.is_cpu() for ref in self.device_refs()):
             specs = model_specs(model)
         else:
-            raise DTypeError(
-                field="model",
-                value=type(model).__name__,
-                allowed="what comm.compile(graph) returned",
-                remedy="compile the graph first",
+            raise DTypeError.wrong_kind(
+                "model", model, allowed="what comm.compile(graph) returned", remedy="compile the graph first"
             )
         own, ours = specs[: -self.num_inputs], specs[-self.num_inputs :]
         if len(ours) != len(self._input_specs) or not all(map(InputSpec.fits, ours, self._input_specs)):
@@ -464,9 +459,7 @@ class Communicator(ABC):
     def _check_graph(self, graph: Any) -> tuple[InputSpec, ...]:
         """Specs of a graph's inputs, after checking that the last may be a communicator's; `execute` checks whose."""
         if not hasattr(graph, "inputs") or not hasattr(graph, "output_types"):
-            raise DTypeError(
-                field="graph", value=type(graph).__name__, allowed="a max.graph.Graph", remedy="build a Graph first"
-            )
+            raise DTypeError.wrong_kind("graph", graph, allowed="a max.graph.Graph", remedy="build a Graph first")
         specs = tuple(graph_specs(graph))
         ours, expected = specs[-self.num_inputs :], self._input_specs
         if [(s.dtype, len(s.dims)) for s in ours] != [(s.dtype, len(s.dims)) for s in expected]:

@@ -71,9 +71,9 @@ class ProcessGroup:
         if group is None:
             group = dist.group.WORLD
         if not isinstance(group, dist.ProcessGroup):
-            raise DTypeError(
-                field="group",
-                value=type(group).__name__,
+            raise DTypeError.wrong_kind(
+                "group",
+                group,
                 allowed="a torch.distributed.ProcessGroup, or None for the default group",
                 remedy="pass what torch.distributed.new_group returned",
             )

@@ -337,9 +337,9 @@ def _is_nested(per_rank: Any, n_ranks: int) -> bool:
 
 def _survivors(other: Communicator, cfg: EPConfig) -> list[Worker]:
     if not isinstance(other, ProcessCommunicator):
-        raise DTypeError(
-            field="workers_of",
-            value=type(other).__name__,
+        raise DTypeError.wrong_kind(
+            "workers_of",
+            other,
             allowed="a communicator made by Communicator.processes",
             remedy="leave it out to start new workers",
         )

@@ -123,11 +123,8 @@ def combine(
     """
     first, second = [*biases_of(bias), None, None][:2]
     if not isinstance(handle, Handle):
-        raise DTypeError(
-            field="handle",
-            value=type(handle).__name__,
-            allowed="a Handle of ep_mojo.torch.dispatch",
-            remedy="pass it as it is",
+        raise DTypeError.wrong_kind(
+            "handle", handle, allowed="a Handle of ep_mojo.torch.dispatch", remedy="pass it as it is"
         )
     h, number = handle, number_of(comm)
     if h.comm != number:

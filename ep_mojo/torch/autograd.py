@@ -68,9 +68,7 @@ def combine(buffer: Buffer, x: torch.Tensor, handle: NormalHandle, bias: torch.T
         EPError: See `Buffer.combine`.
     """
     if bias is not None and not isinstance(bias, torch.Tensor):
-        raise DTypeError(
-            field="bias", value=type(bias).__name__, allowed="one tensor, or None", remedy="add two up first"
-        )
+        raise DTypeError.wrong_kind("bias", bias, allowed="one tensor, or None", remedy="add two up first")
     return _Combine.apply(x, bias, buffer, handle)
 
 

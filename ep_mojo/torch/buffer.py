@@ -82,9 +82,7 @@ class Buffer(LowLatencyCalls):
         self._session: Session | None = None
         self.explicitly_destroy = explicitly_destroy
         if comm is not None:
-            raise UnsupportedError(
-                field="comm", value=type(comm).__name__, allowed="None", remedy="pass a torch.distributed group"
-            )
+            raise UnsupportedError.wrong_kind("comm", comm, allowed="None", remedy="pass a torch.distributed group")
         device = device_of(check_group("group", group))
         if group.size() > MAX_RANKS:
             raise ConfigError(
@@ -391,12 +389,7 @@ class Buffer(LowLatencyCalls):
         if config is None:
             return check_int("num_sms", Buffer.num_sms, 1, MAX_SMS)
         if not isinstance(config, Config):
-            raise DTypeError(
-                field="config",
-                value=type(config).__name__,
-                allowed="a Config or None",
-                remedy="use ep_mojo.torch.Config",
-            )
+            raise DTypeError.wrong_kind("config", config, allowed="a Config or None", remedy="use ep_mojo.torch.Config")
         return config.num_sms
 
 

@@ -19,7 +19,7 @@ def check_tensor(
         DTypeError, ShapeError, DeviceError: It is not.
     """
     if not isinstance(value, torch.Tensor):
-        raise DTypeError(field=name, value=type(value).__name__, allowed="a torch.Tensor", remedy=f"pass {name} as one")
+        raise DTypeError.wrong_kind(name, value, allowed="a torch.Tensor", remedy=f"pass {name} as one")
     if value.dtype not in dtypes:
         allowed = " or ".join(str(d) for d in dtypes)
         raise DTypeError(field=name, value=str(value.dtype), allowed=allowed, remedy=f"convert {name} first")

@@ -124,19 +124,19 @@ class AllGatherDispatcherBase:
                 allowed=" or ".join(map(str, REDUCED)),
                 remedy="set one of these before allocate_buffers, on all ranks",
             )
-        waits = check_seconds("timeout_s", cls.timeout_s), check_seconds("make_timeout_s", cls.make_timeout_s)
+        make_timeout_s = check_seconds("make_timeout_s", cls.make_timeout_s)
         check_not_capturing(device, "buffers cannot be made", "call allocate_buffers when the model is made")
         tmax = check_int("per_rank_worst_case_token_count", per_rank_worst_case_token_count, 1, MAX_TOKENS)
         topk = check_int("topk", topk, 1, MAX_TOP_K)
-        gather_config(ep_group.size(), tmax, hidden_size, topk, cls.timeout_s, cls.reduce_dtype)  # bad sizes end here
+        # Before anything that is there is given up: numbers out of range end here.
+        tokens = gather_config(ep_group.size(), tmax, hidden_size, topk, cls.timeout_s, cls.reduce_dtype)
+        counts = gather_config(ep_group.size(), 1, COUNT_WIDTH, 0, cls.timeout_s)
         with torch.inference_mode(False):  # they outlive the mode they are made in
             base._give_up_buffers()
             how = ep_group, board_of(ep_group), device
             base._gatherings = {
-                "tokens": Gathering(
-                    *how, tmax, hidden_size, topk, *waits, cls.reduce_dtype, [gather_graph(COUNT_WIDTH)]
-                ),
-                "counts": Gathering(*how, 1, COUNT_WIDTH, 0, *waits),
+                "tokens": Gathering(*how, tokens, make_timeout_s, cls.reduce_dtype, [gather_graph(COUNT_WIDTH)]),
+                "counts": Gathering(*how, counts, make_timeout_s),
             }
             n = ep_group.size() * tmax
             base._per_rank_worst_case_token_count, base._topk = tmax, topk
@@ -295,11 +295,8 @@ class AllGatherDispatcherBase:
             DTypeError, ShapeError: hidden_states is no such tensor.
         """
         if not isinstance(hidden_states, torch.Tensor):
-            raise DTypeError(
-                field="hidden_states",
-                value=type(hidden_states).__name__,
-                allowed="a torch.Tensor",
-                remedy="pass the tokens as one",
+            raise DTypeError.wrong_kind(
+                "hidden_states", hidden_states, allowed="a torch.Tensor", remedy="pass the tokens as one"
             )
         if hidden_states.dim() < 1 or not hidden_states.shape[-1]:
             raise ShapeError(

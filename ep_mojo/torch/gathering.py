@@ -9,29 +9,30 @@ channels, K choices of a token, N = R*Tmax rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from ..comm.board import Board
 from ..config import EPConfig
-from ..errors import CapacityError, EPError, OrderError
+from ..errors import CapacityError, OrderError
 from ..formats import BF16
 from ..layout import MAX_EXPERTS
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet, GraphSet
 from .rounds import Rounds
-from .session import put_in_words
+from .session import InWords
 from .tensors import Received, dense, part
 
-WORDS = (
-    ("call comm.reset() on all ranks", "call reset() of the dispatchers on all ranks"),
-    ("comm.check()", "check() of the dispatchers"),
-    ("destroy() this communicator", "call allocate_buffers again"),
-    ("and one over that", "over that"),
-    ("raise timeout_s", "raise timeout_s of the dispatchers before allocate_buffers"),
+IN_WORDS = InWords(
+    (
+        ("call comm.reset() on all ranks", "call reset() of the dispatchers on all ranks"),
+        ("comm.check()", "check() of the dispatchers"),
+        ("destroy() this communicator", "call allocate_buffers again"),
+        ("and one over that", "over that"),
+        ("raise timeout_s", "raise timeout_s of the dispatchers before allocate_buffers"),
+    )
 )
 """What the engine says, and what the same is for who has dispatchers."""
 
@@ -56,34 +57,27 @@ class Gathering:
         group: dist.ProcessGroup,
         board: Board,
         device: torch.device,
-        tmax: int,
-        hidden: int,
-        top_k: int,
-        timeout_s: float,
+        cfg: EPConfig,
         make_timeout_s: float,
         reduced: torch.dtype | None = None,
         more: Sequence[GraphSet] = (),
     ):
-        """All ranks of the group call this, with equal numbers.
+        """All ranks of the group call this, with equal configs.
 
         Args:
             group, board, device: Whose, and where tensors are.
-            tmax: Tmax.
-            hidden: H.
-            top_k: K; 0 = rows travel alone.
-            timeout_s: The longest wait for a peer in a round.
-            make_timeout_s: The same here.
+            cfg: From `gather_config`.
+            make_timeout_s: The longest wait for a peer here.
             reduced: Type of the rows that are reduced, bfloat16 or float32; None: nothing is going to be.
             more: Graphs of others, to be compiled together with these.
 
         Raises:
-            ConfigError: A number is out of range.
             ConfigMismatchError: Ranks pass different ones; on all of them.
             PeerTimeoutError, PeerLostError: A rank did not come, or is gone.
         """
-        self._cfg = gather_config(group.size(), tmax, hidden, top_k, timeout_s, reduced)
-        self._dispatch = gather_graph(hidden)
-        self._combine = reduce_graph(hidden, self._cfg.combine_dtype)
+        self._cfg = cfg
+        self._dispatch = gather_graph(cfg.hidden_size)
+        self._combine = reduce_graph(cfg.hidden_size, cfg.combine_dtype)
         sets: list[GraphSet] = [self._dispatch, *([self._combine] if reduced is not None else []), *more]
         self._rounds = Rounds.make(group, board, device, self._cfg, sets, make_timeout_s)
         self._device, self._reduced = device, reduced
@@ -169,17 +163,17 @@ class Gathering:
         return summed
 
     def _run(self, graphs: GraphSet, stage: str, *tensors: torch.Tensor | None) -> None:
-        with _explained():
+        with IN_WORDS:
             self._rounds.run(graphs, stage, *tensors)
 
     def check(self) -> None:
         """Wait for all rounds, and raise what failed in them."""
-        with _explained():
+        with IN_WORDS:
             self._rounds.check()
 
     def reset(self) -> None:
         """Go on after a failure. All ranks call this."""
-        with _explained():
+        with IN_WORDS:
             self._rounds.reset()
 
     def destroy(self) -> None:
@@ -187,20 +181,10 @@ class Gathering:
         self._rounds.destroy()
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Around whatever may raise a failure of rounds."""
-    try:
-        yield
-    except EPError as error:
-        put_in_words(error, WORDS)
-        raise
-
-
 def gather_config(
-    n_ranks: int, tmax: int, hidden: int, top_k: int, timeout_s: float, reduced: torch.dtype | None
+    n_ranks: int, tmax: int, hidden: int, top_k: int, timeout_s: float, reduced: torch.dtype | None = None
 ) -> EPConfig:
-    """The engine's config of a `Gathering`.
+    """The engine's config of a `Gathering`; top_k 0 = rows travel alone.
 
     Raises:
         ConfigError: A number is out of range.

@@ -5,7 +5,7 @@ The engine's layout "rank". T tokens of a rank, R ranks, E experts, L = E/R loca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..formats import BF16, BLOCK_SIZE, BlockwiseFP8, TokenFormat, align_up, che
 from ..layout import MAX_EXPERTS
 from . import graphs, sizes
 from .checks import check_tensor
+from .rounds import Rounds
 from .session import Session
 from .streams import check_not_capturing
 from .tensors import Received, dense, part, used_here
@@ -144,7 +145,6 @@ class NormalMode:
         capacity, has_topk = worst or cfg.rows_capacity, topk_idx is not None
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        counting = None if has_topk or worst else rounds.begin_exchange()
         with self.session.announcing(rounds, n_tokens, self._too_many):
             found = Received.empty(cfg, device, capacity)
             handle = NormalHandle(self.session, cfg, ids, has_topk, worst, found.memory, capacity)
@@ -157,7 +157,7 @@ class NormalMode:
         handle.num_recv_tokens = rows
         recv_x = self._received(found, rows, fmt)
         if recv_ids is None or recv_weights is None:
-            counts = self._count_experts(num_tokens_per_expert, counting)
+            counts = self._count_experts(num_tokens_per_expert, rounds)
             return recv_x, None, None, [align_up(c, alignment) for c in counts], handle
         return recv_x, recv_ids[:rows], recv_weights[:rows], [align_up(c, alignment) for c in counts], handle
 
@@ -175,11 +175,9 @@ class NormalMode:
         counts = occurrences(recv_ids + 1, handle.cfg.n_local_experts + 1)[1:]
         return torch.cat([counts, handle.recv_count]).tolist()
 
-    def _count_experts(self, per_expert: torch.Tensor, exchange: Callable[[str, Any], list[Any]] | None) -> list[int]:
+    def _count_experts(self, per_expert: torch.Tensor, rounds: Rounds) -> list[int]:
         """Tokens of each local expert, from what all ranks say of theirs: rows without top-k do not tell."""
-        if exchange is None:
-            return []
-        told = exchange("telling tokens of each expert, in a dispatch without topk_idx", per_expert.tolist())
+        told = rounds.exchange("telling tokens of each expert, in a dispatch without topk_idx", per_expert.tolist())
         if len(set(map(len, told))) > 1:
             raise ConfigMismatchError(
                 "ranks have different numbers of experts",

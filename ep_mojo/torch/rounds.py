@@ -130,15 +130,11 @@ class Rounds:
         """Raise what is known to have failed in this rank's rounds; waits for nothing."""
         self.comm.glance()
 
-    def begin_exchange(self) -> Callable[[str, Any], list[Any]]:
-        """Take the next turn of exchanges beside rounds: all ranks for the same rounds, and after a reset anew.
-
-        Returns:
-            A function of what the ranks are doing and this one's value: see `Board.exchange`.
-        """
+    def exchange(self, what: str, value: Any) -> list[Any]:
+        """`Board.exchange` beside rounds: all ranks behind the same ones; after a reset turns begin anew."""
         name, turn = f"{self.name}/exchange/{self._resets}", self._turns
         self._turns += 1
-        return lambda what, value: self._board.exchange(name, turn, what, value, self.cfg.timeout_s)
+        return self._board.exchange(name, turn, what, value, self.cfg.timeout_s)
 
     def check(self) -> None:
         """Raise what this rank recorded, once its queue is empty."""

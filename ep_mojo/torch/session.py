@@ -46,23 +46,45 @@ def put_in_words(error: EPError, words: Sequence[tuple[str, str]]) -> None:
             setattr(error, name, said(getattr(error, name)))
 
 
-class Explaining:
-    """See `Session.explaining`. A class, since a generator costs every call a microsecond more."""
+class InWords:
+    """Around what may raise an error of the engine: says it in the words of who calls. A class, since a generator costs
+    every call a microsecond more.
 
-    __slots__ = ("_rounds", "_session")
+    Args:
+        words: See `put_in_words`.
+    """
 
-    def __init__(self, session: Session, rounds: Rounds):
-        self._session, self._rounds = session, rounds
+    __slots__ = ("_words",)
+
+    def __init__(self, words: Sequence[tuple[str, str]]):
+        self._words = words
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
-        if not isinstance(raised, EPError):
-            return
+        if isinstance(raised, EPError):
+            self.explain(raised)
+
+    def explain(self, raised: EPError) -> None:
+        """Change the error, or raise another one in its place."""
+        put_in_words(raised, self._words)
+
+
+class Explaining(InWords):
+    """See `Session.explaining`."""
+
+    __slots__ = ("_rounds", "_session")
+
+    def __init__(self, session: Session, rounds: Rounds):
+        super().__init__(WORDS)
+        self._session, self._rounds = session, rounds
+
+    def explain(self, raised: EPError) -> None:
+        """See `InWords.explain`."""
         notes = self._session.notes(self._rounds, raised)
         if not notes:
-            put_in_words(raised, WORDS)
+            super().explain(raised)
             return
         rank = max(notes, key=lambda r: int(notes[r]))
         raise self._rounds.too_many(self._rounds.cfg, rank, int(notes[rank])) from raised
@@ -105,9 +127,9 @@ class Session:
             DTypeError, OrderError: It is not.
         """
         if not isinstance(handle, kind):
-            raise DTypeError(
-                field="handle",
-                value=type(handle).__name__,
+            raise DTypeError.wrong_kind(
+                "handle",
+                handle,
                 allowed=f"a {kind.__name__}: what the dispatch of the same mode returned",
                 remedy="pass the handle as it is",
             )

@@ -60,12 +60,7 @@ class EventOverlap:
 
     def __init__(self, event: EventHandle | None = None, extra_tensors: Sequence[Any] | None = None):
         if event is not None and not isinstance(event, EventHandle):
-            raise DTypeError(
-                field="event",
-                value=type(event).__name__,
-                allowed="an EventHandle or None",
-                remedy="use Buffer.capture()",
-            )
+            raise DTypeError.wrong_kind("event", event, allowed="an EventHandle or None", remedy="use Buffer.capture()")
         self.event = event
         self.extra_tensors = None if extra_tensors is None else tuple(extra_tensors)
 
@@ -313,9 +308,9 @@ def _record(values: Any, stream: torch.cuda.Stream) -> None:
 def check_group(name: str, group: Any) -> dist.ProcessGroup:
     """`group`, an argument of that name, if it is one. Raises `DTypeError` where it is not."""
     if not isinstance(group, dist.ProcessGroup):
-        raise DTypeError(
-            field=name,
-            value=type(group).__name__,
+        raise DTypeError.wrong_kind(
+            name,
+            group,
             allowed="a torch.distributed process group",
             remedy="call init_process_group, and pass dist.group.WORLD or what new_group returned",
         )
@@ -363,9 +358,9 @@ def check_events(previous_event: Any, async_finish: bool, allocate_on_comm_strea
         ConfigError: Outputs of the communication queue without an event on both sides.
     """
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
-        raise DTypeError(
-            field="previous_event",
-            value=type(previous_event).__name__,
+        raise DTypeError.wrong_kind(
+            "previous_event",
+            previous_event,
             allowed="an EventOverlap or None",
             remedy="use Buffer.capture(), or the event of an earlier call",
         )

@@ -16,7 +16,7 @@ from max.gpu.sync import barrier
 from ..dispatch_tensors import DispatchOutput
 from ..formats import TokenFormat
 from ..launch import Endpoint
-from ..layout import KIND_CAPACITY, align_up
+from ..layout import align_up
 from ..peers import Bytes, View, window_view
 from ..settings import Settings
 from ..signal import Waiter
@@ -238,12 +238,9 @@ struct FewTokens[layout: StaticString](TrivialRegisterPassable):
     ](self, ep: Endpoint[True], out_: DispatchOutput, stage: Int32) -> Bool:
         """`give_rows` for "gathered"."""
         var total = self.before(ep.s.n_ranks)
-        var capacity = out_.tokens.size // F.token_bytes
-        var r = Int(thread_idx.x)
-        if total > capacity:
-            if r == 0 and block_idx.x == 0:
-                ep.head.fail(KIND_CAPACITY, stage, value=total, limit=capacity)
+        if not rows_fit[F, Self.layout](ep, out_, total, stage):
             return False
+        var r = Int(thread_idx.x)
         if block_idx.x == 0 and r <= ep.s.n_ranks:
             out_.row_offsets[r] = UInt32(self.before(r))
             if r < ep.s.n_ranks:

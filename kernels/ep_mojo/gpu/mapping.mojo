@@ -156,7 +156,7 @@ def rows_fit[
     Args:
         ep: The rank.
         out_: The outputs.
-        needed: What `start_rows` has returned, `NO_SIGNAL` too.
+        needed: How many; negative, as `NO_SIGNAL` is: nobody knows, and none fit.
         stage: `STAGE_*`, for the failure record.
 
     Returns:

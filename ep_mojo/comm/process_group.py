@@ -108,6 +108,7 @@ class ProcessGroupCommunicator(OneRankCommunicator):
             self._watch = PeerWatch(KNOWN_PIDS[self.group], self.rank)
         super().__init__(cfg, self.rank)
         self._provider = provider_for(device, self.group)
+        self._check_not_capturing("windows cannot be made")
         self._provider.check_free(cfg)
         fields = shared_fields(cfg) | {"device": "cpu" if self._provider.on_host else "cuda"}
         version = f"ep-mojo {__version__} with layout {layout.LAYOUT_VERSION}"
@@ -135,7 +136,12 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         return self._provider.inputs(self.cfg, self.memories, self.rank)
 
     def _settle(self) -> None:
+        self._check_not_capturing("the host cannot wait for rounds")
         self._provider.synchronize()
+
+    def _check_not_capturing(self, what: str) -> None:
+        if self._provider.capturing():
+            raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy="end the capture first")
 
     def _before_launch(self) -> None:
         if self._note is None:
@@ -231,6 +237,7 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         """See `Communicator.reset`. All ranks call this at the same time.
 
         Raises:
+            OrderError: Inside the capture of a CUDA graph, as `check` is then.
             PeerLostError: A peer is gone: no reset brings it back.
             PeerTimeoutError: A peer did not come, within the timeout of the process group.
             CorruptHeadError: The counters of a rank are damaged; nothing is written then.

@@ -89,6 +89,7 @@ def dispatch(
 
     Raises:
         DTypeError, ShapeError, DeviceError, UnsupportedError: An argument does not fit the config. Nothing was sent.
+        OrderError: A first call inside the capture of a CUDA graph.
         CapacityError, PeerTimeoutError, PeerLostError: What this rank recorded; `comm.reset()` on all ranks to go on.
     """
     number = number_of(comm)

@@ -19,7 +19,7 @@ from .low_latency_calls import LowLatencyCalls
 from .normal import NormalHandle, NormalMode, Tokens, check_one_node
 from .session import Session
 from .sizes import Config
-from .streams import EventHandle, EventOverlap, check_events, check_group, device_of
+from .streams import EventHandle, EventOverlap, check_events, check_group, check_not_capturing, device_of
 
 
 class Buffer(LowLatencyCalls):
@@ -57,7 +57,7 @@ class Buffer(LowLatencyCalls):
 
     Raises:
         ConfigError, DTypeError, UnsupportedError: An argument is out of range, or asks for what there is not.
-        OrderError: The group was destroyed.
+        OrderError: The group was destroyed; or inside the capture of a CUDA graph.
         ConfigMismatchError: Ranks pass different arguments; on all of them.
         PeerTimeoutError, PeerLostError: A rank did not come, or the process that has the group's store is gone.
     """
@@ -101,6 +101,7 @@ class Buffer(LowLatencyCalls):
             )
         self.low_latency_mode, self.enable_shrink = bool(low_latency_mode), bool(enable_shrink)
         self.group, self.rank, self.group_size = group, group.rank(), group.size()
+        check_not_capturing(device, "a Buffer cannot be made", "make it before")
         waits = {name: check_seconds(name, getattr(self, name)) for name in ("timeout_s", "make_timeout_s")}
         session = Session(group, device, **waits)
         same = ("num_nvl_bytes", "num_rdma_bytes", "low_latency_mode", "enable_shrink")
@@ -133,7 +134,7 @@ class Buffer(LowLatencyCalls):
         """Wait for all rounds of this rank, and raise what failed in them. Not in DeepEP.
 
         Raises:
-            OrderError: After `destroy`.
+            OrderError: After `destroy`, or inside the capture of a CUDA graph.
             CapacityError, PeerTimeoutError, PeerLostError: See `dispatch`.
         """
         self._live().check()
@@ -142,7 +143,7 @@ class Buffer(LowLatencyCalls):
         """Go on after a round that failed, on all ranks: all of them call this. No rank is masked then. Not in DeepEP.
 
         Raises:
-            OrderError: After `destroy`.
+            OrderError: After `destroy`, or inside the capture of a CUDA graph.
             PeerTimeoutError, PeerLostError: A rank does not come, or is gone.
         """
         self._live().reset()

@@ -19,7 +19,7 @@ from ..errors import OrderError, UnsupportedError
 from ..formats import BF16
 from .checks import check_tensor
 from .graphs import CombineSet, DispatchSet
-from .rounds import Rounds
+from .rounds import Rounds, check_may_make, place_of
 from .tensors import DTYPES, Received, dense, places, received_types
 
 with torch.inference_mode(False):  # whoever imports this first may be in it
@@ -37,6 +37,7 @@ def number_of(comm: Communicator) -> int:
     Raises:
         UnsupportedError: Not one of `Communicator.process_group`, or with a config that these ops do not know.
         ConfigMismatchError, PeerTimeoutError: Another rank comes with another config, or does not come.
+        OrderError: That call is inside the capture of a CUDA graph.
     """
     number = getattr(comm, "torch_number", -1)
     return _prepare(comm) if number < 0 else number
@@ -65,6 +66,7 @@ def _prepare(comm: Communicator) -> int:
             raise UnsupportedError(
                 field=f"cfg.{name}", value=getattr(cfg, name), allowed=repr(allowed), remedy="use ep_mojo.dispatch"
             )
+    check_may_make(place_of(comm))
     board = board_of(comm.group)
     name = board.agree_on("using a communicator with tensors", {"config": shared_fields(cfg)}, cfg.timeout_s)
     number = next(_numbers)

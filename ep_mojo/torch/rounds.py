@@ -14,7 +14,7 @@ from ..config import EPConfig
 from ..errors import EPError
 from .call import Call
 from .graphs import SIDE, STAGES, Builder, GraphSet
-from .streams import queue_for
+from .streams import check_not_capturing, queue_for
 
 TooMany = Callable[[EPConfig, int, int], EPError]
 """Makes the error of a rank, the second argument, that had more than Tmax tokens: as many as the third says."""
@@ -38,6 +38,17 @@ def compile_sets(comm: Communicator, sets: Sequence[GraphSet]) -> None:
         _compiled[each, str(builder.device)] = found
 
 
+def place_of(comm: Communicator) -> torch.device:
+    """Where the tensors of a communicator of one rank are."""
+    ref = comm.device_refs()[0]
+    return torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
+
+
+def check_may_make(device: torch.device) -> None:
+    """Raise `OrderError` inside the capture of a CUDA graph, where nothing can be made together with other ranks."""
+    check_not_capturing(device, "windows and graphs cannot be made", "make one such round before")
+
+
 class Rounds:
     """A communicator, and the graphs that were compiled for its rounds. All ranks make them together.
 
@@ -52,8 +63,7 @@ class Rounds:
     def __init__(self, comm: Communicator, board: Board, name: str, timeout_s: float):
         """See `make`; or with a communicator that is there already."""
         self.comm, self.cfg, self.name = comm, comm.cfg, name
-        ref = comm.device_refs()[0]
-        self.device = torch.device("cpu") if ref.is_cpu() else torch.device("cuda", ref.id)
+        self.device = place_of(comm)
         self._board, self._timeout_s = board, timeout_s
         self._queue = queue_for(self.device)
         self.too_many: TooMany | None = None
@@ -69,9 +79,11 @@ class Rounds:
 
         Raises:
             ConfigMismatchError: Ranks come with different configs; on all of them.
+            OrderError: Inside the capture of a CUDA graph.
             PeerTimeoutError: A rank did not come.
             EPError: See `Communicator.process_group`.
         """
+        check_may_make(device)
         given = {"config": repr(cfg), "graphs": repr(tuple(sets))}
         name = board.agree_on("making the windows of a new kind of round", given, timeout_s)
         rounds = cls(Communicator.process_group(cfg, group, device=device), board, name, timeout_s)
@@ -82,8 +94,9 @@ class Rounds:
         """Compile the graphs of `sets` that this process does not have yet. All ranks call this with the same sets.
 
         Raises:
-            ConfigMismatchError, PeerTimeoutError, EPError: See `make`.
+            ConfigMismatchError, OrderError, PeerTimeoutError, EPError: See `make`.
         """
+        check_may_make(self.device)
         place, sets = str(self.comm.device_refs()[0]), list(dict.fromkeys(sets))  # a module holds a name once
         here = [(each, place) in _compiled for each in sets]
         # Rank 0 compiles for all, so what one rank lacks is made on all.

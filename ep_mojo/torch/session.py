@@ -17,7 +17,7 @@ from ..formats import check_int
 from .graphs import GraphSet
 from .rounds import Rounds, TooMany
 from .sizes import LARGEST_BYTES
-from .streams import check_not_capturing, queue_for
+from .streams import queue_for
 
 Handle = TypeVar("Handle")
 WORDS = (
@@ -152,11 +152,10 @@ class Session:
             shrink: Whether they leave out masked ranks, if there are masks.
 
         Raises:
-            ConfigMismatchError, PeerTimeoutError, EPError: See `Rounds`.
+            ConfigMismatchError, OrderError, PeerTimeoutError, EPError: See `Rounds.make`.
         """
         key = cfg, tuple(sets)
         if key not in self._rounds:
-            check_not_capturing(self.device, "windows and graphs cannot be made", "make one such round before")
             made = Rounds.make(self.group, self.board, self.device, cfg, sets, self.make_timeout_s)
             if shrink and self.masks is not None:
                 made.shrink(self.masks)

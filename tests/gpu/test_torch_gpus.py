@@ -171,6 +171,10 @@ def test_captured_rounds(ready, kind):
     ready.run(gpu_calls.check_capture, N, kind)
 
 
+def test_what_captures_cannot_take(ready):
+    ready.run(gpu_calls.check_refused_in_capture, N, timeout_s=120)
+
+
 def test_all_gather_dispatchers(ready):
     ready.run(gather_calls.make_groups)
     for counts in ([8 * (r + 1) for r in range(N)], [16] * N, [5 * (r % 2) for r in range(N)]):
@@ -178,6 +182,7 @@ def test_all_gather_dispatchers(ready):
     ready.run(gather_calls.check_device_counts, N)
     ready.run(gather_calls.check_equal_counts, N)
     ready.run(gather_calls.check_replays, N, 100)
+    ready.run(gather_calls.check_refused_in_capture, N)
     ready.run(gather_calls.check_steps, N, [8] * N, "float32", timeout_s=300)
     ready.run(gather_calls.check_shared_experts, N, timeout_s=300)
     ready.run(gather_calls.check_metadata, N, timeout_s=300)

@@ -168,6 +168,35 @@ def check_replays(n: int, replays: int) -> None:
         V.set_local_tokens(None)
 
 
+def check_refused_in_capture(n: int) -> None:
+    """On GPUs: buffers cannot be made inside a capture, nor can the host wait for counts; the capture goes on."""
+    if not allocate(n):
+        return
+    s, me = draw(1, [4] * n), dist.get_rank()
+    late, d = dispatcher(EQUAL), dispatcher()
+    step(d, s.x[me], s.ids[me], s.probs[me])
+    kept_tensors = V._valid_tokens_tensor
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            with pytest.raises(errors.OrderError, match="inside a capture"):
+                V.allocate_buffers(TMAX, TOPK, HIDDEN, kept["first", n])
+            ept.AllGatherDispatcherBase._valid_tokens_tensor = None
+            with pytest.raises(errors.OrderError, match="inside a capture"):
+                V.allocate_valid_tokens_tensor()
+            ept.AllGatherDispatcherBase._valid_tokens_tensor = kept_tensors
+            EQUAL._use_allgather_v = True
+            with pytest.raises(errors.OrderError, match="inside a capture"):
+                step(late, s.x[me], s.ids[me], s.probs[me])
+            EQUAL._use_allgather_v = False
+            found = step(d, s.x[me], s.ids[me], s.probs[me])
+    finally:
+        ept.AllGatherDispatcherBase._valid_tokens_tensor, EQUAL._use_allgather_v = kept_tensors, False
+    graph.replay()
+    check_gathered(d, s, *found)
+
+
 def check_equal_counts(n: int) -> None:
     """AllGatherDispatcher: R*T rows; with _use_allgather_v as many as there are tokens."""
     if not allocate(n):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -271,3 +273,50 @@ def check_leaks(n: int, cycles: int) -> int:
             dist.barrier()
             free.append(torch.cuda.mem_get_info()[0])
     return free[0] - free[1]
+
+
+def check_refused_in_capture(n: int) -> None:
+    """What would make windows or graphs, or let the host wait, is refused by name inside a capture, and nothing is
+    sent; the same capture then takes a round that is right."""
+    import ep_mojo as ep
+    import ep_mojo.torch as ept
+    from ep_mojo import errors
+    from tests.torch.buffer_calls import raises
+    from tests.torch.launch import kept
+
+    if (b := shared(n)) is None:
+        return
+    made = [buffers.api_config(n, "expert"), kept["group", n]]
+    used, unused = (ep.Communicator.process_group(*made, device="cuda") for _ in range(2))
+    s = buffers.step(n, 1, [TMAX - 3] * n)
+    x, ids, weights = s.x[b.rank], s.ids[b.rank], s.weights[b.rank]
+    run = functools.partial(low_latency_round, b, x, ids, weights, "bf16")
+    want = run()
+    layout = plain.layout(b, s)
+    ept.dispatch(used, x, ids, weights)
+    one = {"topk_idx": ids[:, :1], "topk_weights": weights[:, :1]}
+    refused = [
+        lambda: b.low_latency_dispatch(x, ids[:, :1], TMAX, LOCAL * n),  # windows of another kind
+        lambda: b.dispatch(x, **one, num_worst_tokens=WORST, **layout),
+        lambda: ept.Buffer(kept["group", n], **buffers.bytes_of(n)),
+        lambda: ep.Communicator.process_group(*made, device="cuda"),
+        lambda: ept.dispatch(unused, x, ids, weights),
+        lambda: ept.dispatch(used, x, ids.int(), weights),  # another graph
+        lambda: buffers.dispatch(b, s),  # waits for counts
+        b.check,
+        b.reset,
+        used.check,
+    ]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in refused:
+            raises(errors.OrderError, call, "inside a capture")
+        out = run()
+    for _ in range(3):
+        graph.replay()
+        for got, wanted in zip(out, want, strict=True):
+            plain.same("replayed", got, wanted)
+    b.check()
+    for comm in (used, unused):
+        comm.destroy()

@@ -5,7 +5,7 @@
 1. normal mode      layout, dispatch and combine of --large tokens a rank for each budget of --sms, and along a handle
 2. NCCL             all-to-all of the same rows, there and back, which neither sorts nor sums them
 3. low latency      dispatch and combine of --small tokens a rank: by graph replay, and the host's time of eager calls,
-                    one after the other and by themselves
+                    one after the other (of that MAX's run of a graph: max_us) and by themselves
 
 Results are checked first: with identity experts a token comes back as the sum over its ranks (normal mode) or of its
 weights times itself (low latency). Medians over calls, the slowest rank's. Prints a table last; exit status 1 where a
@@ -27,6 +27,7 @@ import ep_mojo.torch as ept
 from ep_mojo.programs import options
 
 ERROR_LIMIT = 5e-3
+PARTS = "low_latency", "normal"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,6 +36,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", type=int, default=128, help="tokens in low-latency mode (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=256, help="of all ranks (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=8, help="choices a token (default: %(default)s)")
+    parser.add_argument(
+        "--parts",
+        type=options.words(*PARTS),
+        default=",".join(PARTS),
+        help="what to measure: low_latency, normal (default: %(default)s)",
+    )
     parser.add_argument("--sms", type=options.numbers, default="24,64,128", help="budgets (default: %(default)s)")
     add_arguments(parser)
     return parser.parse_args(argv)
@@ -60,8 +67,11 @@ class Measures:
         self.me.check(name, got, want, ERROR_LIMIT)
 
     def note_host(self, name: str, call: Callable[[], Any]) -> None:
-        """Note the host's time of a call, in a row of calls and by itself."""
-        self.me.note(f"{name}: the host", host_us=self.me.host_time(call), idle_us=self.me.host_time(call, 1))
+        """Note the host's time of a call, in a row of calls, of that MAX's, and by itself."""
+        me = self.me
+        me.note(
+            f"{name}: the host", host_us=me.host_time(call), max_us=me.max_time(call), idle_us=me.host_time(call, 1)
+        )
 
     def normal(self) -> None:
         """Normal mode, and NCCL with the same rows."""
@@ -165,9 +175,8 @@ class Measures:
 
 def measure(me: Rank) -> None:
     """One process."""
-    measures = Measures(me)
-    measures.low_latency()
-    measures.normal()
+    for part in me.opts.parts:
+        getattr(Measures(me), part)()
 
 
 if __name__ == "__main__":

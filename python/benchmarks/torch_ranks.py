@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ep_mojo.comm import one_rank
 from ep_mojo.programs import report
 from ep_mojo.programs.measures import git_commit
 
 WARMUP = 3
+HOST_CALLS = 256
+"""Calls whose host time is taken: a median of few says more of caches than of calls."""
 BUSY_WAIT = "MODULAR_THREAD_BUSY_WAIT_US", "MODULAR_RUNTIME_THREAD_BUSY_WAIT_TIME_US"
 """MAX aborts unless both say the same."""
 
@@ -76,7 +79,7 @@ class Rank:
         """Median µs until a call returns, of `row` calls one after the other; then the GPUs catch up. With 1 every call
         comes to an idle host and GPU."""
         found = []
-        for i in range(max(1, self.opts.repeats // row) * row):
+        for i in range(HOST_CALLS):
             if i % row == 0:
                 torch.cuda.synchronize()
                 dist.barrier()
@@ -85,6 +88,24 @@ class Rank:
             call()
             found.append((time.perf_counter() - began) * 1e6)
         torch.cuda.synchronize()
+        return statistics.median(found)
+
+    def max_time(self, call: Callable[[], Any]) -> float:
+        """Of `host_time`, µs in which MAX runs the graph that the call launches: its work, and the driver's."""
+        found, run = [], one_rank.run_buffers
+
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return run(*args)
+            finally:
+                found.append((time.perf_counter() - began) * 1e6)
+
+        one_rank.run_buffers = timed
+        try:
+            self.host_time(call)
+        finally:
+            one_rank.run_buffers = run
         return statistics.median(found)
 
     def note(self, name: str, **figures: float) -> None:
@@ -105,6 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="US",
         help="how long MAX's worker threads look for work before they sleep (default: MAX's, 200)",
     )
+    parser.add_argument(
+        "--cores",
+        type=int,
+        metavar="N",
+        help="bind each process to so many cores of its own: MAX makes a worker thread for each core that it may use",
+    )
     parser.add_argument("--output", metavar="FILE.json", help="write the results as JSON")
 
 
@@ -118,6 +145,13 @@ def run(opts: argparse.Namespace, body: Callable[[Rank], None]) -> int:
     n_ranks = opts.ranks or min(there, 8)
     if n_ranks < 2 or n_ranks > there:
         print(f"needs two GPUs or more, and as many as --ranks says; torch sees {there}", file=sys.stderr)
+        return 2
+    allowed = len(os.sched_getaffinity(0))
+    if opts.cores is not None and not 1 <= opts.cores <= allowed // n_ranks:
+        print(
+            f"--cores {opts.cores}: from 1 to {allowed // n_ranks}, for {allowed} cores and {n_ranks} ranks",
+            file=sys.stderr,
+        )
         return 2
     if opts.busy_wait is not None:  # the processes inherit it; see docs/torch.md
         os.environ.update(dict.fromkeys(BUSY_WAIT, str(opts.busy_wait)))
@@ -137,6 +171,8 @@ def run(opts: argparse.Namespace, body: Callable[[Rank], None]) -> int:
 
 
 def _serve(rank: int, n_ranks: int, opts: argparse.Namespace, body: Callable[[Rank], None], folder: str) -> None:
+    if opts.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank * opts.cores :][: opts.cores])
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
     me = Rank(opts, rank, n_ranks)

@@ -23,7 +23,7 @@ from .checks import check_tensor, check_writable
 from .normal import check_experts
 from .rounds import Rounds
 from .session import Session
-from .tensors import ALIGNMENT, Received, dense, part, used_here
+from .tensors import ALIGNMENT, Received, dense, part, scales_by_row, used_here
 
 Hook = Callable[[], None]
 ZERO_COPY_BUFFERS = 2
@@ -54,13 +54,14 @@ class LowLatencyHandle(Sequence):
         cfg: The engine's config.
         num_tokens: T of this rank.
         memory: The engine's handle: see `tensors.places`.
+        made_on: The queue that has made it: see `Queue.use_here`.
         counts: int32 [L], rows of each local expert.
         received: Whether the round was received.
     """
 
     def __init__(self, session: Session, plan: Plan, num_tokens: int, memory: torch.Tensor):
         self.session, self.plan, self.num_tokens, self.memory = session, plan, num_tokens, memory
-        self.cfg = plan.cfg
+        self.cfg, self.made_on = plan.cfg, session.queue.current()
         self.counts = part(memory, "counts", plan.cfg)
         self.received = False
 
@@ -154,24 +155,26 @@ class LowLatencyMode:
         cfg, sets, rounds = plan
         self._check_room(rounds, "dispatch", later)
         given = dense(x), None, dense(topk_idx)
-        found = Received.empty(cfg, device)
+        found = Received.empty(cfg, device, scales=scales_by_row(cfg))
         handle = LowLatencyHandle(self.session, plan, x.shape[0], found.memory)
         if not later:
             with self.session.announcing(rounds, x.shape[0], _too_many):
                 rounds.run(sets[0], "dispatch", *found, *given)
             self._arrived(handle, stats)
-            return self._rows(cfg, found), handle.counts, handle, None
+            return _rows(found), handle.counts, handle, None
         with self.session.announcing(rounds, x.shape[0], _too_many):
             rounds.run(sets[0], "send", None, None, None, *given)
 
         def receive() -> None:
-            self.session.queue.use_here(*found, stats)
+            self.session.queue.use_here(handle.made_on, *found)
+            if stats is not None:
+                used_here(stats)  # the caller's, of any queue
             with self.session.announcing(rounds, 0, _too_many):
                 rounds.run(sets[0], "receive", *found)
             self._arrived(handle, stats)
 
         hook = self._later(rounds, "dispatch", receive)
-        return self._rows(cfg, found), handle.counts, handle, hook
+        return _rows(found), handle.counts, handle, hook
 
     def _plan(
         self,
@@ -214,11 +217,6 @@ class LowLatencyMode:
         if stats is not None:
             stats += handle.counts
 
-    def _rows(self, cfg: EPConfig, found: Received) -> Any:
-        if isinstance(cfg.dispatch_format, BF16):
-            return found.tokens
-        return found.tokens, found.scales.view(cfg.n_local_experts, cfg.scales_per_token, -1).transpose(1, 2)
-
     # Combine
 
     def combine(
@@ -254,7 +252,7 @@ class LowLatencyMode:
             raise _hook_first("handle")
         rounds, back = handle.plan.rounds, handle.plan.sets[1]
         self._check_room(rounds, "combine", later)
-        self.session.queue.use_here(handle.memory)
+        self.session.queue.use_here(handle.made_on, handle.memory)
         rows = self._filled(shape) if zero_copy else dense(x)
         ids, weights = dense(topk_idx), dense(topk_weights)
         if later:  # the hook reads them, when the caller may have changed its own
@@ -267,8 +265,11 @@ class LowLatencyMode:
         with self.session.explaining(rounds):
             rounds.run(back, "send_back", None, rows, handle.memory)
 
+        made_on = self.session.queue.current()
+
         def receive() -> None:
-            self.session.queue.use_here(y, ids, weights)
+            self.session.queue.use_here(made_on, ids, weights)
+            used_here(y)  # may be the caller's, of any queue
             with self.session.explaining(rounds):
                 rounds.run(back, "receive_back", y, None, None, ids, weights)
 
@@ -373,6 +374,10 @@ class LowLatencyMode:
     def clean_masks(self) -> None:
         """Take all ranks in again."""
         self.session.masks.zero_()
+
+
+def _rows(found: Received) -> Any:
+    return found.tokens if found.scales is None else (found.tokens, found.scales)
 
 
 @functools.cache

@@ -34,6 +34,7 @@ class NormalHandle:
 
     Attributes:
         cfg: The engine's config.
+        made_on: The queue that has made the tensors: see `Queue.use_here`.
         topk_idx: int64 [T, K], the rank's own choices; without top-k int64 [T, R], the ranks themselves.
         has_topk: Whether the dispatch had top-k choices.
         num_recv_tokens: N, rows of the received tensors; with num_worst_tokens that number.
@@ -52,7 +53,7 @@ class NormalHandle:
         memory: torch.Tensor,
         capacity: int,
     ):
-        self.session, self.cfg = session, cfg
+        self.session, self.cfg, self.made_on = session, cfg, session.queue.current()
         self.topk_idx, self.has_topk = topk_idx, has_topk
         self.num_recv_tokens = num_recv_tokens
         self.memory, self._capacity = memory, capacity
@@ -202,7 +203,7 @@ class NormalMode:
         cfg = self._config(tokens[0].shape[1], handle.cfg.top_k, handle.cfg.n_experts, fmt)
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        self.session.queue.use_here(handle.topk_idx)
+        self.session.queue.use_here(handle.made_on, handle.topk_idx)
         with self.session.announcing(rounds, handle.num_tokens, self._too_many):
             found = Received.empty(cfg, self.session.device, handle.num_recv_tokens)
             rounds.run(sets[0], "dispatch", *found, *tokens, handle.topk_idx, n_sms=num_sms)
@@ -275,7 +276,7 @@ class NormalMode:
         sums = None if topk_weights is None else sizes.sums_config(cfg, topk_weights.shape[1])
         sets = graphs.normal(cfg)
         rounds = self.session.rounds(cfg, sets)
-        self.session.queue.use_here(handle.memory, handle.topk_idx)
+        self.session.queue.use_here(handle.made_on, handle.memory, handle.topk_idx)
         sent = dense(x), handle.memory, handle.topk_idx, None, *map(dense, biases)
         combined = torch.empty(handle.num_tokens, cfg.hidden_size, dtype=torch.bfloat16, device=device)
         with self.session.explaining(rounds):

@@ -152,8 +152,17 @@ class Queue:
         """Around a launch: gives what the driver knows the current queue by, 0 on the host."""
         return nullcontext(0)
 
-    def use_here(self, *tensors: Any) -> None:
-        """Tell the allocator that the current queue uses tensors that another may have made."""
+    def current(self) -> int:
+        """What the driver knows the current queue by; 0 for the default one, and on the host."""
+        return 0
+
+    def use_here(self, made_on: int, *tensors: Any) -> None:
+        """Tell the allocator that the current queue uses tensors that were made on another.
+
+        Args:
+            made_on: What `current` was then.
+            tensors: The tensors; tuples of them, and None, too.
+        """
 
 
 class GPUQueue(Queue):
@@ -205,14 +214,16 @@ class GPUQueue(Queue):
             self._mark.record(first)
             then.wait_event(self._mark)
 
+    def current(self) -> int:
+        """See `Queue.current`. Every call asks; `torch.cuda.current_stream` makes an object for it, in 2 to 4 us."""
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
+
     def here(self) -> tuple[int, bool]:
-        """What the driver knows the device's current queue by, 0 for the default one, and whether it is captured."""
+        """`current`, and whether what that queue gets is captured."""
         index = self.device.index
         if torch.cuda.current_device() == index:
-            # Every launch asks; `torch.cuda.current_stream` would make an object for it, which takes 2 us.
-            return torch._C._cuda_getCurrentRawStream(index), torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.current_stream(index)
-        return stream.cuda_stream, self.is_capturing(stream)
+            return self.current(), torch.cuda.is_current_stream_capturing()
+        return self.current(), self.is_capturing(torch.cuda.current_stream(index))
 
     def is_capturing(self, stream: torch.cuda.Stream) -> bool:
         """Whether what `stream` gets is captured."""
@@ -221,9 +232,10 @@ class GPUQueue(Queue):
         with torch.cuda.stream(stream):
             return torch.cuda.is_current_stream_capturing()
 
-    def use_here(self, *tensors: Any) -> None:
+    def use_here(self, made_on: int, *tensors: Any) -> None:
         """See `Queue.use_here`."""
-        _record(tensors, torch.cuda.current_stream(self.device.index))
+        if made_on != self.current():
+            _record(tensors, torch.cuda.current_stream(self.device.index))
 
 
 _HERE = Work()

@@ -54,6 +54,15 @@ def received_types(cfg: EPConfig, rows: int | None = None) -> list[tuple[torch.d
     return [*((DTYPES[d], shape) for d, shape in (shapes["tokens"], shapes["scales"])), (torch.int32, [words])]
 
 
+@functools.lru_cache(KEPT)
+def scales_by_row(cfg: EPConfig) -> tuple[list[int], list[int]]:
+    """Shape and strides of the scales of layout "expert_padded", column-major [G*S, M], as [G, M, S]: a view of them
+    would cost each call two operations of torch."""
+    groups, per_token = cfg.n_local_experts, cfg.scales_per_token
+    most = cfg.n_ranks * cfg.max_tokens_per_rank
+    return [groups, most, per_token], [per_token * most, 1, most]
+
+
 class Received(NamedTuple):
     """What a dispatch writes.
 
@@ -68,15 +77,24 @@ class Received(NamedTuple):
     memory: torch.Tensor
 
     @classmethod
-    def empty(cls, cfg: EPConfig, device: torch.device, rows: int | None = None) -> Received:
-        """Room for a dispatch, of so many rows (None: those of the config)."""
+    def empty(
+        cls,
+        cfg: EPConfig,
+        device: torch.device,
+        rows: int | None = None,
+        scales: tuple[list[int], list[int]] | None = None,
+    ) -> Received:
+        """Room for a dispatch, of so many rows (None: those of the config). `scales`: shape and strides in place of the
+        config's shape, of the same memory."""
         # Sizes one by one: torch takes half as long again for a list of them.
-        (dtype, shape), (scale_dtype, scales), (words_dtype, words) = received_types(cfg, rows)
-        return cls(
-            torch.empty(*shape, dtype=dtype, device=device),
-            torch.empty(*scales, dtype=scale_dtype, device=device) if scales[0] else None,
-            torch.empty(*words, dtype=words_dtype, device=device),
-        )
+        (dtype, shape), (scale_dtype, scales_shape), (words_dtype, words) = received_types(cfg, rows)
+        tokens, made = torch.empty(*shape, dtype=dtype, device=device), None
+        if scales_shape[0]:
+            if scales is None:
+                made = torch.empty(*scales_shape, dtype=scale_dtype, device=device)
+            else:
+                made = torch.empty_strided(*scales, dtype=scale_dtype, device=device)
+        return cls(tokens, made, torch.empty(*words, dtype=words_dtype, device=device))
 
 
 def part(memory: torch.Tensor, name: str, cfg: EPConfig, rows: int | None = None) -> torch.Tensor:

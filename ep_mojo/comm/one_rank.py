@@ -84,6 +84,9 @@ class OneRankCommunicator(Communicator):
     def _settle(self) -> None:
         """Wait until this rank's memory shows all that it has run."""
 
+    def _check_may_wait(self) -> None:
+        """Raise where `_settle` cannot be."""
+
     def _before_launch(self) -> None:
         """Look at the rank's memory, as far as that costs no waiting."""
         self._own.check_head()
@@ -129,6 +132,8 @@ class OneRankCommunicator(Communicator):
             specs = self._specs(model)
             values = check_args(specs, args, [f"args[{i}] of rank {self.rank}" for i in range(len(args))])
             own, memories = self._own, self.memories  # a destroy() meanwhile takes no memory from the ops
+            if check or not as_buffers:
+                self._check_may_wait()
             self._before_launch()
             loaded, buffers = self.load(model), [*make_buffers(specs, values), *self.inputs()]
             try:

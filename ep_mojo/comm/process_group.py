@@ -135,8 +135,11 @@ class ProcessGroupCommunicator(OneRankCommunicator):
     def _make_inputs(self) -> list[Buffer]:
         return self._provider.inputs(self.cfg, self.memories, self.rank)
 
-    def _settle(self) -> None:
+    def _check_may_wait(self) -> None:
         self._check_not_capturing("the host cannot wait for rounds")
+
+    def _settle(self) -> None:
+        self._check_may_wait()
         self._provider.synchronize()
 
     def _check_not_capturing(self, what: str) -> None:
@@ -159,6 +162,8 @@ class ProcessGroupCommunicator(OneRankCommunicator):
         return super()._turn() if self._provider.on_host else turn_of_max(self._provider.device_ref().id)
 
     def _abort(self, own: windows.RankMemory, memories: Sequence[windows.RankMemory]) -> None:
+        if self._provider.capturing():
+            return  # nothing has run, so no peer waits for it
         try:
             super()._abort(own, memories)
         finally:

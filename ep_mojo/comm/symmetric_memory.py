@@ -291,7 +291,8 @@ class SymmetricMemoryProvider:
         """See `MemoryProvider`."""
         import torch
 
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
 
 def _too_small(need: int, allowed: str, what: str) -> DeviceMemoryError:

@@ -17,7 +17,7 @@ from ..formats import check_int
 from .graphs import GraphSet
 from .rounds import Rounds, TooMany
 from .sizes import LARGEST_BYTES
-from .streams import queue_for
+from .streams import check_not_capturing, queue_for
 
 Handle = TypeVar("Handle")
 WORDS = (
@@ -198,6 +198,7 @@ class Session:
 
     def check(self) -> None:
         """Wait for all rounds, and raise what failed in them."""
+        self._check_may_wait()
         for rounds in self.made():
             with self.explaining(rounds):
                 rounds.check()
@@ -233,6 +234,7 @@ class Session:
     def reset(self) -> None:
         """Let all rounds work again after a failure. All ranks call it."""
         self.live()
+        self._check_may_wait()
         for rounds in self.made():
             with self.explaining(rounds):
                 rounds.reset()
@@ -240,6 +242,9 @@ class Session:
         if self.masks is not None:
             with self.queue.launching():
                 self.masks.zero_()  # all ranks are here
+
+    def _check_may_wait(self) -> None:
+        check_not_capturing(self.device, "the host cannot wait for rounds", "end the capture first")
 
     def destroy(self) -> None:
         """Give up all windows. Can be called again."""

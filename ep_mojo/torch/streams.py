@@ -352,8 +352,11 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
 
 def check_not_capturing(device: torch.device, what: str, remedy: str) -> None:
     """Raise `OrderError` inside the capture of a CUDA graph, where `what` cannot be."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy=remedy)
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise OrderError(f"{what} inside a capture", allowed="outside of captures", remedy=remedy)
 
 
 @functools.cache

@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What all of them take."""
     parser.add_argument("--ranks", type=int, default=0, help="GPUs to use (default: all)")
     parser.add_argument("--hidden", type=int, default=7168, help="channels (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=32, help="calls timed (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=32, help="calls timed on GPUs (default: %(default)s)")
     parser.add_argument(
         "--busy-wait",
         type=int,
@@ -162,7 +162,9 @@ def run(opts: argparse.Namespace, body: Callable[[Rank], None]) -> int:
     rows = found[0]["rows"]
     if opts.output:
         about = {"gpu": torch.cuda.get_device_name(0), "ranks": n_ranks, "commit": git_commit()}
-        sizes = {name: value for name, value in vars(opts).items() if name not in ("ranks", "output")}
+        sizes = {"host_calls": HOST_CALLS} | {
+            name: value for name, value in vars(opts).items() if name not in ("ranks", "output")
+        }
         Path(opts.output).write_text(json.dumps(about | sizes | {"rows": rows, "wrong": wrong}, indent=1) + "\n")
     lines = [[r["name"], "  ".join(f"{k} {v:.1f}" for k, v in r.items() if k != "name")] for r in rows]
     print(report.table([f"{n_ranks} x {torch.cuda.get_device_name(0)}", "slowest rank's median"], lines))
